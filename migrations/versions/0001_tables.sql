@@ -1,0 +1,148 @@
+-- The tables of the schema `listener`. Functions and views over them live in sql/ and are re-applied after each
+-- migration; nothing here is written by hand at run time.
+
+-- One row: what was decided when the schema was installed.
+CREATE TABLE listener.installation (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    owner_role name NOT NULL,
+    service_role name NOT NULL,
+    installed_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- A user's table that has capture triggers. `tenant_column` is NULL for a table that all tenants share.
+CREATE TABLE listener.source (
+    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    schema_name name NOT NULL,
+    table_name name NOT NULL,
+    tenant_column name,
+    -- added by add_source rather than found by create_view: it stays when the last view that reads it goes
+    explicit boolean NOT NULL DEFAULT false,
+    capture_paused boolean NOT NULL DEFAULT false,
+    UNIQUE (schema_name, table_name)
+);
+
+-- A managed view: a query (the view listener.definition_<id>), the table that holds its result (the target), its key
+-- columns, its tenant column, its window.
+CREATE TABLE listener.managed_view (
+    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL UNIQUE,
+    target_schema name NOT NULL,
+    target_name name NOT NULL,
+    query text NOT NULL,
+    key_columns name[] NOT NULL,
+    tenant_column name NOT NULL,
+    tenant_type text NOT NULL,
+    tenants_query text,
+    depends_on text[],
+    quiet_period interval NOT NULL CHECK (quiet_period >= '0'),
+    max_wait interval NOT NULL CHECK (max_wait >= quiet_period),
+    edge text NOT NULL CHECK (edge IN ('leading', 'trailing')),
+    max_age interval CHECK (max_age > '0'),
+    time_zone text NOT NULL,
+    search_path text NOT NULL,
+    tenant_secured boolean NOT NULL,
+    target_rls boolean NOT NULL,
+    difference text NOT NULL,
+    fingerprint text NOT NULL,
+    paused_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    UNIQUE (target_schema, target_name)
+);
+
+CREATE TABLE listener.view_source (
+    view_id integer NOT NULL REFERENCES listener.managed_view ON DELETE CASCADE,
+    source_id integer NOT NULL REFERENCES listener.source ON DELETE CASCADE,
+    PRIMARY KEY (view_id, source_id)
+);
+CREATE INDEX ON listener.view_source (source_id, view_id);
+
+-- What capture appends to. Either source_id (a change of that table) or view_id (a mark made by this schema itself)
+-- is set. tenant '' stands for all tenants: '' is never a tenant, because a setting that was once set locally reads ''
+-- afterwards, so a refresh for '' would be one without a tenant.
+-- No primary key: nothing ever looks a row up but by xid, and a key is a second index to write for every change.
+CREATE TABLE listener.change_log (
+    xid xid8 NOT NULL,
+    changed_at timestamptz NOT NULL,
+    source_id integer,
+    view_id integer,
+    tenant text NOT NULL,
+    app_correlation_id text
+) WITH (
+    autovacuum_vacuum_scale_factor = 0.0, autovacuum_vacuum_threshold = 10000,
+    autovacuum_vacuum_insert_scale_factor = 0.0, autovacuum_vacuum_insert_threshold = 100000,
+    autovacuum_analyze_scale_factor = 0.0, autovacuum_analyze_threshold = 50000
+);
+CREATE INDEX change_log_xid ON listener.change_log (xid);
+-- Without a key, a publication FOR ALL TABLES would refuse the deletion of consumed rows.
+ALTER TABLE listener.change_log REPLICA IDENTITY FULL;
+
+-- One row per drain that found something. The newest row is the cursor: what a later drain has not seen is what was
+-- not visible in `snapshot`, or was written by the drain's own transaction `xid` afterwards. Stored transaction ids
+-- mean something only in the cluster and database that gave them out, hence the last two columns.
+CREATE TABLE listener.drain_log (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    drained_at timestamptz NOT NULL,
+    snapshot pg_snapshot NOT NULL,
+    xid xid8 NOT NULL,
+    changes bigint NOT NULL,
+    keys bigint NOT NULL,
+    correlation_id text NOT NULL,
+    system_identifier bigint NOT NULL,
+    database_oid oid NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0.0, autovacuum_vacuum_threshold = 5000);
+
+-- Written by the drain alone. Together with refresh_state it is the durable debounce queue: a key is clean when
+-- refreshed_version = version. The row of tenant '' stands for "all tenants of this view, not yet written out".
+CREATE TABLE listener.dirty_key (
+    view_id integer NOT NULL,
+    tenant text NOT NULL,
+    version bigint NOT NULL,
+    dirty_since timestamptz NOT NULL,
+    last_change_at timestamptz NOT NULL,
+    -- came from a filling or a shared table rather than from a tenant's own write: served at low priority
+    bulk boolean NOT NULL,
+    correlation_id text NOT NULL,
+    app_correlation_id text,
+    PRIMARY KEY (view_id, tenant)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+
+-- Written by the refresh alone.
+CREATE TABLE listener.refresh_state (
+    view_id integer NOT NULL,
+    tenant text NOT NULL,
+    refreshed_version bigint NOT NULL,
+    started_at timestamptz,
+    refreshed_at timestamptz,
+    duration interval,
+    inserted bigint NOT NULL DEFAULT 0,
+    updated bigint NOT NULL DEFAULT 0,
+    deleted bigint NOT NULL DEFAULT 0,
+    correlation_id text,
+    failures integer NOT NULL DEFAULT 0,
+    failed_at timestamptz,
+    retry_at timestamptz,
+    last_error text,
+    PRIMARY KEY (view_id, tenant)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+
+CREATE TABLE listener.dead_letter (
+    id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    view_id integer,
+    view_name text,
+    tenant text,
+    error_type text NOT NULL,
+    sqlstate text,
+    exception_class text NOT NULL,
+    error_message text NOT NULL,
+    traceback text,
+    arguments jsonb NOT NULL DEFAULT '{}',
+    worker text,
+    retry_count integer NOT NULL DEFAULT 0,
+    status text NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'resolved', 'discarded')),
+    correlation_id text NOT NULL,
+    failed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    closed_at timestamptz
+);
+-- One open letter per key; letters without a key (a malformed call) are open as often as they are written.
+CREATE UNIQUE INDEX dead_letter_open ON listener.dead_letter (view_id, tenant)
+    WHERE status = 'open' AND view_id IS NOT NULL AND tenant IS NOT NULL;

@@ -1,0 +1,152 @@
+-- Refresh: lock -> compute -> record, one transaction.
+
+-- refresh(view, tenant_id): makes one tenant's rows of the target equal to its definition.
+--   outcome   'refreshed'; 'busy': another session is refreshing this key, ask again; 'paused': nothing was done
+--   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected.
+-- Reads the definition's sources and dirty_key; writes the target, refresh_state, and closes the key's dead letter.
+--
+-- Each statement has a snapshot of its own, and their order is the proof: the version is read before the rows are
+-- computed, so a change that was drained earlier is visible to the computation, and one that is drained later raises
+-- the version again. It runs with the rights of the service's role whoever calls, so the result never depends on the
+-- caller, and row-level security binds it. The SET clauses confine the settings they name to this call. The app.* ones
+-- are given back by hand: only a superuser may put a parameter that no extension defines into a SET clause. An error
+-- needs no hand, it takes the settings back with the transaction.
+-- Raises LSN01, LSN02, LSN04, LSN05, and whatever the definition raises.
+CREATE OR REPLACE FUNCTION listener.refresh(
+    view text, tenant_id text,
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET TimeZone = 'UTC'
+SET DateStyle = 'ISO, YMD'
+SET IntervalStyle = 'postgres'
+SET extra_float_digits = 1
+SET plan_cache_mode = force_custom_plan
+SET jit = off
+AS $function$
+#variable_conflict use_column
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
+    started timestamptz := clock_timestamp();
+    batch text;
+    twice text;
+    callers_tenant text := current_setting('app.current_tenant_id', true);
+    callers_context text := current_setting('app.execution_context', true);
+BEGIN
+    PERFORM listener.require_read_committed('listener.refresh()');
+    IF managed.paused_at IS NOT NULL THEN
+        outcome := 'paused';
+        RETURN;
+    END IF;
+    IF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
+        outcome := 'busy';
+        RETURN;
+    END IF;
+    PERFORM set_config('app.current_tenant_id', tenant_key, true),
+            set_config('app.execution_context', 'worker', true),
+            set_config('TimeZone', managed.time_zone, true);
+
+    SELECT k.version, k.correlation_id INTO version, batch
+    FROM listener.dirty_key k WHERE k.view_id = managed.id AND k.tenant = tenant_key;
+    version := coalesce(version, 0);
+
+    -- Last of the settings, since it changes what an unqualified name means.
+    PERFORM set_config('search_path', managed.search_path, true);
+    EXECUTE managed.difference INTO inserted, updated, deleted, twice USING tenant_key;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+            pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
+            pg_catalog.set_config('app.execution_context', callers_context, true);
+    IF twice IS NOT NULL THEN
+        RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
+            USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')
+                || ': group by them, or register the view with the columns that tell these rows apart.';
+    END IF;
+
+    INSERT INTO listener.refresh_state AS r
+        (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, updated, deleted,
+         correlation_id)
+    VALUES (managed.id, tenant_key, version, started, clock_timestamp(), clock_timestamp() - started,
+            inserted, updated, deleted, batch)
+    ON CONFLICT (view_id, tenant) DO UPDATE SET
+        refreshed_version = excluded.refreshed_version, started_at = excluded.started_at,
+        refreshed_at = excluded.refreshed_at, duration = excluded.duration, inserted = excluded.inserted,
+        updated = excluded.updated, deleted = excluded.deleted, correlation_id = excluded.correlation_id,
+        failures = 0, failed_at = NULL, retry_at = NULL, last_error = NULL;
+    UPDATE listener.dead_letter d SET status = 'resolved', closed_at = clock_timestamp()
+    WHERE d.view_id = managed.id AND d.tenant = tenant_key AND d.status = 'open';
+    outcome := 'refreshed';
+END
+$function$;
+
+-- The same for a tenant that is passed as uuid or bigint: PostgreSQL casts neither to text by itself.
+CREATE OR REPLACE FUNCTION listener.refresh(
+    view text, tenant_id uuid,
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
+LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::text) $function$;
+CREATE OR REPLACE FUNCTION listener.refresh(
+    view text, tenant_id bigint,
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
+LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::text) $function$;
+
+-- refresh_materialized_view_for_tenant(tenant_id, view_name): refresh() under the name, and with the order of
+-- arguments, that callers of a home-made refresh function expect. Returns the outcome.
+CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id text, view_name text) RETURNS text
+LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id) $function$;
+CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id uuid, view_name text) RETURNS text
+LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::text) $function$;
+CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id bigint, view_name text) RETURNS text
+LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::text) $function$;
+
+-- tenants(view): the tenants of a view as text: what its tenants query lists, the keys, and the target's own.
+CREATE OR REPLACE FUNCTION listener.tenants(view text) RETURNS SETOF text
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+BEGIN
+    RETURN QUERY EXECUTE format(
+        'SELECT t.tenant FROM listener.%I t WHERE t.tenant <> '''' UNION SELECT k.tenant FROM listener.dirty_key k
+         WHERE k.view_id = $1 AND k.tenant <> '''' UNION SELECT t.%I::text FROM %I.%I t',
+        'tenants_' || managed.id, managed.tenant_column, managed.target_schema, managed.target_name) USING managed.id;
+END
+$function$;
+
+-- expand(view): writes "all tenants" out: logs a change of the view for each of its tenants. It is the refresh of the
+-- key of tenant '', with the same proof: the version is read before the tenants are listed.
+--   outcome 'expanded', with the number of tenants; 'busy'; 'paused'
+-- Reads the tenants query and dirty_key; writes change_log and refresh_state.
+CREATE OR REPLACE FUNCTION listener.expand(view text, OUT outcome text, OUT tenants bigint)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    started timestamptz := clock_timestamp();
+    key listener.dirty_key;
+BEGIN
+    PERFORM listener.require_read_committed('listener.expand()');
+    IF managed.paused_at IS NOT NULL THEN
+        outcome := 'paused';
+        RETURN;
+    END IF;
+    IF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, '')) THEN
+        outcome := 'busy';
+        RETURN;
+    END IF;
+    SELECT k.* INTO key FROM listener.dirty_key k WHERE k.view_id = managed.id AND k.tenant = '';
+    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
+    SELECT pg_current_xact_id(), coalesce(key.dirty_since, started), managed.id, t.tenant
+    FROM listener.tenants(managed.name) AS t (tenant);
+    GET DIAGNOSTICS tenants = ROW_COUNT;
+    INSERT INTO listener.refresh_state AS r
+        (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, correlation_id)
+    VALUES (managed.id, '', coalesce(key.version, 0), started, clock_timestamp(), clock_timestamp() - started, tenants,
+            key.correlation_id)
+    ON CONFLICT (view_id, tenant) DO UPDATE SET
+        refreshed_version = excluded.refreshed_version, started_at = excluded.started_at,
+        refreshed_at = excluded.refreshed_at, duration = excluded.duration, inserted = excluded.inserted,
+        correlation_id = excluded.correlation_id, failures = 0, failed_at = NULL, retry_at = NULL, last_error = NULL;
+    UPDATE listener.dead_letter d SET status = 'resolved', closed_at = clock_timestamp()
+    WHERE d.view_id = managed.id AND d.tenant = '' AND d.status = 'open';
+    outcome := 'expanded';
+END
+$function$;

@@ -1,0 +1,135 @@
+-- What is fresh, and why not.
+
+-- unconsumed(): the log rows that no drain has folded in yet, by the rule of drain().
+CREATE OR REPLACE FUNCTION listener.unconsumed() RETURNS SETOF listener.change_log
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+DECLARE
+    last_drain listener.drain_log;
+    seen_below xid8;
+BEGIN
+    SELECT l.* INTO last_drain FROM listener.drain_log l ORDER BY l.id DESC LIMIT 1;
+    seen_below := coalesce(pg_snapshot_xmax(last_drain.snapshot), '0');
+    RETURN QUERY
+    SELECT c.* FROM listener.change_log c WHERE c.xid >= seen_below
+    UNION ALL
+    SELECT c.* FROM listener.change_log c
+    WHERE c.xid = ANY (ARRAY(SELECT i.xid FROM (SELECT pg_snapshot_xip(last_drain.snapshot) AS xid
+                                                UNION SELECT last_drain.xid) i WHERE i.xid < seen_below));
+END
+$function$;
+
+-- is_stale(view_id, tenant): whether a change of this key is known that its target does not show yet: logged and not
+-- drained, drained and not refreshed, or marked for all tenants and not written out.
+CREATE OR REPLACE FUNCTION listener.is_stale(view_id integer, tenant text) RETURNS boolean
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT EXISTS (
+        SELECT FROM listener.dirty_key k
+        LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+        WHERE k.view_id = $1 AND k.tenant IN ($2, '') AND r.refreshed_version IS DISTINCT FROM k.version
+    ) OR EXISTS (
+        SELECT FROM listener.unconsumed() c
+        WHERE c.tenant IN ($2, '')
+          AND (c.view_id = $1 OR c.source_id IN (SELECT s.source_id FROM listener.view_source s WHERE s.view_id = $1))
+    )
+$function$;
+
+-- freshness: one row per refresh key that was ever dirty or refreshed. Ages are as of now, by the server's clock.
+CREATE OR REPLACE VIEW listener.freshness AS
+SELECT v.name AS view_name, coalesce(k.tenant, r.tenant) AS tenant_id,
+       CASE WHEN v.paused_at IS NOT NULL THEN 'paused'
+            WHEN d.id IS NOT NULL THEN 'quarantined'
+            WHEN r.failures > 0 THEN 'failing'
+            WHEN k.version IS DISTINCT FROM r.refreshed_version AND k.version IS NOT NULL THEN 'dirty'
+            ELSE 'fresh' END AS status,
+       k.version, r.refreshed_version,
+       CASE WHEN k.version IS DISTINCT FROM r.refreshed_version THEN k.dirty_since END AS dirty_since,
+       k.last_change_at, r.refreshed_at,
+       CASE WHEN k.version IS DISTINCT FROM r.refreshed_version
+            THEN greatest(k.last_change_at, least(k.last_change_at + v.quiet_period, k.dirty_since + v.max_wait),
+                          r.retry_at) END AS due_at,
+       r.duration, r.inserted, r.updated, r.deleted, r.failures, r.retry_at, r.last_error,
+       coalesce(k.correlation_id, r.correlation_id) AS correlation_id, k.app_correlation_id
+FROM listener.dirty_key k
+FULL JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+JOIN listener.managed_view v ON v.id = coalesce(k.view_id, r.view_id)
+LEFT JOIN listener.dead_letter d ON d.view_id = v.id AND d.tenant = coalesce(k.tenant, r.tenant) AND d.status = 'open'
+WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS DISTINCT FROM r.refreshed_version;
+
+-- compare(view, tenant_id): the target against its definition for one tenant, exactly, in one snapshot.
+--   missing, extra: rows that only the definition, only the target has; held: rows of the target
+--   stale: whether a known change explains a difference
+-- Runs as refresh() runs. Raises what refresh() raises, apart from LSN04.
+CREATE OR REPLACE FUNCTION listener.compare(
+    view text, tenant_id text, OUT missing bigint, OUT extra bigint, OUT held bigint, OUT stale boolean)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET TimeZone = 'UTC'
+SET DateStyle = 'ISO, YMD'
+SET IntervalStyle = 'postgres'
+SET extra_float_digits = 1
+SET plan_cache_mode = force_custom_plan
+SET jit = off
+AS $function$
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
+    comparison text := listener.comparison_statement(managed);
+    callers_tenant text := current_setting('app.current_tenant_id', true);
+    callers_context text := current_setting('app.execution_context', true);
+BEGIN
+    PERFORM set_config('app.current_tenant_id', tenant_key, true),
+            set_config('app.execution_context', 'worker', true),
+            set_config('TimeZone', managed.time_zone, true),
+            set_config('search_path', managed.search_path, true);
+    EXECUTE comparison INTO missing, extra, held, stale USING tenant_key, true;
+    PERFORM pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
+            pg_catalog.set_config('app.execution_context', callers_context, true);
+END
+$function$;
+
+-- explain_key(view, tenant_id): what is known of one key, for "why is this stale?". Ages in seconds.
+CREATE OR REPLACE FUNCTION listener.explain_key(
+    view text, tenant_id text,
+    OUT view_name text, OUT tenant text, OUT paused boolean, OUT undrained bigint, OUT oldest_undrained_age float8,
+    OUT version bigint, OUT refreshed_version bigint, OUT dirty_age float8, OUT due_in float8, OUT refreshed_age float8,
+    OUT all_tenants_pending boolean, OUT failures integer, OUT retry_in float8, OUT last_error text,
+    OUT letter_id uuid, OUT lock_holder integer, OUT lock_holder_query text, OUT drain_holder integer,
+    OUT correlation_id text, OUT oldest_transaction_age float8)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    key bigint;
+    now_at timestamptz := clock_timestamp();
+BEGIN
+    view_name := managed.name;
+    tenant := listener.canonical_tenant(tenant_id, managed.tenant_type);
+    paused := managed.paused_at IS NOT NULL;
+    SELECT count(*), extract(epoch FROM now_at - min(c.changed_at)) INTO undrained, oldest_undrained_age
+    FROM listener.unconsumed() c
+    WHERE c.tenant IN (explain_key.tenant, '') AND (c.view_id = managed.id OR c.source_id IN (
+        SELECT s.source_id FROM listener.view_source s WHERE s.view_id = managed.id));
+    SELECT f.version, f.refreshed_version, extract(epoch FROM now_at - f.dirty_since),
+           extract(epoch FROM f.due_at - now_at), extract(epoch FROM now_at - f.refreshed_at),
+           f.failures, extract(epoch FROM f.retry_at - now_at), f.last_error, f.correlation_id
+    INTO version, refreshed_version, dirty_age, due_in, refreshed_age, failures, retry_in, last_error, correlation_id
+    FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = explain_key.tenant;
+    all_tenants_pending := EXISTS (SELECT FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = '');
+    SELECT d.id INTO letter_id FROM listener.dead_letter d
+    WHERE d.view_id = managed.id AND d.tenant = explain_key.tenant AND d.status = 'open';
+    key := listener.lock_key(managed.id, tenant);
+    SELECT l.pid, a.query INTO lock_holder, lock_holder_query
+    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = (
+              SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+      AND (l.classid::bigint << 32 | l.objid::bigint) = key LIMIT 1;
+    key := listener.lock_key(0, '');
+    SELECT l.pid INTO drain_holder FROM pg_locks l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = (
+              SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+      AND (l.classid::bigint << 32 | l.objid::bigint) = key LIMIT 1;
+    SELECT extract(epoch FROM now_at - min(a.xact_start)) INTO oldest_transaction_age
+    FROM pg_stat_activity a WHERE a.pid <> pg_backend_pid() AND a.backend_xid IS NOT NULL;
+END
+$function$;

@@ -1,0 +1,228 @@
+-- Managed views: made, dropped, paused, resumed. All of these act as the role that owns the schema.
+
+-- create_view(...): registers a query as a managed view.
+--   name            the target table that dashboards read, with or without a schema; it must not exist yet
+--   query           any SELECT that returns the tenant column; row-level security binds it, so it needs no predicate
+--   key_columns     the columns that tell two rows of one tenant apart; they may be NULL
+--   tenant_column   of type uuid, text, varchar, bigint or integer
+--   tenants_query   one column: every tenant there is; required where a source has row-level security
+--   depends_on      the tables that functions in the query read ('{}': none)
+--   quiet_period, max_wait, edge   the window: default 250 ms, 2 s, leading
+--   max_age         refresh each key at least so often: for queries that depend on the time
+--   timezone        the time zone that the query is computed in
+--   target_rls      row-level security on the target, by app.current_tenant_id
+-- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
+-- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
+-- Raises LSN03 with a hint where the query or the privileges do not allow it.
+CREATE OR REPLACE FUNCTION listener.create_view(
+    name text, query text, key_columns name[], tenant_column name DEFAULT 'tenant_id',
+    tenants_query text DEFAULT NULL, depends_on regclass[] DEFAULT NULL,
+    quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
+    max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', target_rls boolean DEFAULT false)
+RETURNS void
+LANGUAGE plpgsql AS $function$
+#variable_conflict use_variable
+DECLARE
+    previous_role text;
+    parts text[];
+    view listener.managed_view;
+    definition regclass;
+    target regclass;
+    source_ids integer[];
+    keys name[];
+BEGIN
+    previous_role := listener.become_owner();
+    IF name IS NULL OR query IS NULL OR key_columns IS NULL OR tenant_column IS NULL THEN
+        RAISE EXCEPTION 'name, query, key_columns and tenant_column must be given' USING ERRCODE = 'LSN02';
+    END IF;
+    BEGIN
+        parts := pg_catalog.parse_ident(name);
+    EXCEPTION WHEN OTHERS THEN
+        RAISE EXCEPTION 'view name % is no valid name: %', pg_catalog.quote_literal(name), SQLERRM USING ERRCODE = 'LSN02',
+            HINT = 'Names that are not lower case or hold other characters go in double quotes.';
+    END;
+    IF pg_catalog.cardinality(parts) > 2 OR pg_catalog.octet_length(parts[pg_catalog.cardinality(parts)]) > 63 THEN
+        RAISE EXCEPTION 'view name % must be name or schema.name, each at most 63 bytes', name USING ERRCODE = 'LSN02';
+    END IF;
+    view.target_name := parts[pg_catalog.cardinality(parts)];
+    view.target_schema := CASE WHEN pg_catalog.cardinality(parts) = 2 THEN parts[1] ELSE current_schema() END;
+    IF pg_catalog.to_regclass(pg_catalog.format('%I.%I', view.target_schema, view.target_name)) IS NOT NULL THEN
+        RAISE EXCEPTION '%.% already exists', view.target_schema, view.target_name
+            USING ERRCODE = 'LSN03', HINT = 'Choose another name, or drop it first.';
+    END IF;
+    -- The short name where it is free, so that commands and metrics read as people speak of the view.
+    view.name := CASE WHEN EXISTS (SELECT FROM listener.managed_view v WHERE v.name = view.target_name::text)
+                      THEN view.target_schema || '.' || view.target_name ELSE view.target_name END;
+    view.query := query;
+    view.tenant_column := tenant_column;
+    -- The tenant column belongs to the key: without it two tenants' rows could collide.
+    SELECT pg_catalog.array_agg(k.key ORDER BY k.ord) INTO keys
+    FROM (SELECT DISTINCT ON (u.key) u.key, u.ord
+          FROM pg_catalog.unnest(ARRAY[tenant_column] || key_columns) WITH ORDINALITY AS u (key, ord)
+          ORDER BY u.key, u.ord) k;
+    view.key_columns := keys;
+    view.tenants_query := tenants_query;
+    view.depends_on := depends_on::text[];
+    view.quiet_period := coalesce(quiet_period, '250 ms');
+    view.max_wait := coalesce(max_wait, greatest('2 s', view.quiet_period));
+    view.edge := coalesce(edge, 'leading');
+    view.max_age := max_age;
+    view.time_zone := timezone;
+    view.target_rls := target_rls;
+    PERFORM listener.check_window(view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone);
+    -- The creator's path, as it resolves now; pg_temp last, or a session's own table could stand in for a real one.
+    SELECT coalesce(pg_catalog.string_agg(pg_catalog.quote_ident(s.schema), ', ' ORDER BY s.ord) || ', ', '') || 'pg_temp'
+    INTO view.search_path
+    FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) WITH ORDINALITY AS s (schema, ord);
+
+    view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
+    definition := listener.create_definition(view.id, query, tenants_query);
+    view.tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
+    SELECT r.source_ids, r.tenant_secured INTO source_ids, view.tenant_secured
+    FROM listener.register_sources(definition, tenant_column, depends_on) r;
+    IF tenants_query IS NULL THEN
+        PERFORM listener.create_default_tenants(view.id, tenant_column, source_ids);
+    END IF;
+    target := listener.create_target(view, definition);
+    view.difference := listener.difference_statement(view);
+    view.fingerprint := listener.fingerprint(definition);
+    view.created_at := pg_catalog.clock_timestamp();
+    INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
+    INSERT INTO listener.view_source SELECT view.id, s FROM pg_catalog.unnest(source_ids) s;
+    -- Last, so that writers wait for as little as can be.
+    PERFORM listener.attach_capture(source_ids);
+    PERFORM listener.mark_all_dirty(view.id);
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- check_window(...): raises LSN02 where a window makes no sense.
+CREATE OR REPLACE FUNCTION listener.check_window(
+    quiet_period interval, max_wait interval, edge text, max_age interval, time_zone text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    wrong text := CASE
+        WHEN quiet_period < '0' THEN 'quiet_period must not be negative'
+        WHEN max_wait < quiet_period THEN format('max_wait (%s) must not be shorter than quiet_period (%s)', max_wait, quiet_period)
+        WHEN edge NOT IN ('leading', 'trailing') THEN format('edge must be leading or trailing, not %s', edge)
+        WHEN max_age <= '0' THEN 'max_age must be longer than 0'
+        WHEN NOT EXISTS (SELECT FROM pg_timezone_names t WHERE lower(t.name) = lower(time_zone))
+            THEN format('there is no time zone %L', time_zone) END;
+BEGIN
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION '%', wrong USING ERRCODE = 'LSN02';
+    END IF;
+END
+$function$;
+
+-- set_window(view, ...): changes a view's window; NULL leaves a value as it is. A running service takes it over with
+-- the next change or sweep.
+CREATE OR REPLACE FUNCTION listener.set_window(
+    view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
+    max_age interval DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+BEGIN
+    PERFORM listener.check_window(
+        coalesce(set_window.quiet_period, managed.quiet_period), coalesce(set_window.max_wait, managed.max_wait),
+        coalesce(set_window.edge, managed.edge), coalesce(set_window.max_age, managed.max_age), managed.time_zone);
+    UPDATE listener.managed_view v SET
+        quiet_period = coalesce(set_window.quiet_period, v.quiet_period),
+        max_wait = coalesce(set_window.max_wait, v.max_wait),
+        edge = coalesce(set_window.edge, v.edge),
+        max_age = coalesce(set_window.max_age, v.max_age)
+    WHERE v.id = managed.id;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, and the
+-- triggers of tables that no other view reads.
+CREATE OR REPLACE FUNCTION listener.drop_view(view text, keep_target boolean DEFAULT false) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+    orphan integer;
+BEGIN
+    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || managed.id);
+    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'definition_' || managed.id);
+    IF NOT keep_target THEN
+        EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);
+    END IF;
+    DELETE FROM listener.managed_view v WHERE v.id = managed.id;
+    DELETE FROM listener.dirty_key k WHERE k.view_id = managed.id;
+    DELETE FROM listener.refresh_state r WHERE r.view_id = managed.id;
+    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = pg_catalog.clock_timestamp()
+    WHERE d.view_id = managed.id AND d.status = 'open';
+    FOR orphan IN SELECT s.id FROM listener.source s
+                  WHERE NOT s.explicit AND NOT EXISTS (SELECT FROM listener.view_source w WHERE w.source_id = s.id)
+    LOOP
+        PERFORM listener.detach_capture(orphan);
+        DELETE FROM listener.source s WHERE s.id = orphan;
+    END LOOP;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- pause(view, capture): stops refreshing a view, or all of them where view is NULL. Changes go on being captured, and
+-- are refreshed after resume(). With capture => true (for all views only) the triggers are disabled as well, and the
+-- application's writes cost what they cost without this schema.
+CREATE OR REPLACE FUNCTION listener.pause(view text DEFAULT NULL, capture boolean DEFAULT false) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed_id integer := CASE WHEN view IS NOT NULL THEN (listener.find_view(view)).id END;
+BEGIN
+    IF capture AND view IS NOT NULL THEN
+        RAISE EXCEPTION 'capture can be paused for all views only: sources are shared' USING ERRCODE = 'LSN02';
+    END IF;
+    UPDATE listener.managed_view v SET paused_at = coalesce(v.paused_at, pg_catalog.clock_timestamp())
+    WHERE managed_id IS NULL OR v.id = managed_id;
+    IF capture THEN
+        PERFORM listener.switch_capture(false);
+    END IF;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- resume(view): takes up refreshing again; where capture was paused, enables the triggers and marks every tenant of
+-- every view dirty, since nobody knows what was missed.
+CREATE OR REPLACE FUNCTION listener.resume(view text DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed_id integer := CASE WHEN view IS NOT NULL THEN (listener.find_view(view)).id END;
+BEGIN
+    UPDATE listener.managed_view v SET paused_at = NULL WHERE managed_id IS NULL OR v.id = managed_id;
+    IF EXISTS (SELECT FROM listener.source s WHERE s.capture_paused) THEN
+        PERFORM listener.switch_capture(true);
+        PERFORM listener.mark_all_dirty(v.id) FROM listener.managed_view v;
+    END IF;
+    PERFORM pg_catalog.pg_notify('listener_changes', '{"tenant_id": null, "source": "listener"}');
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- switch_capture(on): enables (ALWAYS) or disables the capture triggers of every source.
+CREATE OR REPLACE FUNCTION listener.switch_capture("on" boolean) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    attached record;
+    previous_timeout text := current_setting('lock_timeout');
+BEGIN
+    PERFORM set_config('lock_timeout', '2s', true);
+    FOR attached IN
+        SELECT g.tgrelid::regclass AS relation, g.tgname
+        FROM listener.source s JOIN pg_trigger g ON g.tgfoid = to_regproc('listener.capture_' || s.id)::oid
+        ORDER BY g.tgrelid, g.tgname
+    LOOP
+        EXECUTE format(CASE WHEN "on" THEN 'ALTER TABLE %s ENABLE ALWAYS TRIGGER %I' ELSE 'ALTER TABLE %s DISABLE TRIGGER %I' END,
+                       attached.relation, attached.tgname);
+    END LOOP;
+    UPDATE listener.source SET capture_paused = NOT "on";
+    PERFORM set_config('lock_timeout', previous_timeout, true);
+END
+$function$;

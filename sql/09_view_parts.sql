@@ -1,0 +1,172 @@
+-- The steps of create_view, each with what it refuses.
+
+-- create_definition(view_id, query, tenants_query): makes listener.definition_<id>, and listener.tenants_<id> where a
+-- tenants query is given. The query stands in parentheses, so that it is one SELECT and nothing after it.
+-- Returns the definition. Raises LSN03 with the parser's own message.
+CREATE OR REPLACE FUNCTION listener.create_definition(view_id integer, query text, tenants_query text)
+RETURNS regclass
+LANGUAGE plpgsql AS $function$
+BEGIN
+    BEGIN
+        EXECUTE pg_catalog.format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
+                                  'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\t'));
+    EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR undefined_object
+                OR invalid_schema_name OR data_exception OR invalid_table_definition THEN
+        RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
+            HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
+                        ELSE 'It must be one SELECT that can stand in a view.' END;
+    END;
+    IF tenants_query IS NOT NULL THEN
+        BEGIN
+            EXECUTE pg_catalog.format(
+                E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',
+                'tenants_' || view_id, pg_catalog.rtrim(tenants_query, E'; \n\t'));
+        EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported THEN
+            RAISE EXCEPTION 'the tenants query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
+                HINT = 'It must be one SELECT of one column, for example SELECT id FROM tenants.';
+        END;
+    END IF;
+    RETURN pg_catalog.to_regclass('listener.definition_' || view_id);
+END
+$function$;
+
+-- create_default_tenants(view_id, tenant_column, source_ids): the tenants of the definition's own rows, for sources
+-- that the service can read whole. Raises LSN03 where row-level security would hide them.
+CREATE OR REPLACE FUNCTION listener.create_default_tenants(view_id integer, tenant_column name, source_ids integer[])
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    secured text := (SELECT string_agg(t.relation::text, ', ') FROM unnest(source_ids) s (id)
+                     CROSS JOIN LATERAL listener.capture_tables(s.id) t (relation)
+                     JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity);
+BEGIN
+    IF secured IS NOT NULL THEN
+        RAISE EXCEPTION 'the tenants cannot be listed: row-level security hides the rows of %', secured
+            USING ERRCODE = 'LSN03',
+                  HINT = 'Give tenants_query, a query that the service may read, for example SELECT id FROM tenants.';
+    END IF;
+    EXECUTE format('CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT DISTINCT d.%I::text AS tenant FROM listener.%I d',
+                   'tenants_' || view_id, tenant_column, 'definition_' || view_id);
+END
+$function$;
+
+-- check_columns(definition, tenant_column, key_columns): the type of the tenant column. Raises LSN03 where a column
+-- is missing, the tenant's type is not supported, or a key column's type cannot be indexed.
+CREATE OR REPLACE FUNCTION listener.check_columns(definition regclass, tenant_column name, key_columns name[])
+RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    missing text;
+    tenant_type text;
+BEGIN
+    SELECT string_agg(quote_ident(k.key), ', ') INTO missing FROM unnest(key_columns) k (key)
+    WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = definition AND a.attname = k.key AND a.attnum > 0);
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION 'the query returns no column %', missing USING ERRCODE = 'LSN03',
+            HINT = 'It returns ' || (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum)
+                                     FROM pg_attribute a WHERE a.attrelid = definition AND a.attnum > 0)
+                   || format('; it must return the tenant column (%I) and the key columns.', tenant_column);
+    END IF;
+    SELECT CASE WHEN a.atttypid = 'varchar'::regtype THEN 'text' ELSE format_type(a.atttypid, NULL) END
+    INTO tenant_type FROM pg_attribute a WHERE a.attrelid = definition AND a.attname = tenant_column;
+    IF tenant_type NOT IN ('uuid', 'text', 'bigint', 'integer') THEN
+        RAISE EXCEPTION 'tenant column % is of type %', tenant_column, tenant_type USING ERRCODE = 'LSN03',
+            HINT = 'Supported are uuid, text, varchar, bigint and integer: cast it in the query.';
+    END IF;
+    SELECT string_agg(format('%I (%s)', a.attname, format_type(a.atttypid, a.atttypmod)), ', ') INTO missing
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = definition AND a.attname = ANY (key_columns) AND t.typtype = 'b' AND t.typcategory <> 'A'
+      AND NOT EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod AND m.amname = 'btree'
+                      WHERE o.opcdefault AND (o.opcintype = a.atttypid
+                            OR EXISTS (SELECT FROM pg_cast x WHERE x.castsource = a.atttypid
+                                       AND x.casttarget = o.opcintype AND x.castmethod = 'b')));
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION 'key columns must have an order: %', missing USING ERRCODE = 'LSN03',
+            HINT = 'Choose other key columns, or cast these to text in the query.';
+    END IF;
+    RETURN tenant_type;
+END
+$function$;
+
+-- register_sources(definition, tenant_column, depends_on): registers every table that the definition reads.
+--   source_ids; tenant_secured: row-level security is forced on each that has tenants
+-- A table with a column of the tenant column's name is a tenant's; one without, unless add_source named its column,
+-- is shared by all tenants. Raises LSN03 for a function that may hide a table, or for a missing privilege.
+CREATE OR REPLACE FUNCTION listener.register_sources(
+    definition regclass, tenant_column name, depends_on regclass[], OUT source_ids integer[], OUT tenant_secured boolean)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    service_role name := (SELECT i.service_role FROM listener.installation i);
+    hiding text;
+    denied text;
+    shared text;
+BEGIN
+    SELECT string_agg(f.funcid::regprocedure::text, ', ') INTO hiding FROM listener.hiding_functions(definition) f;
+    IF hiding IS NOT NULL AND depends_on IS NULL THEN
+        RAISE EXCEPTION 'the query calls %, which may read tables that the catalog does not show', hiding
+            USING ERRCODE = 'LSN03',
+                  HINT = 'Name them: depends_on => ''{table, …}'', or ''{}'' when it reads none.';
+    END IF;
+    SELECT string_agg(format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %I',
+                             n.nspname, service_role, r.relid::regclass, service_role), '; ') INTO denied
+    FROM listener.reads(definition) r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE NOT has_any_column_privilege(service_role, r.relid, 'SELECT')
+       OR NOT has_schema_privilege(service_role, n.oid, 'USAGE');
+    IF denied IS NOT NULL THEN
+        RAISE EXCEPTION 'role % may not read what the query reads', service_role
+            USING ERRCODE = 'LSN03', HINT = denied || ';';
+    END IF;
+    SELECT array_agg(listener.register_source(t.relid::regclass, t.tenant_column, false) ORDER BY t.relid),
+           coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL), false),
+           string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.tenant_column IS NULL)
+    INTO source_ids, tenant_secured, shared
+    FROM (
+        SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured,
+               CASE WHEN known.explicit THEN known.tenant_column ELSE a.attname END AS tenant_column
+        FROM pg_class c
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = register_sources.tenant_column
+                                AND a.attnum > 0 AND NOT a.attisdropped
+        LEFT JOIN listener.source known ON known.schema_name = n.nspname AND known.table_name = c.relname
+        WHERE c.oid IN (SELECT r.relid FROM listener.reads(definition) r WHERE r.relkind <> 'v'
+                        UNION SELECT d FROM unnest(depends_on) d)
+    ) t;
+    IF shared IS NOT NULL THEN
+        RAISE NOTICE '% has no column %: a change to it refreshes every tenant', shared, tenant_column;
+    END IF;
+END
+$function$;
+
+-- create_target(view, definition): the table that holds the result, empty, with the key as its only unique index.
+CREATE OR REPLACE FUNCTION listener.create_target(view listener.managed_view, definition regclass) RETURNS regclass
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    target text := format('%I.%I', view.target_schema, view.target_name);
+    service_role name := (SELECT i.service_role FROM listener.installation i);
+BEGIN
+    EXECUTE format('CREATE TABLE %s (LIKE listener.%I)', target, 'definition_' || view.id);
+    EXECUTE format('ALTER TABLE %s ALTER COLUMN %I SET NOT NULL', target, view.tenant_column);
+    -- Without a primary key (its columns could not be NULL), a publication FOR ALL TABLES would stop the refresh.
+    EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', target);
+    EXECUTE format('CREATE UNIQUE INDEX ON %s (%s) NULLS NOT DISTINCT', target,
+                   (SELECT string_agg(quote_ident(k.key), ', ' ORDER BY k.ord)
+                    FROM unnest(view.key_columns) WITH ORDINALITY AS k (key, ord)));
+    EXECUTE format('COMMENT ON TABLE %s IS %L', target,
+                   'Kept fresh by listener from listener.definition_' || view.id || '; not to be written by hand.');
+    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', target, service_role);
+    EXECUTE format('GRANT SELECT ON listener.%I, listener.%I TO %I',
+                   'definition_' || view.id, 'tenants_' || view.id, service_role);
+    IF NOT has_schema_privilege(service_role, view.target_schema, 'USAGE') THEN
+        RAISE EXCEPTION 'role % has no USAGE on schema %', service_role, view.target_schema USING ERRCODE = 'LSN03',
+            HINT = format('GRANT USAGE ON SCHEMA %I TO %I;', view.target_schema, service_role);
+    END IF;
+    IF view.target_rls THEN
+        EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', target);
+        EXECUTE format('CREATE POLICY listener_tenant ON %s USING (%I = nullif(current_setting(''app.current_tenant_id'', true), '''')::%s)',
+                       target, view.tenant_column, view.tenant_type);
+        -- The service lists the tenants of a target; what it writes stays bound to the one whose refresh it is.
+        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I USING (true)', target, service_role);
+    END IF;
+    RETURN target::regclass;
+END
+$function$;

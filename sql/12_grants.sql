@@ -1,0 +1,52 @@
+-- Who may do what. Nobody but the owner and the service's role has any right on this schema unless it is granted:
+-- GRANT USAGE ON SCHEMA listener, and EXECUTE or SELECT on what a role is to use.
+DO $grants$
+DECLARE
+    installed listener.installation;
+    computing regprocedure;
+    routine regprocedure;
+BEGIN
+    SELECT i.* INTO installed FROM listener.installation i;
+    FOR routine IN SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'listener'::regnamespace LOOP
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', routine);
+    END LOOP;
+    IF installed.service_role = installed.owner_role THEN
+        RETURN;
+    END IF;
+    EXECUTE format('GRANT USAGE ON SCHEMA listener TO %I', installed.service_role);
+    EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA listener TO %I', installed.service_role);
+    EXECUTE format('GRANT INSERT, UPDATE ON listener.dirty_key, listener.refresh_state, listener.dead_letter TO %I', installed.service_role);
+    EXECUTE format('GRANT INSERT ON listener.drain_log, listener.change_log TO %I', installed.service_role);
+    EXECUTE format('GRANT DELETE ON listener.drain_log, listener.change_log, listener.dead_letter TO %I', installed.service_role);
+    FOREACH routine IN ARRAY ARRAY[
+        'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.require_read_committed(text)',
+        'listener.lock_key(integer, text)', 'listener.drain()', 'listener.fold_restored_log()',
+        'listener.pending_keys(boolean)', 'listener.images(regclass)',
+        'listener.comparison_statement(listener.managed_view)', 'listener.refresh(text, text)',
+        'listener.refresh(text, uuid)', 'listener.refresh(text, bigint)',
+        'listener.refresh_materialized_view_for_tenant(text, text)',
+        'listener.refresh_materialized_view_for_tenant(uuid, text)',
+        'listener.refresh_materialized_view_for_tenant(bigint, text)', 'listener.tenants(text)',
+        'listener.expand(text)', 'listener.unconsumed()', 'listener.is_stale(integer, text)',
+        'listener.compare(text, text)', 'listener.explain_key(text, text)',
+        'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
+        'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
+        'listener.purge(interval)', 'listener.changed_definitions()', 'listener.readiness()']::regprocedure[]
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
+    END LOOP;
+    -- These run with the rights of the service's role, whoever calls: it owns them. An owner needs CREATE on the
+    -- schema at the moment of the hand-over, and must not keep it.
+    EXECUTE format('GRANT CREATE ON SCHEMA listener TO %I', installed.service_role);
+    FOREACH computing IN ARRAY ARRAY[
+        'listener.drain()', 'listener.pending_keys(boolean)', 'listener.refresh(text, text)', 'listener.tenants(text)',
+        'listener.expand(text)', 'listener.unconsumed()', 'listener.is_stale(integer, text)',
+        'listener.compare(text, text)', 'listener.explain_key(text, text)', 'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
+        'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
+        'listener.purge(interval)']::regprocedure[]
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
+    END LOOP;
+    EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);
+END
+$grants$;
