@@ -1,0 +1,59 @@
+"""The command line. Every command reads LISTENER_DATABASE_URL; a failure is one line on stderr and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import psycopg
+import typer
+
+from listener import __version__, console, errors
+from listener.cli import act, letters, look, setup
+from listener.cli.session import app
+from listener.version import commit
+
+__all__ = ["act", "app", "letters", "look", "main", "setup"]
+
+
+def main() -> None:
+    """Entry point: turns the errors that a user can mend into one line."""
+    try:
+        app(standalone_mode=True)
+    except errors.ListenerError as error:
+        console.error(str(error))
+        sys.exit(1)
+    except psycopg.Error as error:
+        console.error(str(errors.from_database(error)))
+        sys.exit(1)
+    except ExceptionGroup as group:
+        leaves = _leaves(group)
+        known = [e for e in leaves if isinstance(e, errors.ListenerError | psycopg.Error)]
+        if len(known) != len(leaves):
+            raise
+        for error in known:
+            console.error(str(errors.from_database(error) if isinstance(error, psycopg.Error) else error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    return [
+        leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])
+    ]
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.out.print(f"listener {__version__} ({commit()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,123 @@
+"""Dead letters: list, show, retry, discard."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import psycopg
+import typer
+
+from listener import console, dead_letters, errors, operations
+from listener.cli.session import Connection, Json, app, with_connection
+
+letters_app = typer.Typer(
+    no_args_is_help=True, help="Refreshes that failed again and again: list, show, retry, discard."
+)
+app.add_typer(letters_app, name="dead-letters")
+
+OneLetter = Annotated[str | None, typer.Argument(metavar="[ID]", help="a letter's id")]
+OfView = Annotated[str | None, typer.Option("--view", help="letters of this view")]
+OfTenant = Annotated[str | None, typer.Option("--tenant", help="letters of this tenant")]
+All = Annotated[bool, typer.Option("--all", help="every open letter")]
+
+
+@letters_app.command("list")
+def list_letters(
+    view: OfView = None,
+    tenant: OfTenant = None,
+    closed: Annotated[bool, typer.Option("--closed", help="resolved and discarded ones too")] = False,
+    as_json: Json = False,
+) -> None:
+    """The open dead letters, newest first."""
+
+    async def act(connection: Connection) -> None:
+        rows = await dead_letters.letters(
+            connection, view=view, tenant=tenant, status=None if closed else "open"
+        )
+        if as_json:
+            console.print_json(rows)
+        elif rows:
+            columns = "id view_name tenant_id status error_type error_message retry_count failed_at".split()
+            console.out.print(console.table(rows, columns))
+        else:
+            console.out.print("no dead letters")
+
+    with_connection(act)
+
+
+@letters_app.command()
+def show(letter_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+    """One letter whole, with its traceback."""
+
+    async def act(connection: Connection) -> None:
+        (row,) = await _chosen(connection, letter_id, None, None, everything=False, status=None)
+        if as_json:
+            console.print_json(row)
+            return
+        for name, value in row.items():
+            console.out.print(
+                f"{name.replace('_', ' ')}: {value if value is not None else '-'}", markup=False
+            )
+
+    with_connection(act)
+
+
+@letters_app.command()
+def retry(
+    letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant = None, everything: All = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Refreshes the keys of these letters now, and shows what came of it; exit 1 where one failed again."""
+
+    async def act(connection: Connection) -> None:
+        rows = [await _retry(connection, letter) for letter in await _chosen(
+            connection, letter_id, view, tenant, everything=everything)]  # fmt: skip
+        console.print_json(rows) if as_json else console.out.print(console.table(rows, rows[0]))
+        if any(row["outcome"] != "refreshed" for row in rows):
+            raise typer.Exit(1)
+
+    with_connection(act)
+
+
+@letters_app.command()
+def discard(
+    letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant = None, everything: All = False
+) -> None:
+    """Closes these letters without a retry. A key that still fails gets a new one."""
+
+    async def act(connection: Connection) -> None:
+        chosen = await _chosen(connection, letter_id, view, tenant, everything=everything)
+        closed = [await dead_letters.discard(connection, letter["id"]) for letter in chosen]
+        console.out.print(f"{sum(closed)} discarded")
+
+    with_connection(act)
+
+
+async def _chosen(
+    connection: Connection,
+    letter_id: str | None,
+    view: str | None,
+    tenant: str | None,
+    *,
+    everything: bool,
+    status: str | None = "open",
+) -> list[dict[str, Any]]:
+    if not (letter_id or view or tenant or everything):
+        raise errors.SetupError("say which letters: an ID, --view, --tenant or --all.")
+    found = await dead_letters.letters(
+        connection, letter_id=letter_id, view=view, tenant=tenant, status=status
+    )
+    if not found:
+        raise errors.SetupError("there is no such letter.", hint="See: listener dead-letters list --closed")
+    return found
+
+
+async def _retry(connection: Connection, letter: dict[str, Any]) -> dict[str, Any]:
+    row = {"id": letter["id"], "view": letter["view_name"], "tenant_id": letter["tenant_id"]}
+    if letter["view_id"] is None:
+        return {**row, "outcome": "no key to retry: discard it", "rows": None}
+    try:
+        outcome = await operations.refresh_one(connection, letter["view_name"], letter["tenant_id"])
+    except psycopg.Error as error:
+        return {**row, "outcome": f"failed: {errors.from_database(error)}", "rows": None}
+    return {**row, "outcome": outcome.outcome, "rows": outcome.inserted + outcome.updated + outcome.deleted}

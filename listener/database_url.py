@@ -1,0 +1,34 @@
+"""Database URLs: libpq's form and SQLAlchemy's are both taken; what is shown never carries a password."""
+
+from __future__ import annotations
+
+import re
+
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
+from listener.errors import SetupError
+
+
+def libpq_url(url: str) -> str:
+    """`postgresql+psycopg://…` or `+asyncpg` as libpq takes it. Raises SetupError where it is no PostgreSQL URL."""
+    plain = re.sub(r"^postgres(?:ql)?(?:\+\w+)?://", "postgresql://", url)
+    try:
+        conninfo_to_dict(plain)
+    except ProgrammingError as error:
+        # libpq quotes the part it stumbled over, which can be the password.
+        raise SetupError(
+            "the database URL is malformed.", hint="Its form: postgresql://user@host:5432/database"
+        ) from error
+    return plain
+
+
+def sqlalchemy_url(url: str) -> str:
+    """The same URL for SQLAlchemy with the psycopg driver."""
+    return libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1)
+
+
+def describe(url: str) -> str:
+    """`user@host:port/database`, for people and log lines."""
+    parts = conninfo_to_dict(libpq_url(url))
+    return f"{parts.get('user', '')}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"

@@ -1,0 +1,123 @@
+"""Failures: backoff, quarantine, and what an operator does with a dead letter."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+
+from listener.errors import SECRET
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from psycopg import AsyncConnection
+
+    from listener.views import Change
+
+WORKER = f"{socket.gethostname()}:{os.getpid()}"
+# SQLSTATE classes of failures that pass by themselves; the others are the definition's or the data's.
+TRANSIENT = {"40": "conflict", "53": "resources", "55": "lock", "57": "cancelled"}
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """`attempts` before the dead letter; waits double from `base` to `cap`; a quarantined key is tried every `slow`."""
+
+    attempts: int
+    base: timedelta
+    cap: timedelta
+    slow: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What was recorded: failures in a row, seconds until the next attempt, the open letter if there is one."""
+
+    failures: int
+    retry_in: float
+    letter_id: str | None
+
+
+def error_type(error: psycopg.Error) -> str:
+    """`definition_error`, or what passes by itself: `conflict`, `resources`, `lock`, `cancelled`."""
+    if error.sqlstate in {"LSN01", "LSN02"}:
+        return "validation_error"
+    return TRANSIENT.get((error.sqlstate or "")[:2], "definition_error")
+
+
+async def record_failure(
+    connection: AsyncConnection[Any], change: Change, error: psycopg.Error, policy: RetryPolicy
+) -> Failure:
+    """Records a failed refresh, in a transaction of its own: the refresh took its record with it."""
+    message = SECRET.sub(r"\1***", " ".join(str(error).split()))
+    trace = SECRET.sub(r"\1***", "".join(traceback.format_exception(error)))
+    cursor = await connection.execute(
+        "SELECT failures, retry_in, letter_id::text"
+        " FROM listener.record_failure(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+        (
+            change.key.view_id,
+            change.key.tenant,
+            change.correlation_id,
+            error_type(error),
+            error.sqlstate,
+            type(error).__name__,
+            message,
+            trace,
+            WORKER,
+            policy.attempts,
+            policy.base,
+            policy.cap,
+            policy.slow,
+        ),
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return Failure(*row)
+
+
+async def record_refusal(
+    connection: AsyncConnection[Any], view: str, tenant: str, message: str, correlation_id: str | None = None
+) -> None:
+    """A dead letter for a call that named no valid key."""
+    await connection.execute(
+        "SELECT listener.record_refusal(%s, %s, %s, %s, %s)", (view, tenant, message, correlation_id, WORKER)
+    )
+
+
+async def letters(
+    connection: AsyncConnection[Any],
+    *,
+    letter_id: str | None = None,
+    view: str | None = None,
+    tenant: str | None = None,
+    status: str | None = "open",
+) -> list[DictRow]:
+    """Dead letters, newest first, narrowed by what is given; `status` None: closed ones too."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            """
+            SELECT d.id::text, d.view_name, d.tenant AS tenant_id, d.status, d.error_type, d.sqlstate,
+                   d.exception_class, d.error_message, d.retry_count, d.correlation_id, d.worker, d.failed_at,
+                   d.traceback, d.view_id
+            FROM listener.dead_letter d
+            WHERE (%(id)s::text IS NULL OR d.id::text = %(id)s)
+              AND (%(view)s::text IS NULL OR d.view_name = %(view)s)
+              AND (%(tenant)s::text IS NULL OR d.tenant = %(tenant)s)
+              AND (%(status)s::text IS NULL OR d.status = %(status)s)
+            ORDER BY d.failed_at DESC, d.id
+            """,
+            {"id": letter_id, "view": view, "tenant": tenant, "status": status},
+        )
+        return await cursor.fetchall()
+
+
+async def discard(connection: AsyncConnection[Any], letter_id: str) -> bool:
+    """Closes a letter without a retry; False where it was closed already."""
+    row = await (await connection.execute("SELECT listener.discard_letter(%s)", (letter_id,))).fetchone()
+    return bool(row and row[0])

@@ -1,0 +1,156 @@
+"""Debounce: which key is due when. A pure object: no clock, no I/O, `now` is an argument (seconds, monotonic).
+
+A key is due
+  edge = leading    as soon as its last refresh began at least `quiet_period` ago: at once when it was calm
+  edge = trailing   when it was quiet for `quiet_period`, or changed `max_wait` ago, whichever comes first
+and never before a retry that it waits for, nor within `quiet_period` of the start of its last refresh.
+
+Of the keys that are due, the one whose `max_wait` runs out first goes first, so a tenant that writes all the time
+cannot starve the others. Bulk keys (filling, shared tables) come after all others, but have every fourth turn, so
+that they cannot be starved either. While a key is being refreshed, changes to it are kept and not handed out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from heapq import heappop, heappush
+
+from listener.views import Change, RefreshKey
+
+BULK_TURN = 4
+
+
+def due_at(change: Change) -> float:
+    """The moment at which the key may be refreshed."""
+    window = change.window
+    if window.edge == "leading":
+        due = change.first_change
+    else:
+        due = min(change.last_change + window.quiet_period, change.first_change + window.max_wait)
+    if change.refresh_started is not None:
+        due = max(due, change.refresh_started + window.quiet_period)
+    return due if change.retry_at is None else max(due, change.retry_at)
+
+
+class Debouncer:
+    """The keys that wait for a refresh, and those that are being refreshed."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[RefreshKey, Change] = {}
+        self._running: set[RefreshKey] = set()
+        self._started: dict[RefreshKey, float] = {}
+        # Heap items stay where they are when a key changes. A timer counts if _timer_at still names it, a ready item
+        # if the key is still ready and of that heap.
+        self._timers: list[tuple[float, RefreshKey]] = []
+        self._timer_at: dict[RefreshKey, float] = {}
+        self._ready: dict[bool, list[tuple[float, RefreshKey]]] = {False: [], True: []}
+        self._is_ready: set[RefreshKey] = set()
+        self._turn = 0
+
+    def __len__(self) -> int:
+        """Keys waiting, whether due or not."""
+        return len(self._waiting)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._waiting or key in self._running
+
+    @property
+    def running(self) -> int:
+        """Keys handed out and not yet finished."""
+        return len(self._running)
+
+    def changed(self, change: Change) -> None:
+        """Takes a change in; several changes of a key become one, as old as the oldest of them."""
+        key = change.key
+        known = self._waiting.get(key)
+        started = max(
+            (s for s in (change.refresh_started, self._started.get(key)) if s is not None), default=None
+        )
+        if known is not None:
+            change = replace(
+                change,
+                first_change=min(known.first_change, change.first_change),
+                last_change=max(known.last_change, change.last_change),
+                version=max(known.version, change.version),
+                bulk=known.bulk and change.bulk,
+            )
+        self._wait(replace(change, refresh_started=started))
+
+    def take(self, now: float) -> Change | None:
+        """The next key to refresh, or None when none is due. It is running until finished() or again()."""
+        self._move_due(now)
+        self._turn += 1
+        bulk_first = self._turn % BULK_TURN == 0
+        for bulk in (bulk_first, not bulk_first):
+            heap = self._ready[bulk]
+            while heap:
+                _, key = heappop(heap)
+                if key not in self._is_ready or self._waiting[key].bulk is not bulk:
+                    continue
+                change = self._waiting[key]
+                del self._waiting[key]
+                self._is_ready.discard(key)
+                self._running.add(key)
+                self._started[key] = now
+                return change
+        return None
+
+    def next_due(self) -> float | None:
+        """When take() can next return something; None when nothing waits that is not running."""
+        return float("-inf") if self._is_ready else self._next_timer()
+
+    def finished(self, key: RefreshKey, version: int) -> None:
+        """The key was refreshed; `version` is reflected. A change that came meanwhile waits for its own turn."""
+        self._running.discard(key)
+        change = self._waiting.get(key)
+        if change is None or change.version <= version:
+            self._waiting.pop(key, None)
+        else:
+            self._wait(replace(change, refresh_started=self._started.get(key)))
+
+    def again(self, change: Change, retry_at: float) -> None:
+        """The key was not refreshed (busy, failed): it waits again, until `retry_at` at least."""
+        self._running.discard(change.key)
+        self.changed(replace(change, retry_at=retry_at))
+
+    def forget_starts(self, before: float) -> None:
+        """Forgets the starts of refreshes older than `before`, once no quiet period reaches back so far."""
+        self._started = {k: s for k, s in self._started.items() if s >= before or k in self._running}
+
+    def _wait(self, change: Change) -> None:
+        key = change.key
+        self._waiting[key] = change
+        if key in self._running:
+            return
+        if key in self._is_ready:
+            self._push_ready(change)
+        elif key not in self._timer_at or due_at(change) < self._timer_at[key]:
+            self._push_timer(change)
+
+    def _push_timer(self, change: Change) -> None:
+        self._timer_at[change.key] = due_at(change)
+        heappush(self._timers, (due_at(change), change.key))
+
+    def _push_ready(self, change: Change) -> None:
+        heappush(self._ready[change.bulk], (change.first_change + change.window.max_wait, change.key))
+
+    def _next_timer(self) -> float | None:
+        while self._timers:
+            due, key = self._timers[0]
+            if self._timer_at.get(key) == due:
+                change = self._waiting.get(key)
+                if change is not None and key not in self._running:
+                    if due_at(change) <= due:
+                        return due
+                    self._push_timer(change)
+                    continue
+                del self._timer_at[key]
+            heappop(self._timers)
+        return None
+
+    def _move_due(self, now: float) -> None:
+        while (due := self._next_timer()) is not None and due <= now:
+            _, key = heappop(self._timers)
+            del self._timer_at[key]
+            self._is_ready.add(key)
+            self._push_ready(self._waiting[key])

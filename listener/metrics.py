@@ -1,0 +1,49 @@
+"""What /metrics shows. No tenant id is ever a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
+
+
+class Metrics:
+    """The metrics of one service, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.changes_drained = Counter("listener_changes_drained", "Change log rows drained.", registry=r)
+        self.refreshes = Counter(
+            "listener_refreshes", "Refreshes by outcome.", ["view", "outcome"], registry=r
+        )
+        self.refresh_duration = Histogram(
+            "listener_refresh_duration_seconds", "Time of one refresh.", ["view"], buckets=SECONDS, registry=r
+        )
+        self.staleness = Histogram(
+            "listener_staleness_seconds",
+            "From when the oldest change included could be seen to after the refresh's commit.",
+            ["view"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        self.dirty_keys = Gauge(
+            "listener_dirty_keys", "Keys with a change that is not shown.", ["view"], registry=r
+        )
+        self.oldest_dirty_age = Gauge(
+            "listener_oldest_dirty_age_seconds",
+            "Age of the oldest change that is not shown.",
+            ["view"],
+            registry=r,
+        )
+        self.dead_letters = Gauge("listener_dead_letters", "Open dead letters.", ["view"], registry=r)
+        self.sweep_recovered = Counter(
+            "listener_sweep_recovered", "Keys that only the sweep found.", registry=r
+        )
+        self.reconnects = Counter(
+            "listener_reconnects", "Reconnects of the listening connection.", registry=r
+        )
+        self.lock_busy = Counter("listener_lock_busy", "Refreshes that found their key locked.", registry=r)
+        self.malformed_notifications = Counter(
+            "listener_malformed_notifications", "Notifications that were not understood.", registry=r
+        )

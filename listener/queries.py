@@ -1,0 +1,162 @@
+"""The runtime SQL that is not a function of the schema: one function per statement."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from psycopg import AsyncConnection
+from psycopg.rows import DictRow, class_row, dict_row
+
+
+class ServerFacts(NamedTuple):
+    """What the first log line says of the server, and what refuses a start."""
+
+    role: str
+    is_superuser: bool
+    bypasses_rls: bool
+    server_version: str
+    server_version_num: int
+    in_recovery: bool
+    schema_installed: bool
+    tenant_setting_works: bool
+
+
+async def server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
+    """Version, role and whether the schema is there."""
+    async with connection.cursor(row_factory=class_row(ServerFacts)) as cursor:
+        await cursor.execute(
+            """
+            SELECT current_user::text AS role, r.rolsuper AS is_superuser, r.rolbypassrls AS bypasses_rls,
+                   current_setting('server_version') AS server_version,
+                   current_setting('server_version_num')::int AS server_version_num,
+                   pg_is_in_recovery() AS in_recovery,
+                   to_regclass('listener.alembic_version') IS NOT NULL
+                       AND has_schema_privilege('listener', 'USAGE') AS schema_installed,
+                   set_config('app.current_tenant_id', '', true) = '' AS tenant_setting_works
+            FROM pg_roles r WHERE r.rolname = current_user
+            """
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return row
+
+
+async def schema_revision(connection: AsyncConnection[Any]) -> str | None:
+    """The migration that the schema is at; None where there is none."""
+    row = await (await connection.execute("SELECT version_num FROM listener.alembic_version")).fetchone()
+    return None if row is None else str(row[0])
+
+
+async def computing_role(connection: AsyncConnection[Any]) -> tuple[str, bool]:
+    """The role that refreshes run as, and whether row-level security fails to bind it."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT r.rolname::text, r.rolsuper OR r.rolbypassrls
+            FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner
+            WHERE p.oid = to_regprocedure('listener.refresh(text, text)')
+            """
+        )
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """Per view: dirty keys, the age in seconds of the oldest, open dead letters."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            """
+            SELECT v.name AS view,
+                   (SELECT count(*) FROM listener.dirty_key k
+                    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+                    WHERE k.view_id = v.id AND r.refreshed_version IS DISTINCT FROM k.version) AS dirty_keys,
+                   (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(k.dirty_since)), 0)::float8
+                    FROM listener.dirty_key k
+                    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+                    WHERE k.view_id = v.id AND r.refreshed_version IS DISTINCT FROM k.version) AS oldest_dirty_age,
+                   (SELECT count(*) FROM listener.dead_letter d
+                    WHERE d.view_id = v.id AND d.status = 'open') AS dead_letters
+            FROM listener.managed_view v ORDER BY v.name
+            """
+        )
+        return await cursor.fetchall()
+
+
+async def freshness(
+    connection: AsyncConnection[Any], tenant: str | None = None, view: str | None = None
+) -> list[DictRow]:
+    """Rows of listener.freshness, of one tenant or view where given."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            """
+            SELECT * FROM listener.freshness f
+            WHERE (%(tenant)s::text IS NULL OR f.tenant_id = %(tenant)s)
+              AND (%(view)s::text IS NULL OR f.view_name = %(view)s)
+            ORDER BY f.view_name, f.tenant_id
+            """,
+            {"tenant": tenant, "view": view},
+        )
+        return await cursor.fetchall()
+
+
+async def views(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """Every managed view with its window and what is known of its keys."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            """
+            SELECT v.name AS view, quote_ident(v.target_schema) || '.' || quote_ident(v.target_name) AS target,
+                   v.quiet_period, v.max_wait, v.edge, v.max_age, v.paused_at IS NOT NULL AS paused,
+                   count(f.tenant_id) AS keys,
+                   count(*) FILTER (WHERE f.status = 'dirty') AS dirty,
+                   count(*) FILTER (WHERE f.status = 'failing') AS failing,
+                   count(*) FILTER (WHERE f.status = 'quarantined') AS quarantined,
+                   min(f.dirty_since) AS dirty_since, max(f.refreshed_at) AS last_refreshed_at
+            FROM listener.managed_view v LEFT JOIN listener.freshness f ON f.view_name = v.name
+            GROUP BY v.id ORDER BY v.name
+            """
+        )
+        return await cursor.fetchall()
+
+
+async def tenants(connection: AsyncConnection[Any], view: str) -> list[str]:
+    """Every tenant of a view: its tenants query, the keys, the target's own."""
+    cursor = await connection.execute("SELECT t FROM listener.tenants(%s) t ORDER BY t", (view,))
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def compare(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:
+    """listener.compare for one key."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.compare(%s, %s)", (view, tenant))
+        row = await cursor.fetchone()
+        assert row is not None
+        return row
+
+
+async def explain_key(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:
+    """listener.explain_key for one key."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.explain_key(%s, %s)", (view, tenant))
+        row = await cursor.fetchone()
+        assert row is not None
+        return row
+
+
+async def readiness(connection: AsyncConnection[Any]) -> list[str]:
+    """What listener.readiness() has to say; empty when all is well."""
+    cursor = await connection.execute("SELECT r FROM listener.readiness() r")
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def changed_definitions(connection: AsyncConnection[Any]) -> list[str]:
+    """The views whose nested views or functions changed; their tenants are marked dirty."""
+    cursor = await connection.execute("SELECT v FROM listener.changed_definitions() v")
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def purge(connection: AsyncConnection[Any], letters_kept: float) -> int:
+    """Deletes consumed log rows and closed letters older than `letters_kept` seconds; the number of log rows."""
+    cursor = await connection.execute("SELECT listener.purge(make_interval(secs => %s))", (letters_kept,))
+    row = await cursor.fetchone()
+    return int(row[0]) if row else 0

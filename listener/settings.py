@@ -1,0 +1,109 @@
+"""Settings of the service, read from the environment (LISTENER_*). Durations: `250ms`, `5s`, `2min`, `1h`, seconds."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from listener.errors import SetupError
+
+UNITS = {"ms": 0.001, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "": 1}
+
+
+def _duration(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|)\s*", value)
+    if match is None:
+        raise ValueError("a duration is a number and a unit: 250ms, 5s, 2min, 1h")
+    return timedelta(seconds=float(match[1]) * UNITS[match[2]])
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
+
+
+class Settings(BaseSettings):
+    """What `listener run` and the commands need; see `listener run --help` for each."""
+
+    model_config = SettingsConfigDict(env_prefix="LISTENER_", frozen=True, extra="ignore")
+
+    database_url: SecretStr = Field(
+        description="postgresql://user@host:5432/database; postgresql+psycopg:// is taken too"
+    )
+    listen_database_url: SecretStr | None = Field(
+        default=None,
+        description="a direct connection for LISTEN, where database_url goes through a transaction pooler",
+    )
+    owner_role: str = Field(default="listener_owner", description="owns the schema, definitions and targets")
+    service_role: str = Field(default="listener_service", description="the role that drains and refreshes")
+    allow_superuser: bool = Field(
+        default=False, description="run as a superuser, whom row-level security does not bind"
+    )
+
+    workers: int = Field(
+        default=4, ge=1, le=100, description="refreshes at the same time, each on a connection of its own"
+    )
+    sweep_interval: Duration = Field(
+        default=timedelta(seconds=5), description="how often to look for what was missed"
+    )
+    probe_interval: Duration = Field(
+        default=timedelta(seconds=10), description="how often the listening connection is probed"
+    )
+    probe_timeout: Duration = Field(default=timedelta(seconds=5), description="how long a probe may take")
+    statement_timeout: Duration = Field(
+        default=timedelta(seconds=60), description="the longest that one refresh may run"
+    )
+    grace_period: Duration = Field(
+        default=timedelta(seconds=10), description="after SIGTERM, for refreshes under way"
+    )
+    max_attempts: int = Field(
+        default=5, ge=1, description="failures of a key before it goes to the dead letters"
+    )
+    retry_base: Duration = Field(
+        default=timedelta(milliseconds=500), description="wait after the first failure; doubles"
+    )
+    retry_cap: Duration = Field(
+        default=timedelta(seconds=30), description="the longest wait before a dead letter"
+    )
+    retry_quarantined: Duration = Field(
+        default=timedelta(minutes=5), description="how often a dead-lettered key is tried"
+    )
+    letters_kept: Duration = Field(
+        default=timedelta(days=30), description="how long closed dead letters are kept"
+    )
+
+    http_host: str = Field(default="127.0.0.1", description="address of /health, /health/ready and /metrics")
+    http_port: int = Field(default=9546, ge=0, le=65535, description="port of the same")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="auto: console on a terminal"
+    )
+
+    def effective(self) -> dict[str, str | int | bool]:
+        """Every setting but the URLs, as log lines show them."""
+        return {
+            name: f"{value.total_seconds():g}s" if isinstance(value, timedelta) else value
+            for name, value in self
+            if not name.endswith("database_url")
+        }
+
+
+def load() -> Settings:
+    """The settings from the environment. Raises SetupError with one line that names each wrong variable."""
+    try:
+        return Settings()  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"LISTENER_{str(e['loc'][0]).upper()} "
+            + (
+                "is not set"
+                if e["type"] == "missing"
+                else f"is wrong: {e['msg'].removeprefix('Value error, ')}"
+            )
+            for e in error.errors()
+        )
+        raise SetupError(wrong + ".", hint="See: listener run --help") from None

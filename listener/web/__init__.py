@@ -1,0 +1,71 @@
+"""HTTP: alive, making progress, Prometheus. Nothing here shows a tenant."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from listener.errors import SetupError
+
+
+def application(
+    registry: CollectorRegistry,
+    reasons_not_ready: Callable[[], Awaitable[list[str]]],
+    update_gauges: Callable[[], Awaitable[None]],
+) -> Starlette:
+    """The three endpoints."""
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def ready(_: Request) -> Response:
+        reasons = await reasons_not_ready()
+        return JSONResponse(
+            {"status": "not ready" if reasons else "ready", "reasons": reasons},
+            status_code=503 if reasons else 200,
+        )
+
+    async def metrics(_: Request) -> Response:
+        await update_gauges()
+        return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(
+        routes=[Route("/health", health), Route("/health/ready", ready), Route("/metrics", metrics)]
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The listening socket, bound before anything else starts. Raises SetupError where the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise SetupError(
+            f"cannot listen on {host}:{port}: {error.strerror}.",
+            hint="Set LISTENER_HTTP_PORT or LISTENER_HTTP_HOST.",
+        ) from error
+    return bound
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves the signals to the service, which has work to finish first."""
+        yield
+
+
+async def serve(app: Starlette, bound: socket.socket) -> None:
+    """Serves until cancelled."""
+    server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    await server.serve(sockets=[bound])

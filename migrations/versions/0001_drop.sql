@@ -1,0 +1,19 @@
+-- Undoes 0001 and sql/: triggers, definitions, functions, views, tables. Targets stay as plain tables, unless the
+-- setting listener.drop_targets is 'true'.
+DO $drop$
+DECLARE
+    name text;
+BEGIN
+    PERFORM listener.uninstall(current_setting('listener.drop_targets')::boolean);
+    FOR name IN SELECT c.oid::regclass::text FROM pg_class c
+                WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'v' LOOP
+        EXECUTE format('DROP VIEW %s', name);
+    END LOOP;
+    -- The tables before the functions: find_view() and others return the row type of a table.
+    DROP TABLE listener.view_source, listener.source, listener.managed_view, listener.change_log, listener.drain_log,
+               listener.dirty_key, listener.refresh_state, listener.dead_letter, listener.installation CASCADE;
+    FOR name IN SELECT p.oid::regprocedure::text FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace LOOP
+        EXECUTE format('DROP FUNCTION %s', name);
+    END LOOP;
+END
+$drop$;

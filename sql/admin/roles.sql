@@ -1,0 +1,29 @@
+-- Run once by an administrator (a superuser, or a role with CREATEROLE that owns the database), then: listener migrate
+--
+--   owner     owns the schema listener, the definitions and the targets; cannot log in; whoever migrates is a member
+--   service   what `listener run` logs in as: reads the sources under row-level security, writes only the targets
+--   reader    reads targets
+-- No password is set here. Set one by \password in psql, or let pg_hba.conf authenticate the service another way.
+DO $roles$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {owner_name}) THEN
+        CREATE ROLE {owner} NOLOGIN;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {service_name}) THEN
+        CREATE ROLE {service} LOGIN;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'listener_reader') THEN
+        CREATE ROLE listener_reader NOLOGIN;
+    END IF;
+END
+$roles$;
+-- So that the owner can hand the refreshing functions to the service's role, which they run as.
+GRANT {service} TO {owner};
+GRANT {owner} TO CURRENT_USER;
+GRANT CREATE ON DATABASE {database} TO {owner};
+
+-- Then let the owner put triggers on the sources, and the service read them (as the sources' owner):
+--   GRANT <the role that owns the tables> TO {owner};
+--   GRANT USAGE, CREATE ON SCHEMA <schema of the targets> TO {owner};
+--   GRANT USAGE ON SCHEMA <schema> TO {service};
+--   GRANT SELECT ON <each source> TO {service};
