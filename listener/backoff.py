@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Backoff:
-    """Doubles from `base` to `cap` seconds. With jitter, so that replicas that lost one server do not return at once."""
+    """Doubles from `base` to `cap` seconds. With jitter: replicas that lost one server must not return at once."""
 
     base: float
     cap: float
@@ -16,7 +16,7 @@ class Backoff:
 
     def next_delay(self) -> float:
         """Seconds to wait before the next attempt."""
-        delay = min(self.cap, self.base * 2**self.attempts)
+        delay: float = min(self.cap, self.base * 2**self.attempts)
         self.attempts = min(self.attempts + 1, 30)
         return delay * random.uniform(0.75, 1.25)
 

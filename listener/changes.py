@@ -35,15 +35,11 @@ async def drain(connection: AsyncConnection[Any], now: float, looked_before: flo
     first = rows[0]
     if first["outcome"] != "drained":
         return Drained(first["outcome"])
-    keys = [
-        _change(row, now, looked_before) for row in rows if row["view_id"] is not None and not row["paused"]
-    ]
+    keys = [_change(row, now, looked_before) for row in rows if row["view_id"] is not None and not row["paused"]]
     return Drained("drained", first["changes"], first["correlation_id"], keys)
 
 
-async def pending(
-    connection: AsyncConnection[Any], now: float, *, overdue: bool
-) -> tuple[list[Change], list[Change]]:
+async def pending(connection: AsyncConnection[Any], now: float, *, overdue: bool) -> tuple[list[Change], list[Change]]:
     """The dirty keys in the database, all of them or the overdue ones; and the clean keys past their max_age."""
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute("SELECT * FROM listener.pending_keys(%s)", (overdue,))

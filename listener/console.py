@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+MINUTE, HOUR = 60, 3600  # seconds
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -38,9 +39,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, title: s
     columns = list(columns)
     for name in columns:
         numeric = all(isinstance(row[name], int | float | timedelta) or row[name] is None for row in rows)
-        made.add_column(
-            name.replace("_", " "), justify="right" if numeric and rows else "left", overflow="fold"
-        )
+        made.add_column(name.replace("_", " "), justify="right" if numeric and rows else "left", overflow="fold")
     for row in rows:
         made.add_row(*(escape(text(row[name])) for name in columns))
     return made
@@ -61,9 +60,9 @@ def duration(seconds: float) -> str:
     """`3 ms`, `1.2 s`, `5 min`, `2 h`."""
     if abs(seconds) < 1:
         return f"{seconds * 1000:.0f} ms"
-    if abs(seconds) < 120:
+    if abs(seconds) < 2 * MINUTE:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if abs(seconds) < 7200 else f"{seconds / 3600:.0f} h"
+    return f"{seconds / MINUTE:.0f} min" if abs(seconds) < 2 * HOUR else f"{seconds / HOUR:.0f} h"
 
 
 def progress(*, quiet: bool = False) -> Progress:

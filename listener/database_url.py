@@ -31,4 +31,6 @@ def sqlalchemy_url(url: str) -> str:
 def describe(url: str) -> str:
     """`user@host:port/database`, for people and log lines."""
     parts = conninfo_to_dict(libpq_url(url))
-    return f"{parts.get('user', '')}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+    return (
+        f"{parts.get('user', '')}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+    )

@@ -63,9 +63,7 @@ class Debouncer:
         """Takes a change in; several changes of a key become one, as old as the oldest of them."""
         key = change.key
         known = self._waiting.get(key)
-        started = max(
-            (s for s in (change.refresh_started, self._started.get(key)) if s is not None), default=None
-        )
+        started = max((s for s in (change.refresh_started, self._started.get(key)) if s is not None), default=None)
         if known is not None:
             change = replace(
                 change,

@@ -11,9 +11,7 @@ import structlog
 def configure(level: str, form: str) -> None:
     """Sets logging up for the process. `form`: auto, console or json."""
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    renderer = (
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(ensure_ascii=False)
-    )
+    renderer = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(ensure_ascii=False)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
 
@@ -11,12 +11,12 @@ class Metrics:
     """The metrics of one service, in a registry of their own."""
 
     def __init__(self) -> None:
+        # A second series for each counter, with the time of its birth, is noise on a dashboard.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         r = self.registry
         self.changes_drained = Counter("listener_changes_drained", "Change log rows drained.", registry=r)
-        self.refreshes = Counter(
-            "listener_refreshes", "Refreshes by outcome.", ["view", "outcome"], registry=r
-        )
+        self.refreshes = Counter("listener_refreshes", "Refreshes by outcome.", ["view", "outcome"], registry=r)
         self.refresh_duration = Histogram(
             "listener_refresh_duration_seconds", "Time of one refresh.", ["view"], buckets=SECONDS, registry=r
         )
@@ -27,9 +27,7 @@ class Metrics:
             buckets=SECONDS,
             registry=r,
         )
-        self.dirty_keys = Gauge(
-            "listener_dirty_keys", "Keys with a change that is not shown.", ["view"], registry=r
-        )
+        self.dirty_keys = Gauge("listener_dirty_keys", "Keys with a change that is not shown.", ["view"], registry=r)
         self.oldest_dirty_age = Gauge(
             "listener_oldest_dirty_age_seconds",
             "Age of the oldest change that is not shown.",
@@ -37,12 +35,8 @@ class Metrics:
             registry=r,
         )
         self.dead_letters = Gauge("listener_dead_letters", "Open dead letters.", ["view"], registry=r)
-        self.sweep_recovered = Counter(
-            "listener_sweep_recovered", "Keys that only the sweep found.", registry=r
-        )
-        self.reconnects = Counter(
-            "listener_reconnects", "Reconnects of the listening connection.", registry=r
-        )
+        self.sweep_recovered = Counter("listener_sweep_recovered", "Keys that only the sweep found.", registry=r)
+        self.reconnects = Counter("listener_reconnects", "Reconnects of the listening connection.", registry=r)
         self.lock_busy = Counter("listener_lock_busy", "Refreshes that found their key locked.", registry=r)
         self.malformed_notifications = Counter(
             "listener_malformed_notifications", "Notifications that were not understood.", registry=r

@@ -58,9 +58,7 @@ def run_in_context(context: EnvironmentContext) -> None:
     with engine.connect() as connection, connection.begin():
         driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
         _prepare(driver, settings)
-        context.configure(
-            connection=connection, version_table_schema="listener", transaction_per_migration=False
-        )
+        context.configure(connection=connection, version_table_schema="listener", transaction_per_migration=False)
         migration = context.get_context()
         if not migration.opts.get("dont_mutate"):
             _create_schema(driver)
@@ -73,9 +71,7 @@ def run_in_context(context: EnvironmentContext) -> None:
 def _prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
     """One migration at a time, by the role that is to own everything."""
     if connection.info.server_version < OLDEST_SERVER:
-        raise SetupError(
-            f"PostgreSQL {connection.info.server_version // 10000} is too old: 15 or newer is needed."
-        )
+        raise SetupError(f"PostgreSQL {connection.info.server_version // 10000} is too old: 15 or newer is needed.")
     connection.execute("SET LOCAL client_min_messages = warning")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
     found = connection.execute(
@@ -129,7 +125,7 @@ def _apply_functions(connection: psycopg.Connection[Any], settings: Settings) ->
 
 def roles_script(settings: Settings, database: str) -> str:
     """The statements that create the roles and grants, for an administrator to read and run."""
-    template = sql.SQL((sql_directory() / "admin" / "roles.sql").read_text())  # type: ignore[arg-type]
+    template = sql.SQL((sql_directory() / "admin" / "roles.sql").read_text())
     return template.format(
         owner=sql.Identifier(settings.owner_role),
         owner_name=sql.Literal(settings.owner_role),

@@ -84,18 +84,14 @@ async def _receive(
     while True:
         token = uuid.uuid4().hex
         with anyio.fail_after(probe_timeout, shield=False):
-            await connection.execute(
-                "SELECT pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),)
-            )
+            await connection.execute("SELECT pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),))
         deadline = anyio.current_time() + probe_timeout
         answered = False
         while not answered and (left := deadline - anyio.current_time()) > 0:
             async for notification in connection.notifies(timeout=left, stop_after=1):
                 answered = _heard(notification.payload, token, ring, state) or answered
         if not answered:
-            raise TimeoutError(
-                f"a probe of the listening connection did not come back within {probe_timeout:g} s"
-            )
+            raise TimeoutError(f"a probe of the listening connection did not come back within {probe_timeout:g} s")
         state.probe_answered = True
         backoff.reset()
         async for notification in connection.notifies(timeout=probe_interval):

@@ -21,8 +21,11 @@ BUSY_WAIT = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One key whose target does not equal its definition: rows only in the one, only in the other.
-    `stale`: a change is known that will be refreshed; otherwise the target is simply wrong."""
+    """One key whose target does not equal its definition.
+
+    `missing` rows are only in the definition, `extra` ones only in the target. `stale`: a change is known that will
+    be refreshed; otherwise the target is wrong.
+    """
 
     view: str
     tenant_id: str
@@ -31,9 +34,7 @@ class Difference:
     stale: bool
 
 
-async def refresh_one(
-    connection: AsyncConnection[Any], view: str, tenant: str, patience: float = 30
-) -> Outcome:
+async def refresh_one(connection: AsyncConnection[Any], view: str, tenant: str, patience: float = 30) -> Outcome:
     """Refreshes a key now; waits up to `patience` seconds for whoever is at it."""
     deadline = anyio.current_time() + patience
     while True:
@@ -43,10 +44,17 @@ async def refresh_one(
         await anyio.sleep(BUSY_WAIT)
 
 
+async def _drain(connection: AsyncConnection[Any]) -> None:
+    """Until a drain of our own looked: one that is under way elsewhere may have looked too early."""
+    while True:
+        if (await changes.drain(connection, anyio.current_time())).outcome != "busy":
+            return
+        await anyio.sleep(BUSY_WAIT)
+
+
 async def sweep_once(connection: AsyncConnection[Any]) -> AsyncIterator[tuple[int, int, Outcome | None]]:
     """Drains, then refreshes every dirty and every aged key; yields done, total and the last outcome."""
-    while (await changes.drain(connection, anyio.current_time())).outcome == "busy":
-        await anyio.sleep(BUSY_WAIT)
+    await _drain(connection)
     done = 0
     # Writing "all tenants" out makes keys that only the next round sees.
     while True:
@@ -62,7 +70,7 @@ async def sweep_once(connection: AsyncConnection[Any]) -> AsyncIterator[tuple[in
             yield done, done + len(todo), outcome
         if not expanded:
             return
-        await changes.drain(connection, anyio.current_time())
+        await _drain(connection)
 
 
 async def verify(
@@ -94,16 +102,20 @@ def reasons(facts: DictRow) -> list[str]:
         elif age > 1:
             lines.append("nobody drains: is `listener run` up, and /health/ready green?")
     if facts["all_tenants_pending"]:
-        lines.append(
-            "all tenants of the view are marked dirty (filling, or a change of a shared table or definition)"
-        )
+        lines.append("all tenants of the view are marked dirty (filling, or a change of a shared table or definition)")
     dirty = facts["version"] is not None and facts["version"] != facts["refreshed_version"]
     if dirty:
         lines.append(f"the key has been dirty for {facts['dirty_age']:.1f} s")
+    lines += _waits_for(facts, dirty=dirty)
+    if not lines and facts["version"] is None and facts["refreshed_version"] is None:
+        lines.append("no change of this tenant was ever captured, and it was never refreshed")
+    return lines
+
+
+def _waits_for(facts: DictRow, *, dirty: bool) -> list[str]:
+    lines = []
     if facts["lock_holder"]:
-        lines.append(
-            f"backend {facts['lock_holder']} holds the key's lock, running: {facts['lock_holder_query']}"
-        )
+        lines.append(f"backend {facts['lock_holder']} holds the key's lock, running: {facts['lock_holder_query']}")
     if facts["failures"]:
         lines.append(f"the last {facts['failures']} refreshes failed: {facts['last_error']}")
     if facts["letter_id"]:
@@ -113,8 +125,6 @@ def reasons(facts: DictRow) -> list[str]:
     elif dirty and facts["due_in"] is not None:
         due = facts["due_in"]
         lines.append(f"it is due in {due:.2f} s" if due > 0 else f"it was due {-due:.1f} s ago")
-    if not lines and facts["version"] is None and facts["refreshed_version"] is None:
-        lines.append("no change of this tenant was ever captured, and it was never refreshed")
     return lines
 
 

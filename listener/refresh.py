@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a refresh did: rows of the target inserted, updated, deleted; the dirty version that is now reflected.
-    `expanded` wrote "all tenants" out as `inserted` keys; `busy` and `paused` did nothing."""
+    """What a refresh did.
+
+    Rows of the target inserted, updated, deleted; the dirty version that is now reflected. `expanded` wrote "all
+    tenants" out as `inserted` keys; `busy` and `paused` did nothing.
+    """
 
     outcome: Literal["refreshed", "expanded", "busy", "paused"]
     inserted: int = 0

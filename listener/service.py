@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -41,22 +42,24 @@ CONNECTION_PAUSE = 0.5
 LOST = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
 
 
-async def run(settings: Settings, *, stop: anyio.Event | None = None) -> None:
-    """Runs the service until SIGTERM or SIGINT, or until `stop` is set. Raises SetupError where it cannot start."""
+async def run(settings: Settings) -> None:
+    """Runs the service until SIGTERM or SIGINT. Raises SetupError where it cannot start."""
     service = Service(settings)
-    await service.startup()
-    try:
-        await service.main_loop(stop)
-    finally:
-        with anyio.CancelScope(shield=True):
-            await service.shutdown()
+    async with anyio.create_task_group() as signals:
+        signals.start_soon(_stop_on_signal, service)
+        await service.run()
+        signals.cancel_scope.cancel()
 
 
 class Service:
-    """One replica."""
+    """One replica. `on_outcome` is told of each refresh, after its commit."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, on_outcome: Callable[[Change, Outcome], None] = lambda _change, _outcome: None
+    ) -> None:
         self.settings = settings
+        self.on_outcome = on_outcome
+        self.started = anyio.Event()
         self.metrics = Metrics()
         self.debouncer = Debouncer()
         self.listening = ListenState(
@@ -73,7 +76,20 @@ class Service:
         self._drain_trouble: str | None = None
         # The refreshes under way: shielded from shutdown until the grace period is over.
         self._under_way: dict[psycopg.AsyncConnection[Any], anyio.CancelScope] = {}
-        self._stopping = False
+        self._stop = anyio.Event()
+
+    async def run(self) -> None:
+        """Start-up, main loop, shutdown. Raises SetupError where it cannot start."""
+        await self.startup()
+        try:
+            await self.main_loop()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.shutdown()
+
+    def stop(self) -> None:
+        """Ends the main loop: the refreshes under way finish within the grace period, the rest stays dirty."""
+        self._stop.set()
 
     async def startup(self) -> None:
         """Checks everything that can refuse a start, opens the pool and the HTTP socket, reads the state."""
@@ -91,12 +107,10 @@ class Service:
             self.debouncer.changed(change)
         log.info("serving", http=f"{self.settings.http_host}:{self.port}", dirty_keys=len(dirty))
 
-    async def main_loop(self, stop: anyio.Event | None) -> None:
+    async def main_loop(self) -> None:
         """Runs all stages until told to stop; then lets the refreshes under way finish within the grace period."""
-        stop = stop or anyio.Event()
         settings = self.settings
         async with anyio.create_task_group() as outer:
-            outer.start_soon(_set_on_signal, stop)
             async with anyio.create_task_group() as stages:
                 listen_url = settings.listen_database_url or settings.database_url
 
@@ -119,9 +133,9 @@ class Service:
                 )
                 for _ in range(settings.workers):
                     stages.start_soon(self._work)
-                await stop.wait()
+                self.started.set()
+                await self._stop.wait()
                 log.info("stopping", refreshes_under_way=len(self._under_way), waiting=len(self.debouncer))
-                self._stopping = True
                 outer.start_soon(self._enforce_grace)
                 stages.cancel_scope.cancel()
             outer.cancel_scope.cancel()
@@ -144,9 +158,7 @@ class Service:
             except LOST as error:
                 delay = backoff.next_delay()
                 self._drain_trouble = _reason(error)
-                log.warning(
-                    "not draining; trying again", reason=self._drain_trouble, retry_in=round(delay, 2)
-                )
+                log.warning("not draining; trying again", reason=self._drain_trouble, retry_in=round(delay, 2))
                 await anyio.sleep(delay)
                 self.changed.ring()
                 continue
@@ -237,13 +249,14 @@ class Service:
             deleted=outcome.deleted,
             seconds=round(ended - started, 4),
         )
+        self.on_outcome(change, outcome)
         return outcome
 
     async def _failed(self, change: Change, error: psycopg.Error) -> float:
         """Records the failure; when to try again, on the monotonic clock."""
         key = change.key
         if (
-            self._stopping
+            self._stop.is_set()
             or isinstance(error, PoolTimeout)
             or (error.sqlstate or "08")[:3] in {"08", "08P", "57P"}
         ):
@@ -255,7 +268,7 @@ class Service:
         except LOST as lost:
             log.warning("a failure could not be recorded", view=key.view, reason=_reason(lost))
             return anyio.current_time() + CONNECTION_PAUSE
-        log.error(
+        log.warning(
             "refresh failed" if failure.letter_id is None else "refresh failed; the key is quarantined",
             view=key.view,
             tenant_id=key.tenant,
@@ -295,7 +308,7 @@ class Service:
             log.warning("sweep failed; the next one tries again", reason=_reason(error))
             return
         except psycopg.Error as error:
-            log.error("sweep failed", reason=_reason(error))
+            log.warning("sweep failed", reason=_reason(error))
             return
         self.debouncer.forget_starts(anyio.current_time() - 600)
         self.metrics.sweep_recovered.inc(recovered + sum(c.key.tenant != EVERYBODY for c in missed))
@@ -342,7 +355,7 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-async def _set_on_signal(stop: anyio.Event) -> None:
+async def _stop_on_signal(service: Service) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
-            stop.set()
+            service.stop()

@@ -47,9 +47,7 @@ class Settings(BaseSettings):
     workers: int = Field(
         default=4, ge=1, le=100, description="refreshes at the same time, each on a connection of its own"
     )
-    sweep_interval: Duration = Field(
-        default=timedelta(seconds=5), description="how often to look for what was missed"
-    )
+    sweep_interval: Duration = Field(default=timedelta(seconds=5), description="how often to look for what was missed")
     probe_interval: Duration = Field(
         default=timedelta(seconds=10), description="how often the listening connection is probed"
     )
@@ -57,31 +55,21 @@ class Settings(BaseSettings):
     statement_timeout: Duration = Field(
         default=timedelta(seconds=60), description="the longest that one refresh may run"
     )
-    grace_period: Duration = Field(
-        default=timedelta(seconds=10), description="after SIGTERM, for refreshes under way"
-    )
-    max_attempts: int = Field(
-        default=5, ge=1, description="failures of a key before it goes to the dead letters"
-    )
+    grace_period: Duration = Field(default=timedelta(seconds=10), description="after SIGTERM, for refreshes under way")
+    max_attempts: int = Field(default=5, ge=1, description="failures of a key before it goes to the dead letters")
     retry_base: Duration = Field(
         default=timedelta(milliseconds=500), description="wait after the first failure; doubles"
     )
-    retry_cap: Duration = Field(
-        default=timedelta(seconds=30), description="the longest wait before a dead letter"
-    )
+    retry_cap: Duration = Field(default=timedelta(seconds=30), description="the longest wait before a dead letter")
     retry_quarantined: Duration = Field(
         default=timedelta(minutes=5), description="how often a dead-lettered key is tried"
     )
-    letters_kept: Duration = Field(
-        default=timedelta(days=30), description="how long closed dead letters are kept"
-    )
+    letters_kept: Duration = Field(default=timedelta(days=30), description="how long closed dead letters are kept")
 
     http_host: str = Field(default="127.0.0.1", description="address of /health, /health/ready and /metrics")
     http_port: int = Field(default=9546, ge=0, le=65535, description="port of the same")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["auto", "console", "json"] = Field(
-        default="auto", description="auto: console on a terminal"
-    )
+    log_format: Literal["auto", "console", "json"] = Field(default="auto", description="auto: console on a terminal")
 
     def effective(self) -> dict[str, str | int | bool]:
         """Every setting but the URLs, as log lines show them."""
@@ -95,15 +83,11 @@ class Settings(BaseSettings):
 def load() -> Settings:
     """The settings from the environment. Raises SetupError with one line that names each wrong variable."""
     try:
-        return Settings()  # pyright: ignore[reportCallIssue]
+        return Settings.model_validate({})
     except ValidationError as error:
         wrong = "; ".join(
             f"LISTENER_{str(e['loc'][0]).upper()} "
-            + (
-                "is not set"
-                if e["type"] == "missing"
-                else f"is wrong: {e['msg'].removeprefix('Value error, ')}"
-            )
+            + ("is not set" if e["type"] == "missing" else f"is wrong: {e['msg'].removeprefix('Value error, ')}")
             for e in error.errors()
         )
         raise SetupError(wrong + ".", hint="See: listener run --help") from None

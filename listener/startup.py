@@ -43,9 +43,7 @@ async def check(url: str, settings: ServiceSettings) -> None:
             if facts.server_version_num < OLDEST_SERVER:
                 raise SetupError(f"PostgreSQL {facts.server_version} is too old: 15 or newer is needed.")
             if facts.in_recovery:
-                raise SetupError(
-                    "this server is a standby and cannot be written to.", hint="Connect to the primary."
-                )
+                raise SetupError("this server is a standby and cannot be written to.", hint="Connect to the primary.")
             if not facts.schema_installed:
                 raise SetupError(
                     f"{describe(url)} has no schema listener that role {facts.role} may use.",
@@ -77,9 +75,7 @@ async def check(url: str, settings: ServiceSettings) -> None:
                 f"role {role} is a superuser or has BYPASSRLS: row-level security would not bind it.",
                 hint="Use the role from `listener roles`, or set LISTENER_ALLOW_SUPERUSER=true.",
             )
-        log.warning(
-            "row-level security does not bind this role: only predicates keep tenants apart", role=role
-        )
+        log.warning("row-level security does not bind this role: only predicates keep tenants apart", role=role)
 
 
 def pool_options(url: str, settings: ServiceSettings) -> dict[str, Any]:

@@ -29,8 +29,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key that must be refreshed, and since when. Times are the service's monotonic clock, in seconds: they were
-    ages by the server's clock when they were read, so neither clock's steps matter."""
+    """A key that must be refreshed, and since when.
+
+    Times are the service's monotonic clock, in seconds: they were ages by the server's clock when they were read, so
+    neither clock's steps matter.
+    """
 
     key: RefreshKey
     window: Window

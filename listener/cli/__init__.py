@@ -31,17 +31,15 @@ def main() -> None:
         known = [e for e in leaves if isinstance(e, errors.ListenerError | psycopg.Error)]
         if len(known) != len(leaves):
             raise
-        for error in known:
-            console.error(str(errors.from_database(error) if isinstance(error, psycopg.Error) else error))
+        for leaf in known:
+            console.error(str(errors.from_database(leaf) if isinstance(leaf, psycopg.Error) else leaf))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
-    return [
-        leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])
-    ]
+    return [leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])]
 
 
 def _version(value: bool) -> None:

@@ -39,9 +39,7 @@ def refresh(
             for one in bar.track(everyone, description=view):
                 await operations.refresh_one(connection, view, one)
         done = {"view": view, "tenants": len(everyone)}
-        console.print_json(done) if as_json else console.out.print(
-            f"{len(everyone)} tenants of {view} refreshed"
-        )
+        console.print_json(done) if as_json else console.out.print(f"{len(everyone)} tenants of {view} refreshed")
 
     with_connection(act)
 

@@ -31,13 +31,20 @@ def list_letters(
     """The open dead letters, newest first."""
 
     async def act(connection: Connection) -> None:
-        rows = await dead_letters.letters(
-            connection, view=view, tenant=tenant, status=None if closed else "open"
-        )
+        rows = await dead_letters.letters(connection, view=view, tenant=tenant, status=None if closed else "open")
         if as_json:
             console.print_json(rows)
         elif rows:
-            columns = "id view_name tenant_id status error_type error_message retry_count failed_at".split()
+            columns = [
+                "id",
+                "view_name",
+                "tenant_id",
+                "status",
+                "error_type",
+                "error_message",
+                "retry_count",
+                "failed_at",
+            ]
             console.out.print(console.table(rows, columns))
         else:
             console.out.print("no dead letters")
@@ -55,9 +62,7 @@ def show(letter_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json 
             console.print_json(row)
             return
         for name, value in row.items():
-            console.out.print(
-                f"{name.replace('_', ' ')}: {value if value is not None else '-'}", markup=False
-            )
+            console.out.print(f"{name.replace('_', ' ')}: {value if value is not None else '-'}", markup=False)
 
     with_connection(act)
 
@@ -80,9 +85,7 @@ def retry(
 
 
 @letters_app.command()
-def discard(
-    letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant = None, everything: All = False
-) -> None:
+def discard(letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant = None, everything: All = False) -> None:
     """Closes these letters without a retry. A key that still fails gets a new one."""
 
     async def act(connection: Connection) -> None:
@@ -104,9 +107,7 @@ async def _chosen(
 ) -> list[dict[str, Any]]:
     if not (letter_id or view or tenant or everything):
         raise errors.SetupError("say which letters: an ID, --view, --tenant or --all.")
-    found = await dead_letters.letters(
-        connection, letter_id=letter_id, view=view, tenant=tenant, status=status
-    )
+    found = await dead_letters.letters(connection, letter_id=letter_id, view=view, tenant=tenant, status=status)
     if not found:
         raise errors.SetupError("there is no such letter.", hint="See: listener dead-letters list --closed")
     return found

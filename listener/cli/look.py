@@ -21,9 +21,7 @@ from listener.cli.session import (
 
 @app.command()
 def status(
-    tenant: Annotated[
-        str | None, typer.Option("--tenant", help="the keys of this tenant, one line each")
-    ] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="the keys of this tenant, one line each")] = None,
     as_json: Json = False,
 ) -> None:
     """What is fresh: a line per view, or per key of one tenant."""
@@ -31,24 +29,35 @@ def status(
     async def act(connection: Connection) -> None:
         if tenant is None:
             rows = await queries.views(connection)
-            columns = (
-                "view target keys dirty failing quarantined paused dirty_since last_refreshed_at".split()
-            )
+            columns = [
+                "view",
+                "target",
+                "keys",
+                "dirty",
+                "failing",
+                "quarantined",
+                "paused",
+                "dirty_since",
+                "last_refreshed_at",
+            ]
         else:
             rows = await queries.freshness(connection, tenant=tenant)
-            columns = (
-                "view_name status version refreshed_version dirty_since refreshed_at due_at failures".split()
-            )
+            columns = [
+                "view_name",
+                "status",
+                "version",
+                "refreshed_version",
+                "dirty_since",
+                "refreshed_at",
+                "due_at",
+                "failures",
+            ]
         if as_json:
             console.print_json(rows)
         elif rows:
             console.out.print(console.table(rows, columns))
         else:
-            nothing = (
-                "no view is registered yet: see listener.create_view"
-                if tenant is None
-                else f"no key of {tenant}"
-            )
+            nothing = "no view is registered yet: see listener.create_view" if tenant is None else f"no key of {tenant}"
             console.out.print(nothing)
 
     with_connection(act)
@@ -59,18 +68,14 @@ def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
     """Why is this key stale: log, dirty since, due when, who holds the lock, last error, what it waits for."""
 
     async def act(connection: Connection) -> None:
-        facts = await recording_refusals(
-            connection, view, tenant, queries.explain_key(connection, view, tenant)
-        )
+        facts = await recording_refusals(connection, view, tenant, queries.explain_key(connection, view, tenant))
         lines = operations.reasons(facts)
         if as_json:
             console.print_json({**facts, "reasons": lines})
             return
         refreshed = facts["refreshed_age"]
         since = f", refreshed {console.duration(refreshed)} ago" if refreshed is not None else ""
-        console.out.print(
-            f"{facts['view_name']} of tenant {facts['tenant']}: {'stale' if lines else 'fresh'}{since}"
-        )
+        console.out.print(f"{facts['view_name']} of tenant {facts['tenant']}: {'stale' if lines else 'fresh'}{since}")
         for line in lines:
             console.out.print(f"  - {line}", markup=False)
 

@@ -18,9 +18,7 @@ from listener.settings import Settings, load
 
 @app.command()
 def demo(
-    seconds: Annotated[
-        float | None, typer.Option(help="end by itself after so many seconds, with a summary")
-    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="end by itself after so many seconds, with a summary")] = None,
     replay: Annotated[
         Path | None, typer.Option(help="feed a recorded ledger (CSV, may be .gz) instead of a live load")
     ] = None,
@@ -67,9 +65,7 @@ def uninstall(
     settings = load()
     url = describe(settings.database_url.get_secret_value())
     if not yes:
-        typer.confirm(
-            f"Uninstall listener from {url}{', with all targets' if drop_targets else ''}?", abort=True
-        )
+        typer.confirm(f"Uninstall listener from {url}{', with all targets' if drop_targets else ''}?", abort=True)
     downgrade(settings, drop_targets=drop_targets)
     console.out.print("uninstalled")
 

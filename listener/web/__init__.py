@@ -37,9 +37,7 @@ def application(
         await update_gauges()
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return Starlette(
-        routes=[Route("/health", health), Route("/health/ready", ready), Route("/metrics", metrics)]
-    )
+    return Starlette(routes=[Route("/health", health), Route("/health/ready", ready), Route("/metrics", metrics)])
 
 
 def bind(host: str, port: int) -> socket.socket:
