@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 from psycopg.rows import DictRow, class_row, dict_row
 
 
@@ -67,7 +67,7 @@ async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
             """
-            SELECT v.name AS view,
+            SELECT v.name AS view, v.target_schema, v.target_name,
                    (SELECT count(*) FROM listener.dirty_key k
                     LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
                     WHERE k.view_id = v.id AND r.refreshed_version IS DISTINCT FROM k.version) AS dirty_keys,
@@ -160,3 +160,28 @@ async def purge(connection: AsyncConnection[Any], letters_kept: float) -> int:
     cursor = await connection.execute("SELECT listener.purge(make_interval(secs => %s))", (letters_kept,))
     row = await cursor.fetchone()
     return int(row[0]) if row else 0
+
+
+async def all_fresh(connection: AsyncConnection[Any]) -> bool:
+    """Whether no change is logged and not drained, or drained and not refreshed. For whoever may read the log."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT NOT EXISTS (SELECT FROM listener.unconsumed())
+               AND NOT EXISTS (SELECT FROM listener.dirty_key k
+                               LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+                               WHERE r.refreshed_version IS DISTINCT FROM k.version)
+            """
+        )
+    ).fetchone()
+    return bool(row and row[0])
+
+
+async def target_sizes(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """Rows of each target, counted, with its dirty keys. For a role that may read whole targets."""
+    rows = await view_gauges(connection)
+    for row in rows:
+        target = sql.Identifier(row["target_schema"], row["target_name"])
+        counted = await (await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(target))).fetchone()
+        row["rows"] = counted[0] if counted else 0
+    return rows

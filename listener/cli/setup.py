@@ -30,7 +30,7 @@ def demo(
 
     Nothing is left behind. With --seconds or --replay it ends by `verify`: exit 0 only if every target is exact.
     """
-    from listener import demo as demonstration
+    from listener import demo as demonstration  # the embedded server's wheel may not be installed
 
     exact = anyio.run(demonstration.run, demonstration.Options(seconds, replay, tenants, rate, seed))
     raise typer.Exit(0 if exact else 1)

@@ -1,0 +1,256 @@
+"""`listener demo`: a server of its own, the sample schema, an application that writes, the service, a live table."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import statistics
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import psycopg
+from pydantic import SecretStr
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.status import Status
+from rich.text import Text
+
+from listener import console, logs, operations, queries
+from listener.embedded import EmbeddedServer
+from listener.load import Load, write_load
+from listener.migrate import roles_script, upgrade
+from listener.refresh import Outcome
+from listener.replay import Progress, read, replay, shifted
+from listener.sample import create_tenants, load_sample
+from listener.service import Service
+from listener.settings import Settings
+from listener.views import Change
+
+DATABASE = "demo"
+HTTP_PORT = 9546
+# The live table counts what happened within so many seconds.
+RECENT = 10.0
+# How long the end waits for the last changes to be shown.
+PATIENCE = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `listener demo` was asked for."""
+
+    seconds: float | None
+    replay: Path | None
+    tenants: int
+    rate: float
+    seed: int | None
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the service did to one view: when, and how stale the oldest change was (seconds)."""
+
+    refreshes: int = 0
+    recent: deque[tuple[float, float]] = field(default_factory=deque)
+    staleness: list[float] = field(default_factory=list)
+
+
+class Demo:
+    """The running parts, and what is shown of them."""
+
+    def __init__(self, server: EmbeddedServer, options: Options) -> None:
+        self.server = server
+        self.options = options
+        self.seen: dict[str, Seen] = {}
+        self.progress: Progress | None = None
+        self.load: Load | None = None
+        self.stop = anyio.Event()
+        self.interrupted = False
+        self.started = 0.0
+        port = HTTP_PORT if _is_free(HTTP_PORT) else 0
+        self.settings = Settings(database_url=SecretStr(self._url("listener_service")), http_port=port)
+        self.service = Service(self.settings, on_outcome=self._record)
+
+    def _url(self, user: str) -> str:
+        return self.server.url(user=user, database=DATABASE)
+
+    def _record(self, change: Change, outcome: Outcome) -> None:
+        if outcome.outcome != "refreshed":
+            return
+        now = anyio.current_time()
+        seen = self.seen.setdefault(change.key.view, Seen())
+        seen.refreshes += 1
+        seen.recent.append((now, now - change.first_change))
+        # A filling's keys waited for their turn; only what the application wrote counts as staleness.
+        if not change.bulk:
+            seen.staleness.append(now - change.first_change)
+
+    def set_up(self) -> None:
+        """Database, roles, schema, sample: as an administrator and as the owner would do by hand."""
+        with psycopg.connect(self.server.url(), autocommit=True) as administrator:
+            administrator.execute(b"CREATE DATABASE demo")
+        with psycopg.connect(self._url("postgres"), autocommit=True) as administrator:
+            administrator.execute(roles_script(self.settings, DATABASE).encode())
+            upgrade(Settings(database_url=SecretStr(self._url("postgres"))))
+            load_sample(administrator)
+
+    async def run(self) -> None:
+        """Writes and serves until the time is over, the replay has ended, or Ctrl-C; then until all is fresh."""
+        async with anyio.create_task_group() as everything:
+            everything.start_soon(self._watch_signals)
+            everything.start_soon(self.service.run)
+            await self.service.started.wait()
+            self.started = anyio.current_time()
+            everything.start_soon(self._show)
+            async with anyio.create_task_group() as writing:
+                writing.start_soon(self._write)
+                if self.options.seconds is not None:
+                    await anyio.sleep_until(self.started + self.options.seconds)
+                    self.stop.set()
+                await self.stop.wait()
+                writing.cancel_scope.cancel()
+            if not self.interrupted:
+                with anyio.move_on_after(PATIENCE):
+                    await self._until_fresh()
+            self.service.stop()
+            everything.cancel_scope.cancel()
+
+    async def _watch_signals(self) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                self.interrupted = True
+                self.stop.set()
+
+    async def _write(self) -> None:
+        application = self._url("listener_app")
+        if self.options.replay is not None:
+            lines = shifted(await anyio.to_thread.run_sync(read, self.options.replay), datetime.now(UTC))
+            self.progress = Progress(len(lines))
+            await replay(application, lines, self.progress)
+            self.stop.set()
+            return
+        seed = random.randrange(2**31) if self.options.seed is None else self.options.seed
+        async with await psycopg.AsyncConnection.connect(application, autocommit=True) as connection:
+            tenants = await create_tenants(connection, [f"tenant {n + 1}" for n in range(self.options.tenants)])
+        self.load = Load(list(tenants.values()), self.options.rate, seed)
+        await write_load(application, self.load)
+
+    async def _until_fresh(self) -> None:
+        """Until no change is unconsumed or dirty."""
+        async with await psycopg.AsyncConnection.connect(self._url("postgres"), autocommit=True) as connection:
+            while True:
+                if await queries.all_fresh(connection):
+                    return
+                await anyio.sleep(0.1)
+
+    async def _show(self) -> None:
+        async with await psycopg.AsyncConnection.connect(self._url("postgres"), autocommit=True) as connection:
+            with Live(console=console.out, auto_refresh=False, transient=True) as live:
+                while True:
+                    live.update(Group(*await self.picture(connection)), refresh=True)
+                    await anyio.sleep(0.5)
+
+    async def picture(self, connection: psycopg.AsyncConnection[Any]) -> list[RenderableType]:
+        """The table per view, under a line that says what is being written."""
+        now = anyio.current_time()
+        sizes = {row["view"]: row for row in await queries.target_sizes(connection)}
+        rows = []
+        for view, size in sizes.items():
+            seen = self.seen.get(view, Seen())
+            while seen.recent and seen.recent[0][0] < now - RECENT:
+                seen.recent.popleft()
+            lasted = min(RECENT, max(now - self.started, 0.1))
+            rows.append(
+                {
+                    "view": view,
+                    "rows": size["rows"],
+                    "dirty": size["dirty_keys"],
+                    "refreshes": seen.refreshes,
+                    "per s": f"{len(seen.recent) / lasted:.0f}",
+                    **_percentiles(seen.staleness),
+                }
+            )
+        return [Text(self.what()), console.table(rows, rows[0] if rows else [])]
+
+    def what(self) -> str:
+        """What was written so far, and how fast."""
+        seconds = max(anyio.current_time() - self.started, 0.001)
+        if self.progress is not None:
+            done = self.progress
+            rate = done.done / (done.seconds or seconds)
+            return f"{done.done} of {done.total} invoices replayed, {rate:.0f} a second"
+        committed = self.load.committed if self.load else 0
+        seed = f", seed {self.load.seed}" if self.load else ""
+        return f"{committed} transactions by {self.options.tenants} tenants, {committed / seconds:.0f} a second{seed}"
+
+    async def summary(self) -> bool:
+        """Prints the last table and what `verify` finds; whether every target is exact."""
+        differences = []
+        compared = 0
+        async with await psycopg.AsyncConnection.connect(self._url("listener_service"), autocommit=True) as connection:
+            async with await psycopg.AsyncConnection.connect(self._url("postgres"), autocommit=True) as administrator:
+                for part in await self.picture(administrator):
+                    console.out.print(part)
+            if self.interrupted:
+                console.out.print("interrupted; not verified")
+                return False
+            names = [row["view"] for row in await queries.views(connection)]
+            async for done, _, difference in operations.verify(connection, names):
+                compared = done
+                if difference is not None:
+                    differences.append(difference)
+        for difference in differences[:10]:
+            console.error(f"{difference.view} differs for tenant {difference.tenant_id}")
+        console.out.print(f"verify: {compared} keys compared with their definition, {len(differences)} differ")
+        return not differences
+
+
+def _percentiles(staleness: list[float]) -> dict[str, str]:
+    if not staleness:
+        return {"stale p50": "-", "stale p99": "-"}
+    cuts = statistics.quantiles(staleness, n=100, method="inclusive") if len(staleness) > 1 else staleness * 99
+    return {"stale p50": console.duration(cuts[49]), "stale p99": console.duration(cuts[98])}
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+async def run(options: Options) -> bool:
+    """Runs the demo; whether every target was exact at the end. Raises ReplayError before anything is started."""
+    logs.configure("error", "console")
+    if options.replay is not None:
+        await anyio.to_thread.run_sync(read, options.replay)
+    with Status("starting PostgreSQL", console=console.err) as status:
+        _step("starting PostgreSQL")
+        server = await anyio.to_thread.run_sync(EmbeddedServer.start)
+        try:
+            demo = Demo(server, options)
+            status.update("creating roles, schema and sample")
+            _step("creating roles, the schema listener and the sample schema with its five views")
+            await anyio.to_thread.run_sync(demo.set_up)
+        except BaseException:
+            server.stop()
+            raise
+    with server:
+        console.out.print(f"look around: psql '{demo._url('listener_service')}'", soft_wrap=True)  # noqa: SLF001
+        await demo.run()
+        return await demo.summary()
+
+
+def _step(what: str) -> None:
+    """Progress for those who see no spinner."""
+    if not sys.stderr.isatty():
+        console.err.print(what)

@@ -1,0 +1,213 @@
+"""A real PostgreSQL for every test: one server a run, one database a test, cloned from a template.
+
+The server is the embedded one, or LISTENER_TEST_POSTGRES_BIN's binaries, or the one at LISTENER_TEST_DATABASE_URL (a
+superuser's URL; the roles and databases that the tests make are dropped or kept by name there).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
+
+from listener.embedded import EmbeddedServer
+from listener.migrate import roles_script, upgrade
+from listener.refresh import Outcome
+from listener.sample import load_sample
+from listener.service import Service
+from listener.settings import Settings
+from listener.views import Change
+
+# A generous bound on events that come within milliseconds: reached only when something is broken.
+DEADLINE = 30.0
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Psycopg's async connections are asyncio's."""
+    return "asyncio"
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where databases are made; `url` gives a libpq URL for a user and a database."""
+
+    url: Callable[[str, str], str]
+
+    def execute(self, statement: sql.Composable, database: str = "postgres") -> None:
+        """As the superuser, autocommitted."""
+        with psycopg.connect(self.url("postgres", database), autocommit=True) as connection:
+            connection.execute(statement)
+
+    def clone(self, template: str) -> str:
+        """A new database, a copy of `template`."""
+        name = f"listener_test_{uuid.uuid4().hex[:12]}"
+        self.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
+        return name
+
+    def drop(self, name: str) -> None:
+        """Whoever is still connected is disconnected."""
+        self.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The server of this run. Missing or unreachable, the tests fail; they are never skipped."""
+    given = os.environ.get("LISTENER_TEST_DATABASE_URL")
+    if given:
+        superuser = conninfo_to_dict(given).get("user")
+
+        def url(user: str, database: str) -> str:
+            overrides: dict[str, Any] = {"dbname": database}
+            if user != "postgres":
+                overrides |= {"user": user}
+            return psycopg.conninfo.make_conninfo(given, **overrides)
+
+        assert superuser, "LISTENER_TEST_DATABASE_URL must name a superuser"
+        yield Server(url)
+        return
+    binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
+    settings = {"max_prepared_transactions": "10", "synchronous_commit": "on"}
+    with EmbeddedServer.start(settings=settings, binaries=Path(binaries) if binaries else None) as embedded:
+        yield Server(lambda user, database: embedded.url(user=user, database=database))
+
+
+def settings_for(url: str, **given: Any) -> Settings:
+    """Settings with an HTTP port of their own, independent of the environment's."""
+    return Settings(**{"database_url": SecretStr(url), "http_port": 0, "log_level": "warning"} | given)
+
+
+@pytest.fixture(scope="session")
+def template(server: Server) -> Iterator[str]:
+    """A database with the roles and the schema listener, made by an owner who is no superuser."""
+    name = server.clone("template0")
+    with psycopg.connect(server.url("postgres", name), autocommit=True) as connection:
+        settings = settings_for(server.url("listener_migrator", name))
+        connection.execute(roles_script(settings, name).encode())
+        connection.execute(
+            """
+            DO $$ BEGIN
+                IF to_regrole('listener_migrator') IS NULL THEN CREATE ROLE listener_migrator LOGIN; END IF;
+            END $$;
+            GRANT listener_owner TO listener_migrator;
+            GRANT CREATE, USAGE ON SCHEMA public TO listener_owner;
+            GRANT USAGE ON SCHEMA public TO listener_service, listener_reader;
+            """
+        )
+    upgrade(settings)
+    yield name
+    server.drop(name)
+
+
+@pytest.fixture(scope="session")
+def sample_template(server: Server, template: str) -> Iterator[str]:
+    """The same with the sample schema and its five views."""
+    name = server.clone(template)
+    with psycopg.connect(server.url("postgres", name), autocommit=True) as connection:
+        load_sample(connection)
+    yield name
+    server.drop(name)
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database of one test."""
+
+    server: Server
+    name: str
+
+    def url(self, user: str = "listener_service") -> str:
+        """For this user; the service's by default."""
+        return self.server.url(user, self.name)
+
+    @asynccontextmanager
+    async def connect(
+        self, user: str = "postgres", *, autocommit: bool = True
+    ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """A connection; the superuser's by default, for what a test arranges and asserts."""
+        connection = await psycopg.AsyncConnection.connect(self.url(user), autocommit=autocommit)
+        async with connection:
+            yield connection
+
+    @asynccontextmanager
+    async def service(self, **settings: Any) -> AsyncIterator[RunningService]:
+        """A running service, in this process, as the service's role; stopped at the end."""
+        running = RunningService()
+        running.service = Service(settings_for(self.url(), **settings), on_outcome=running.record)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(running.service.run)
+            with anyio.fail_after(DEADLINE):
+                await running.service.started.wait()
+            try:
+                yield running
+            finally:
+                running.service.stop()
+
+
+@dataclass
+class RunningService:
+    """A service and what it did; `until` waits for an event, never for a time."""
+
+    outcomes: list[tuple[Change, Outcome]] = field(default_factory=list)
+    service: Service = field(init=False)
+    _happened: anyio.Event = field(default_factory=anyio.Event)
+
+    def record(self, change: Change, outcome: Outcome) -> None:
+        """Called by the service after each refresh."""
+        self.outcomes.append((change, outcome))
+        self._happened.set()
+        self._happened = anyio.Event()
+
+    async def until(self, is_so: Callable[[], Any]) -> None:
+        """Until `is_so` (a function, sync or async) says yes, asked again after each refresh."""
+        with anyio.fail_after(DEADLINE):
+            while True:
+                happened = self._happened
+                answer = is_so()
+                if hasattr(answer, "__await__"):
+                    answer = await answer
+                if answer:
+                    return
+                await happened.wait()
+
+    async def until_refreshed(self, view: str, tenant: object, *, after: int = 0) -> Outcome:
+        """Until this key was refreshed, counting outcomes from number `after` on; the outcome."""
+        found: list[Outcome] = []
+
+        def seen() -> bool:
+            found[:] = [
+                o
+                for c, o in self.outcomes[after:]
+                if (c.key.view, c.key.tenant) == (view, str(tenant)) and o.outcome == "refreshed"
+            ]
+            return bool(found)
+
+        await self.until(seen)
+        return found[-1]
+
+
+@pytest.fixture
+def database(server: Server, template: str) -> Iterator[Database]:
+    """A database with the schema listener and nothing else."""
+    name = server.clone(template)
+    yield Database(server, name)
+    server.drop(name)
+
+
+@pytest.fixture
+def sample(server: Server, sample_template: str) -> Iterator[Database]:
+    """A database with the sample schema and its five views."""
+    name = server.clone(sample_template)
+    yield Database(server, name)
+    server.drop(name)
