@@ -34,3 +34,9 @@ def describe(url: str) -> str:
     return (
         f"{parts.get('user', '')}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
     )
+
+
+def session_options(url: str, *options: str) -> str:
+    """The `options` of a connection: the URL's own, READ COMMITTED whatever the database's default, and these."""
+    given = conninfo_to_dict(libpq_url(url)).get("options", "")
+    return " ".join(filter(None, [str(given), "-c default_transaction_isolation=read\\ committed", *options]))

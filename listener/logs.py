@@ -6,6 +6,13 @@ import logging
 import sys
 
 import structlog
+from structlog.typing import EventDict
+
+
+def _what_first(_logger: object, _method: str, line: EventDict) -> EventDict:
+    """Time, level and event lead the line: what a person reads first."""
+    lead = {name: line.pop(name) for name in ("timestamp", "level", "event") if name in line}
+    return lead | dict(line)
 
 
 def configure(level: str, form: str) -> None:
@@ -18,6 +25,7 @@ def configure(level: str, form: str) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _what_first,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

@@ -38,6 +38,7 @@ log = structlog.get_logger("listener.service")
 DRAIN_PAUSE = 0.005
 BUSY_PAUSE = 0.05
 CONNECTION_PAUSE = 0.5
+UNKNOWN_VIEW = "LSN01"
 # Lost connections are the service's trouble, not the key's.
 LOST = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
 
@@ -252,14 +253,15 @@ class Service:
         self.on_outcome(change, outcome)
         return outcome
 
-    async def _failed(self, change: Change, error: psycopg.Error) -> float:
-        """Records the failure; when to try again, on the monotonic clock."""
+    async def _failed(self, change: Change, error: psycopg.Error) -> float | None:
+        """Records the failure; when to try again, on the monotonic clock, or None when there is nothing left to try."""
         key = change.key
-        if (
-            self._stop.is_set()
-            or isinstance(error, PoolTimeout)
-            or (error.sqlstate or "08")[:3] in {"08", "08P", "57P"}
-        ):
+        if error.sqlstate == UNKNOWN_VIEW:
+            self.debouncer.finished(key, change.version)
+            log.info("the view was dropped", view=key.view)
+            return None
+        # Lost, or cancelled by our own shutdown: no fault of the key's.
+        if self._stop.is_set() or error.sqlstate is None or error.sqlstate[:3] in {"080", "08P", "57P"}:
             return anyio.current_time() + CONNECTION_PAUSE
         self.metrics.refreshes.labels(key.view, "failed").inc()
         try:

@@ -23,6 +23,15 @@ def _duration(value: object) -> object:
     return timedelta(seconds=float(match[1]) * UNITS[match[2]])
 
 
+def duration_text(value: timedelta) -> str:
+    """As a setting is written: `250ms`, `5s`, `30d`."""
+    seconds = value.total_seconds()
+    for unit in ("d", "h", "min", "s"):
+        if seconds % UNITS[unit] == 0:
+            return f"{seconds / UNITS[unit]:g}{unit}"
+    return f"{seconds * 1000:g}ms"
+
+
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
 
 
@@ -74,7 +83,7 @@ class Settings(BaseSettings):
     def effective(self) -> dict[str, str | int | bool]:
         """Every setting but the URLs, as log lines show them."""
         return {
-            name: f"{value.total_seconds():g}s" if isinstance(value, timedelta) else value
+            name: duration_text(value) if isinstance(value, timedelta) else value
             for name, value in self
             if not name.endswith("database_url")
         }

@@ -8,7 +8,7 @@ import psycopg
 import structlog
 
 from listener import __version__, queries
-from listener.database_url import describe, libpq_url
+from listener.database_url import describe, libpq_url, session_options
 from listener.errors import SetupError, from_database
 from listener.revisions import head
 from listener.version import commit
@@ -54,7 +54,7 @@ async def check(url: str, settings: ServiceSettings) -> None:
     except psycopg.Error as error:
         raise from_database(error) from error
     log.info(
-        "listener",
+        "starting",
         version=__version__,
         commit=commit(),
         database=describe(url),
@@ -96,7 +96,11 @@ def pool_options(url: str, settings: ServiceSettings) -> dict[str, Any]:
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
-            "options": f"-c statement_timeout={timeout} -c idle_in_transaction_session_timeout=60000"
-            " -c client_connection_check_interval=2000 -c default_transaction_isolation=read\\ committed",
+            "options": session_options(
+                url,
+                f"-c statement_timeout={timeout}",
+                "-c idle_in_transaction_session_timeout=60000",
+                "-c client_connection_check_interval=2000",
+            ),
         },
     }

@@ -11,7 +11,7 @@ import psycopg
 import typer
 
 from listener import dead_letters, errors, queries
-from listener.database_url import describe, libpq_url
+from listener.database_url import describe, libpq_url, session_options
 from listener.settings import Settings, load
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ async def connected(settings: Settings) -> AsyncIterator[Connection]:
     """An autocommit connection. Raises SetupError where the schema is missing."""
     url = libpq_url(settings.database_url.get_secret_value())
     async with await psycopg.AsyncConnection.connect(
-        url, autocommit=True, application_name="listener cli", connect_timeout=10
+        url, autocommit=True, application_name="listener cli", connect_timeout=10, options=session_options(url)
     ) as connection:
         facts = await queries.server_facts(connection)
         if not facts.schema_installed:

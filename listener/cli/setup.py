@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from listener import console, logs, service
 from listener.cli.session import app
 from listener.database_url import describe, libpq_url
 from listener.migrate import downgrade, roles_script, upgrade
-from listener.settings import Settings, load
+from listener.settings import Settings, duration_text, load
 
 
 @app.command()
@@ -73,14 +74,14 @@ def uninstall(
 def _settings_help() -> str:
     lines = [
         f"LISTENER_{name.upper()}: {field.description or name.replace('_', ' ')}"
-        + ("" if field.is_required() or field.default is None else f" [default: {_default(field.default)}]")
+        + ("" if field.is_required() or field.default is None else f" (default {_default(field.default)})")
         for name, field in Settings.model_fields.items()
     ]
     return "Settings (environment variables; durations as 250ms, 5s, 2min, 1h):\n\n" + "\n\n".join(lines)
 
 
 def _default(value: object) -> str:
-    return f"{value.total_seconds():g}s" if hasattr(value, "total_seconds") else str(value)
+    return duration_text(value) if isinstance(value, timedelta) else str(value)
 
 
 @app.command(epilog=_settings_help())
