@@ -9,7 +9,6 @@ import statistics
 import sys
 from collections import deque
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from rich.text import Text
 
 from listener import console, logs, operations, queries
 from listener.embedded import EmbeddedServer
-from listener.load import Load, write_load
+from listener.load import LoadCounters, write_load
 from listener.migrate import roles_script, upgrade
 from listener.refresh import Outcome
-from listener.replay import Progress, read, replay, shifted
+from listener.replay import ReplayCounters, read_ledger, replay, tenant_of
 from listener.sample import create_tenants, load_sample
 from listener.service import Service
 from listener.settings import Settings
@@ -68,8 +67,11 @@ class Demo:
         self.server = server
         self.options = options
         self.seen: dict[str, Seen] = {}
-        self.progress: Progress | None = None
-        self.load: Load | None = None
+        self.seed = random.randrange(2**31) if options.seed is None else options.seed
+        self.replayed = ReplayCounters()
+        self.replay_seconds: float | None = None
+        self.load = LoadCounters()
+        self.written_seconds: float | None = None
         self.stop = anyio.Event()
         self.interrupted = False
         self.started = 0.0
@@ -114,6 +116,7 @@ class Demo:
                     await anyio.sleep_until(self.started + self.options.seconds)
                     self.stop.set()
                 await self.stop.wait()
+                self.written_seconds = anyio.current_time() - self.started
                 writing.cancel_scope.cancel()
             if not self.interrupted:
                 with anyio.move_on_after(PATIENCE):
@@ -130,16 +133,15 @@ class Demo:
     async def _write(self) -> None:
         application = self._url("listener_app")
         if self.options.replay is not None:
-            lines = shifted(await anyio.to_thread.run_sync(read, self.options.replay), datetime.now(UTC))
-            self.progress = Progress(len(lines))
-            await replay(application, lines, self.progress)
+            summary = await replay(self.options.replay, application, self.replayed)
+            self.replay_seconds = summary.seconds
             self.stop.set()
             return
-        seed = random.randrange(2**31) if self.options.seed is None else self.options.seed
+        tenants = [(tenant_of(name), name) for name in (f"tenant {n + 1}" for n in range(self.options.tenants))]
         async with await psycopg.AsyncConnection.connect(application, autocommit=True) as connection:
-            tenants = await create_tenants(connection, [f"tenant {n + 1}" for n in range(self.options.tenants)])
-        self.load = Load(list(tenants.values()), self.options.rate, seed)
-        await write_load(application, self.load)
+            await create_tenants(connection, tenants)
+        ids = [tenant for tenant, _ in tenants]
+        await write_load(application, ids, self.load, random.Random(self.seed), rate=self.options.rate)
 
     async def _until_fresh(self) -> None:
         """Until no change is unconsumed or dirty."""
@@ -181,13 +183,13 @@ class Demo:
     def what(self) -> str:
         """What was written so far, and how fast."""
         seconds = max(anyio.current_time() - self.started, 0.001)
-        if self.progress is not None:
-            done = self.progress
-            rate = done.done / (done.seconds or seconds)
-            return f"{done.done} of {done.total} invoices replayed, {rate:.0f} a second"
-        committed = self.load.committed if self.load else 0
-        seed = f", seed {self.load.seed}" if self.load else ""
-        return f"{committed} transactions by {self.options.tenants} tenants, {committed / seconds:.0f} a second{seed}"
+        if self.options.replay is not None:
+            done = self.replayed.committed
+            rate = done / (self.replay_seconds or seconds)
+            return f"{done} of {self.replayed.total} invoices replayed, {rate:.0f} a second"
+        done = self.load.commits
+        of = f"{self.options.tenants} tenants, seed {self.seed}"
+        return f"{done} transactions, {done / (self.written_seconds or seconds):.0f} a second, {of}"
 
     async def summary(self) -> bool:
         """Prints the last table and what `verify` finds; whether every target is exact."""
@@ -232,7 +234,7 @@ async def run(options: Options) -> bool:
     """Runs the demo; whether every target was exact at the end. Raises ReplayError before anything is started."""
     logs.configure("error", "console")
     if options.replay is not None:
-        await anyio.to_thread.run_sync(read, options.replay)
+        await anyio.to_thread.run_sync(read_ledger, options.replay)
     with Status("starting PostgreSQL", console=console.err) as status:
         _step("starting PostgreSQL")
         server = await anyio.to_thread.run_sync(EmbeddedServer.start)

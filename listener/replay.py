@@ -1,110 +1,182 @@
-"""Replays a recorded ledger through the application: a country is a tenant, an invoice is one transaction."""
+"""Replays a recorded ledger into the sample schema: one transaction for each invoice, from several connections.
+
+The file is a CSV, plain or gzip, with the header below, in the order in which the invoices were written. A country is
+a tenant. Times are shifted, all by the same amount, so that the last invoice is written now.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import anyio
-import psycopg
+from psycopg import AsyncConnection
 
-from listener.database_url import libpq_url
 from listener.errors import ListenerError
 from listener.sample import Invoice, create_tenants, write_invoice
 
-COLUMNS = ["invoice_no", "invoiced_at", "country", "customer_id", "amount_pence", "lines_n"]
-# Every so many invoices of a tenant are followed by a reconciliation run; the first one always.
-RECONCILED_EVERY = 20
+HEADER = ["invoice_no", "invoiced_at", "country", "customer_id", "amount_pence", "lines_n"]
+# A tenant's id is derived from its name: every replay of one file has the same tenants.
+TENANT_NAMESPACE = uuid.UUID("6f1c2a52-3d0e-5b0a-9f43-0d1f6a5c7e11")
+# Each tenant's first invoice is written with a reconciliation run, and then every so many of them.
+INVOICES_PER_RUN = 100
+# Digits of a number: enough for any invoice, and sums of as many as a file can hold stay within a bigint.
+LONGEST_NUMBER = 12
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 class ReplayError(ListenerError):
-    """The file is missing or is no such ledger; the message names the line."""
+    """The file cannot be replayed: it is missing, is no such ledger, or a row of it is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One invoice as recorded; `at` is UTC."""
+class Ledger:
+    """A file's invoices, in its order, and the names of their tenants, in the order of their first invoice."""
 
-    number: str
-    at: datetime
-    country: str
-    amount_pence: int
+    invoices: tuple[Invoice, ...]
+    tenants: dict[uuid.UUID, str]
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a replay is; `seconds` is set when it has ended."""
+class ReplayCounters:
+    """How far a replay is."""
 
-    total: int
-    done: int = 0
-    seconds: float = 0.0
+    total: int = 0
+    committed: int = 0
 
 
-def read(path: Path) -> list[Line]:
-    """The invoices in their order. Raises ReplayError: missing file, another header, a malformed row."""
+class Summary(NamedTuple):
+    """What a replay did."""
+
+    invoices: int
+    tenants: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Invoices a second."""
+        return self.invoices / self.seconds
+
+
+def tenant_of(country: str) -> uuid.UUID:
+    return uuid.uuid5(TENANT_NAMESPACE, country)
+
+
+def read_ledger(path: Path) -> Ledger:
+    """The file's invoices, at the times that it says. Raises ReplayError, which names the line."""
     try:
         with _open(path) as file:
-            return list(_lines(path, file))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ReplayError(f"cannot read {path}: {reason}.") from error
+            return _parse(path, file)
+    except (OSError, EOFError, zlib.error) as error:  # the last two, and one kind of the first: damaged gzip
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ReplayError(f"cannot read {path}: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ReplayError(f"cannot read {path}: it is not UTF-8") from error
 
 
 def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
+    with path.open("rb") as file:
+        is_gzip = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    if is_gzip:
         return gzip.open(path, "rt", encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")
 
 
-def _lines(path: Path, file: IO[str]) -> Iterator[Line]:
-    rows = csv.reader(file)
-    header = next(rows, [])
-    if header != COLUMNS:
-        raise ReplayError(f"{path} is no such ledger: its header must be {','.join(COLUMNS)}.")
-    for row in rows:
-        try:
-            number, at, country, _, amount, _ = row
-            if not number or not country:
-                raise ValueError("invoice_no and country must not be empty")
-            yield Line(number, datetime.fromisoformat(at).replace(tzinfo=UTC), country, int(amount))
-        except ValueError as error:
-            raise ReplayError(f"{path}, line {rows.line_num}: {error}.") from error
-
-
-def shifted(lines: Sequence[Line], now: datetime) -> list[Line]:
-    """The same invoices, their times moved so that the last one is `now`."""
-    if not lines:
-        return []
-    by = now - max(line.at for line in lines)
-    return [Line(line.number, line.at + by, line.country, line.amount_pence) for line in lines]
-
-
-async def replay(url: str, lines: Sequence[Line], progress: Progress, connections: int = 4) -> None:
-    """Writes the invoices in their order, each on the next free of the connections, which log in as the application."""
-    started = anyio.current_time()
-    async with await psycopg.AsyncConnection.connect(libpq_url(url), autocommit=True) as connection:
-        tenants = await create_tenants(connection, sorted({line.country for line in lines}))
-    count: dict[str, int] = {}
+def _parse(path: Path, file: Iterable[str]) -> Ledger:
+    rows = csv.reader(file, strict=True)
     invoices: list[Invoice] = []
-    for line in lines:
-        number = count[line.country] = count.get(line.country, 0) + 1
-        reconciled = number % RECONCILED_EVERY == 1
-        refund = line.number.startswith("C")
-        invoices.append(Invoice(tenants[line.country], line.number, line.at, line.amount_pence, refund, reconciled))
-    remaining = iter(invoices)
+    tenants: dict[uuid.UUID, str] = {}
+    numbers: set[str] = set()
+    try:
+        header = next(rows, [])
+        if header != HEADER:
+            raise ReplayError(
+                f"{path} is no ledger: its header is {','.join(header)[:100]!r}, not {','.join(HEADER)!r}"
+            )
+        for row in rows:
+            invoice = parse_row(row)
+            if invoice.number in numbers:
+                raise ValueError(f"invoice {invoice.number} occurs twice")
+            numbers.add(invoice.number)
+            tenants.setdefault(invoice.tenant, row[2])
+            invoices.append(invoice)
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, csv.Error) as error:
+        raise ReplayError(f"{path}, line {rows.line_num}: {error}") from error
+    if not invoices:
+        raise ReplayError(f"{path} holds no invoices")
+    return Ledger(tuple(invoices), tenants)
 
-    async def write() -> None:
-        async with await psycopg.AsyncConnection.connect(libpq_url(url), autocommit=True) as connection:
-            for invoice in remaining:
-                await write_invoice(connection, invoice)
-                progress.done += 1
 
+def parse_row(row: list[str]) -> Invoice:
+    """Raises ValueError, which says what is wrong with the row."""
+    if len(row) != len(HEADER):
+        raise ValueError(f"{len(row)} columns, not {len(HEADER)}")
+    number, invoiced_at, country, _, amount, lines = row
+    for name, value in (("invoice_no", number), ("country", country)):
+        if not value.strip() or "\0" in value:
+            raise ValueError(f"{name} is {value!r}")
+    try:
+        occurred_at = datetime.fromisoformat(invoiced_at)
+    except ValueError:
+        raise ValueError(f"invoiced_at is {invoiced_at!r}, not a time") from None
+    occurred_at = occurred_at.astimezone(UTC) if occurred_at.tzinfo else occurred_at.replace(tzinfo=UTC)
+    amount_cents = _integer("amount_pence", amount)
+    _integer("lines_n", lines)
+    return Invoice(number, tenant_of(country), occurred_at, amount_cents)
+
+
+def _integer(name: str, text: str) -> int:
+    # Not by int() alone: it takes spaces, underscores and other scripts' digits too.
+    digits = text.removeprefix("-")
+    if digits.isascii() and digits.isdigit() and len(digits) <= LONGEST_NUMBER:
+        return int(text)
+    raise ValueError(f"{name} is {text[:40]!r}, not a whole number of at most {LONGEST_NUMBER} digits")
+
+
+def shifted(invoices: Iterable[Invoice], last: datetime) -> Iterator[Invoice]:
+    """The same invoices, the latest of them at `last`, and as far from each other as before."""
+    kept = tuple(invoices)
+    shift = last - max((invoice.occurred_at for invoice in kept), default=last)
+    return (replace(invoice, occurred_at=invoice.occurred_at + shift) for invoice in kept)
+
+
+def with_runs(invoices: Iterable[Invoice]) -> Iterator[tuple[Invoice, bool]]:
+    """Each invoice, and whether a reconciliation run is written with it."""
+    seen: dict[uuid.UUID, int] = {}
+    for invoice in invoices:
+        count = seen.get(invoice.tenant, 0)
+        seen[invoice.tenant] = count + 1
+        yield invoice, count % INVOICES_PER_RUN == 0
+
+
+async def replay(path: Path, url: str, counters: ReplayCounters | None = None, *, connections: int = 4) -> Summary:
+    """Reads the whole file, then writes it as fast as it goes; `url` is listener_app's."""
+    counters = counters if counters is not None else ReplayCounters()
+    ledger = await anyio.to_thread.run_sync(read_ledger, path)
+    counters.total = len(ledger.invoices)
+    started = time.perf_counter()
+    async with await AsyncConnection.connect(url, autocommit=True) as connection:
+        await create_tenants(connection, list(ledger.tenants.items()))
+    pending = with_runs(shifted(ledger.invoices, datetime.now(UTC)))
     async with anyio.create_task_group() as tasks:
         for _ in range(connections):
-            tasks.start_soon(write)
-    progress.seconds = anyio.current_time() - started
+            tasks.start_soon(_write, url, pending, counters)
+    return Summary(len(ledger.invoices), len(ledger.tenants), time.perf_counter() - started)
+
+
+async def _write(url: str, pending: Iterator[tuple[Invoice, bool]], counters: ReplayCounters) -> None:
+    """Takes the next invoice that no other connection has taken, until there is none."""
+    async with await AsyncConnection.connect(url, autocommit=True) as connection:
+        for invoice, reconcile in pending:
+            await write_invoice(connection, invoice, reconcile=reconcile)
+            counters.committed += 1

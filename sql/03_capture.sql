@@ -194,11 +194,11 @@ CREATE OR REPLACE FUNCTION listener.add_source(relation regclass, tenant_column 
 LANGUAGE plpgsql AS $function$
 DECLARE
     previous_role text := listener.become_owner();
-    source_id integer := listener.register_source(relation, tenant_column, true);
+    added_id integer := listener.register_source(relation, tenant_column, true);
 BEGIN
-    PERFORM listener.attach_capture(ARRAY[source_id]);
+    PERFORM listener.attach_capture(ARRAY[added_id]);
     -- What was captured before by another column may have named the wrong tenants.
-    PERFORM listener.mark_all_dirty(s.view_id) FROM listener.view_source s WHERE s.source_id = add_source.source_id;
+    PERFORM listener.mark_all_dirty(s.view_id) FROM listener.view_source s WHERE s.source_id = added_id;
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;

@@ -18,8 +18,11 @@ from listener import embedded
 from listener.embedded import EmbeddedServer, EmbeddedServerError
 
 STARTER = """
+import signal
 import sys
 from listener.embedded import EmbeddedServer
+# Not SIG_IGN, which children inherit: what ignores the signal here is the process alone.
+signal.signal(signal.SIGINT, lambda *_: None)
 server = EmbeddedServer.start()
 print(server.pid, server.socket_directory, flush=True)
 sys.stdin.read()
@@ -142,6 +145,8 @@ def test_committed_data_survives_an_immediate_restart() -> None:
             connection.execute("CREATE TABLE kept AS SELECT 1 AS n")
         server.restart("immediate")
         assert server.pid != before
+        log = server.data_directory.with_name("postgres.log").read_text()
+        assert "database system was not properly shut down" in log
         assert ask(server, "SELECT count(*) FROM kept") == 1
 
 
@@ -185,17 +190,22 @@ def test_binaries_that_the_account_cannot_reach_are_copied(closed: Path, monkeyp
 def test_stop_does_not_wait_for_connections() -> None:
     with EmbeddedServer.start() as stopped, psycopg.connect(stopped.url()) as connection:
         stopped.stop()
-        with pytest.raises(psycopg.OperationalError):
+        with pytest.raises(psycopg.errors.AdminShutdown, match="due to administrator command"):
             connection.execute("SELECT 1")
 
 
-def test_server_stops_when_its_process_is_killed() -> None:
+def test_server_stops_when_its_process_is_killed_even_after_ctrl_c() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STARTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as starter:
         assert starter.stdout is not None
         pid, directory = starter.stdout.readline().split()
         assert runs(int(pid))
+        os.killpg(starter.pid, signal.SIGINT)
         starter.send_signal(signal.SIGKILL)
         wait_until(lambda: not Path(directory).exists())
     assert not runs(int(pid))

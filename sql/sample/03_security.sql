@@ -1,42 +1,52 @@
+-- Who may do what, and to which tenant's rows.
 SET ROLE listener_owner;
+SET search_path = public;
 
--- Row-level security, enabled and FORCEd: not even the owner sees rows of a tenant that it did not name, and a session
--- that names none gets an error instead of an empty result.
-DO $security$
-DECLARE
-    relation text;
-BEGIN
-    FOREACH relation IN ARRAY ARRAY['revenue_ledger', 'attribution_events', 'attribution_allocations', 'dead_events',
-                                    'reconciliation_runs'] LOOP
-        EXECUTE format('ALTER TABLE public.%I ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', relation);
-        EXECUTE format($policy$
-            CREATE POLICY tenant ON public.%I
-            USING (tenant_id = current_setting('app.current_tenant_id')::uuid)
-            WITH CHECK (tenant_id = current_setting('app.current_tenant_id')::uuid)$policy$, relation);
-    END LOOP;
-END
-$security$;
+GRANT SELECT ON tenants TO listener_app, listener_service, listener_reader;
+GRANT INSERT ON tenants TO listener_app;
+GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE
+    ON revenue_ledger, attribution_allocations, reconciliation_runs TO listener_app;
+-- Append-only: no UPDATE, no DELETE, no TRUNCATE.
+GRANT SELECT, INSERT ON attribution_events, dead_events TO listener_app;
+GRANT SELECT ON revenue_ledger, attribution_events, attribution_allocations, reconciliation_runs TO listener_service;
 
--- Ingestion is not a worker's to write, whatever its grants say one day.
-CREATE FUNCTION public.refuse_workers() RETURNS trigger
+-- FORCE binds the owner too. The policy is strict: a session that names no tenant gets an error, not an empty table.
+ALTER TABLE revenue_ledger ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+CREATE POLICY tenant ON revenue_ledger
+    USING (tenant_id = current_setting('app.current_tenant_id')::uuid)
+    WITH CHECK (tenant_id = current_setting('app.current_tenant_id')::uuid);
+ALTER TABLE attribution_events ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+CREATE POLICY tenant ON attribution_events
+    USING (tenant_id = current_setting('app.current_tenant_id')::uuid)
+    WITH CHECK (tenant_id = current_setting('app.current_tenant_id')::uuid);
+ALTER TABLE attribution_allocations ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+CREATE POLICY tenant ON attribution_allocations
+    USING (tenant_id = current_setting('app.current_tenant_id')::uuid)
+    WITH CHECK (tenant_id = current_setting('app.current_tenant_id')::uuid);
+ALTER TABLE dead_events ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+CREATE POLICY tenant ON dead_events
+    USING (tenant_id = current_setting('app.current_tenant_id')::uuid)
+    WITH CHECK (tenant_id = current_setting('app.current_tenant_id')::uuid);
+ALTER TABLE reconciliation_runs ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+CREATE POLICY tenant ON reconciliation_runs
+    USING (tenant_id = current_setting('app.current_tenant_id')::uuid)
+    WITH CHECK (tenant_id = current_setting('app.current_tenant_id')::uuid);
+
+-- refuse_worker(): a background worker reads events and never makes them, whatever it was granted.
+-- Raises insufficient_privilege where app.execution_context is 'worker'.
+CREATE FUNCTION refuse_worker() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     IF current_setting('app.execution_context', true) = 'worker' THEN
-        RAISE EXCEPTION 'a worker may not write %', TG_TABLE_NAME USING ERRCODE = 'insufficient_privilege';
+        RAISE EXCEPTION '% on % is refused to a worker', TG_OP, TG_TABLE_NAME USING ERRCODE = 'insufficient_privilege';
     END IF;
     RETURN NULL;
 END
 $function$;
-CREATE TRIGGER refuse_workers BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON public.attribution_events
-    FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_workers();
-CREATE TRIGGER refuse_workers BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON public.dead_events
-    FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_workers();
+CREATE TRIGGER refuse_worker BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON attribution_events
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_worker();
+CREATE TRIGGER refuse_worker BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON dead_events
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_worker();
 
-GRANT SELECT, INSERT ON public.tenants TO listener_app;
-GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE
-    ON public.revenue_ledger, public.attribution_allocations, public.reconciliation_runs TO listener_app;
-GRANT SELECT, INSERT ON public.attribution_events, public.dead_events TO listener_app;
-GRANT SELECT ON public.tenants, public.revenue_ledger, public.attribution_events, public.attribution_allocations,
-    public.dead_events, public.reconciliation_runs TO listener_service;
-
+RESET search_path;
 RESET ROLE;
