@@ -54,9 +54,10 @@ lock: $(VENV)/bin/python ## write requirements/*.lock anew; make lock ARGS=--upg
 
 wheel: $(INSTALLED) ## dist/*.tar.gz, and the wheel built from it
 	@rm -rf dist
+	@mkdir dist
 	@echo "building dist/"
-	@$(VENV)/bin/python -m build --no-isolation > dist.log 2>&1 || { cat dist.log; exit 1; }
-	@rm dist.log
+	@$(VENV)/bin/python -m build --no-isolation > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
+	@rm dist/build.log
 	@ls dist/*
 
 install: wheel ## the wheel and its locked dependencies into an environment: make install DIR=/srv/listener

@@ -57,6 +57,7 @@ async def record_failure(
     """Records a failed refresh, in a transaction of its own: the refresh took its record with it."""
     message = SECRET.sub(r"\1***", " ".join(str(error).split()))
     trace = SECRET.sub(r"\1***", "".join(traceback.format_exception(error)))
+    kind = error_type(error)
     cursor = await connection.execute(
         "SELECT failures, retry_in, letter_id::text"
         " FROM listener.record_failure(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
@@ -64,13 +65,14 @@ async def record_failure(
             change.key.view_id,
             change.key.tenant,
             change.correlation_id,
-            error_type(error),
+            kind,
             error.sqlstate,
             type(error).__name__,
             message,
             trace,
             WORKER,
-            policy.attempts,
+            # A malformed tenant does not get better by waiting.
+            1 if kind == "validation_error" else policy.attempts,
             policy.base,
             policy.cap,
             policy.slow,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import anyio
+import anyio.lowlevel
 from psycopg import AsyncConnection
 
 from listener.errors import ListenerError
@@ -175,8 +176,13 @@ async def replay(path: Path, url: str, counters: ReplayCounters | None = None, *
 
 
 async def _write(url: str, pending: Iterator[tuple[Invoice, bool]], counters: ReplayCounters) -> None:
-    """Takes the next invoice that no other connection has taken, until there is none."""
+    """Takes the next invoice that no other connection has taken, until there is none.
+
+    Cancelled between two invoices only: whatever was committed is counted.
+    """
     async with await AsyncConnection.connect(url, autocommit=True) as connection:
         for invoice, reconcile in pending:
-            await write_invoice(connection, invoice, reconcile=reconcile)
-            counters.committed += 1
+            with anyio.CancelScope(shield=True):
+                await write_invoice(connection, invoice, reconcile=reconcile)
+                counters.committed += 1
+            await anyio.lowlevel.checkpoint()

@@ -41,9 +41,10 @@ DECLARE
 BEGIN
     PERFORM listener.require_read_committed('listener.drain()');
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, '')) THEN
-        RETURN QUERY SELECT 'busy', clock_timestamp(), 0::bigint, NULL::text, NULL::text, NULL::integer, NULL::text,
-            NULL::text, NULL::bigint, NULL::float8, NULL::float8, NULL::float8, NULL::float8, NULL::float8,
-            NULL::float8, NULL::text, NULL::boolean, NULL::boolean;
+        outcome := 'busy';
+        drained_at := clock_timestamp();
+        changes := 0;
+        RETURN NEXT;
         RETURN;
     END IF;
 
@@ -67,9 +68,10 @@ BEGIN
     -- Without a change nothing is written, and no transaction id is spent.
     IF NOT EXISTS (SELECT FROM listener.change_log c WHERE c.xid >= seen_below)
         AND NOT EXISTS (SELECT FROM listener.change_log c WHERE c.xid = ANY (unseen)) THEN
-        RETURN QUERY SELECT 'nothing', started, 0::bigint, NULL::text, NULL::text, NULL::integer, NULL::text,
-            NULL::text, NULL::bigint, NULL::float8, NULL::float8, NULL::float8, NULL::float8, NULL::float8,
-            NULL::float8, NULL::text, NULL::boolean, NULL::boolean;
+        outcome := 'nothing';
+        drained_at := started;
+        changes := 0;
+        RETURN NEXT;
         RETURN;
     END IF;
     -- Assigned before the snapshot below is taken, so that the snapshot's xmin is not past it.
