@@ -35,7 +35,7 @@ check: $(INSTALLED) ## lint, format, types, imports between modules, compose fil
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
-	@$(MAKE) check-sql
+	@$(MAKE) --no-print-directory check-sql
 
 check-sql: $(INSTALLED) ## the checks of the SQL files alone
 	$(VENV)/bin/pytest tests/test_sql_checks.py
@@ -60,8 +60,9 @@ wheel: $(INSTALLED) ## dist/*.tar.gz, and the wheel built from it
 	@rm dist/build.log
 	@ls dist/*
 
-install: wheel ## the wheel and its locked dependencies into an environment: make install DIR=/srv/listener
+install: ## the wheel and its locked dependencies into an environment: make install DIR=/srv/listener
 	@test -n "$(DIR)" || { echo "say where: make install DIR=/srv/listener" >&2; exit 1; }
+	@$(MAKE) --no-print-directory wheel
 	@echo "installing into $(DIR)"
 	@$(PYTHON) -m venv "$(DIR)"
 	@"$(DIR)/bin/pip" --disable-pip-version-check --quiet install --require-hashes --no-deps -r requirements/runtime.lock

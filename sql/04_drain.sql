@@ -142,17 +142,18 @@ END
 $function$;
 
 -- fold_restored_log(): the log of a restored or copied database. Its transaction ids mean nothing here, so its rows
--- are emptied out and stand again under this transaction's id, and every view is marked for all tenants.
+-- are emptied out and stand again under transaction id 0, which the drain that calls this reads and no later one, and
+-- every view is marked for all tenants.
 CREATE OR REPLACE FUNCTION listener.fold_restored_log() RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $function$
     WITH emptied AS (
         DELETE FROM listener.change_log RETURNING source_id, view_id, tenant, changed_at, app_correlation_id
     )
     INSERT INTO listener.change_log (xid, changed_at, source_id, view_id, tenant, app_correlation_id)
-    SELECT pg_current_xact_id(), clock_timestamp(), e.source_id, e.view_id, e.tenant, max(e.app_correlation_id)
+    SELECT '0'::xid8, clock_timestamp(), e.source_id, e.view_id, e.tenant, max(e.app_correlation_id)
     FROM emptied e GROUP BY e.source_id, e.view_id, e.tenant
     UNION ALL
-    SELECT pg_current_xact_id(), clock_timestamp(), NULL, v.id, '', NULL FROM listener.managed_view v
+    SELECT '0'::xid8, clock_timestamp(), NULL, v.id, '', NULL FROM listener.managed_view v
 $function$;
 
 -- pending_keys(overdue): the dirty keys, in the columns of drain(); all of them, or those that are past max_wait and

@@ -46,8 +46,9 @@ SELECT v.name AS view_name, coalesce(k.tenant, r.tenant) AS tenant_id,
        CASE WHEN k.version IS DISTINCT FROM r.refreshed_version THEN k.dirty_since END AS dirty_since,
        k.last_change_at, r.refreshed_at,
        CASE WHEN k.version IS DISTINCT FROM r.refreshed_version
-            THEN greatest(k.last_change_at, least(k.last_change_at + v.quiet_period, k.dirty_since + v.max_wait),
-                          r.retry_at) END AS due_at,
+            THEN greatest(CASE v.edge WHEN 'leading' THEN k.dirty_since
+                          ELSE least(k.last_change_at + v.quiet_period, k.dirty_since + v.max_wait) END,
+                          r.started_at + v.quiet_period, r.retry_at) END AS due_at,
        r.duration, r.inserted, r.updated, r.deleted, r.failures, r.retry_at, r.last_error,
        coalesce(k.correlation_id, r.correlation_id) AS correlation_id, k.app_correlation_id
 FROM listener.dirty_key k

@@ -1,12 +1,51 @@
 -- The steps of create_view, each with what it refuses.
 
+-- check_one_select(query): raises LSN03 where the text is more than one statement. EXECUTE would run them all, and
+-- brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". A cursor takes one statement, and
+-- opening it runs none. What else may be wrong with the query, CREATE VIEW says.
+CREATE OR REPLACE FUNCTION listener.check_one_select(query text) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    opened refcursor;
+BEGIN
+    OPEN opened FOR EXECUTE pg_catalog.format(E'(\n%s\n)', query);
+    CLOSE opened;
+EXCEPTION
+    WHEN syntax_error OR invalid_cursor_definition THEN
+        RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
+            HINT = 'It must be one SELECT that can stand in a view.';
+    WHEN OTHERS THEN
+        NULL;
+END
+$function$;
+
+-- check_readable(relation): raises LSN03 where the service's role may not read what a view reads.
+CREATE OR REPLACE FUNCTION listener.check_readable(relation regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    service_role name := (SELECT i.service_role FROM listener.installation i);
+    denied text;
+BEGIN
+    SELECT string_agg(format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %I',
+                             n.nspname, service_role, r.relid::regclass, service_role), '; ') INTO denied
+    FROM listener.reads(relation) r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE NOT has_any_column_privilege(service_role, r.relid, 'SELECT')
+       OR NOT has_schema_privilege(service_role, n.oid, 'USAGE');
+    IF denied IS NOT NULL THEN
+        RAISE EXCEPTION 'role % may not read what the query reads', service_role
+            USING ERRCODE = 'LSN03', HINT = denied || ';';
+    END IF;
+END
+$function$;
+
 -- create_definition(view_id, query, tenants_query): makes listener.definition_<id>, and listener.tenants_<id> where a
--- tenants query is given. The query stands in parentheses, so that it is one SELECT and nothing after it.
+-- tenants query is given.
 -- Returns the definition. Raises LSN03 with the parser's own message.
 CREATE OR REPLACE FUNCTION listener.create_definition(view_id integer, query text, tenants_query text)
 RETURNS regclass
 LANGUAGE plpgsql AS $function$
 BEGIN
+    PERFORM listener.check_one_select(pg_catalog.rtrim(query, E'; \n\t'));
     BEGIN
         EXECUTE pg_catalog.format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
                                   'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\t'));
@@ -17,6 +56,7 @@ BEGIN
                         ELSE 'It must be one SELECT that can stand in a view.' END;
     END;
     IF tenants_query IS NOT NULL THEN
+        PERFORM listener.check_one_select(pg_catalog.rtrim(tenants_query, E'; \n\t'));
         BEGIN
             EXECUTE pg_catalog.format(
                 E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',
@@ -25,6 +65,7 @@ BEGIN
             RAISE EXCEPTION 'the tenants query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
                 HINT = 'It must be one SELECT of one column, for example SELECT id FROM tenants.';
         END;
+        PERFORM listener.check_readable(('listener.tenants_' || view_id)::regclass);
     END IF;
     RETURN pg_catalog.to_regclass('listener.definition_' || view_id);
 END
@@ -96,9 +137,7 @@ CREATE OR REPLACE FUNCTION listener.register_sources(
     definition regclass, tenant_column name, depends_on regclass[], OUT source_ids integer[], OUT tenant_secured boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    service_role name := (SELECT i.service_role FROM listener.installation i);
     hiding text;
-    denied text;
     shared text;
 BEGIN
     SELECT string_agg(f.funcid::regprocedure::text, ', ') INTO hiding FROM listener.hiding_functions(definition) f;
@@ -107,15 +146,7 @@ BEGIN
             USING ERRCODE = 'LSN03',
                   HINT = 'Name them: depends_on => ''{table, …}'', or ''{}'' when it reads none.';
     END IF;
-    SELECT string_agg(format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %I',
-                             n.nspname, service_role, r.relid::regclass, service_role), '; ') INTO denied
-    FROM listener.reads(definition) r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE NOT has_any_column_privilege(service_role, r.relid, 'SELECT')
-       OR NOT has_schema_privilege(service_role, n.oid, 'USAGE');
-    IF denied IS NOT NULL THEN
-        RAISE EXCEPTION 'role % may not read what the query reads', service_role
-            USING ERRCODE = 'LSN03', HINT = denied || ';';
-    END IF;
+    PERFORM listener.check_readable(definition);
     SELECT array_agg(listener.register_source(t.relid::regclass, t.tenant_column, false) ORDER BY t.relid),
            coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL), false),
            string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.tenant_column IS NULL)
@@ -143,7 +174,14 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target text := format('%I.%I', view.target_schema, view.target_name);
     service_role name := (SELECT i.service_role FROM listener.installation i);
+    schema_id oid := to_regnamespace(quote_ident(view.target_schema));
 BEGIN
+    IF (has_schema_privilege(schema_id, 'CREATE') AND has_schema_privilege(schema_id, 'USAGE')) IS NOT TRUE THEN
+        RAISE EXCEPTION 'role % cannot create a table in schema %', current_user, view.target_schema
+            USING ERRCODE = 'LSN03', HINT = CASE WHEN schema_id IS NULL
+                THEN format('CREATE SCHEMA %I AUTHORIZATION %I;', view.target_schema, current_user)
+                ELSE format('GRANT USAGE, CREATE ON SCHEMA %I TO %I;', view.target_schema, current_user) END;
+    END IF;
     EXECUTE format('CREATE TABLE %s (LIKE listener.%I)', target, 'definition_' || view.id);
     EXECUTE format('ALTER TABLE %s ALTER COLUMN %I SET NOT NULL', target, view.tenant_column);
     -- Without a primary key (its columns could not be NULL), a publication FOR ALL TABLES would stop the refresh.

@@ -60,6 +60,28 @@ BALANCE = """
     GROUP BY 1, 2
 """
 
+# What the odder definitions read.
+EXTRAS: LiteralString = """
+CREATE TABLE shop.prices (product text PRIMARY KEY, cents bigint);
+CREATE TABLE shop.secret (tenant_id uuid, product text);
+CREATE TABLE shop.spots (tenant_id uuid, spot point);
+CREATE TABLE shop.plain (tenant_id bigint, n int);
+CREATE TABLE shop.days (tenant_id date, n int);
+CREATE MATERIALIZED VIEW shop.stored AS SELECT NULL::uuid AS tenant_id, 'x'::text AS product;
+CREATE FUNCTION shop.price_of(text) RETURNS bigint LANGUAGE sql STABLE AS 'SELECT cents FROM shop.prices WHERE product = $1';
+CREATE VIEW shop.busy_orders WITH (security_invoker = true) AS SELECT * FROM shop.orders WHERE quantity > 0;
+GRANT SELECT ON shop.prices, shop.spots, shop.plain, shop.days, shop.stored, shop.busy_orders TO listener_service;
+GRANT ALL ON shop.prices TO shop_app;
+"""
+
+# Everything that a create_view could leave behind.
+TRACES: LiteralString = """
+    SELECT (SELECT count(*) FROM pg_class), (SELECT count(*) FROM pg_proc), (SELECT count(*) FROM pg_trigger),
+           (SELECT count(*) FROM pg_policy), (SELECT count(*) FROM pg_type), (SELECT count(*) FROM pg_description),
+           (SELECT count(*) FROM listener.managed_view), (SELECT count(*) FROM listener.source),
+           (SELECT count(*) FROM listener.view_source), (SELECT count(*) FROM listener.change_log)
+"""
+
 
 async def open_shop(database: Database) -> None:
     """Makes the tables, the roles and no view."""

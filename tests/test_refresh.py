@@ -192,7 +192,6 @@ VALUES = [
     ("char(5)", "a", "b"),
     ("bytea", "\\x00", "\\x01"),
     ("timestamptz", "2026-01-01 00:00:00.000001+00", "2026-01-01 00:00:00.000002+00"),
-    ("xml", "<a/>", "<a></a>"),
     ("numrange", "[1.0,2)", "[1.00,2)"),
     ("shop.pair", "(1,x)", "(1,y)"),
     ("shop.price", "1.0", "1.00"),
@@ -209,13 +208,12 @@ async def test_a_column_of_any_type_is_written_when_it_reads_differently_and_onl
         """CREATE TYPE shop.pair AS (a int, b text); CREATE DOMAIN shop.price AS numeric;
            CREATE TYPE shop.mood AS ENUM ('fine', 'dull'); CREATE TABLE shop.wide (tenant_id uuid, id int);""",
     )
-    xml = await one(superuser, "SELECT count(*) FROM pg_settings WHERE name = 'xmlbinary'") and False
-    values = [value for value in VALUES if xml or value[0] != "xml"]
-    for number, (column_type, *_) in enumerate(values):
+    for number, (column_type, *_) in enumerate(VALUES):
         await define(
             superuser,
             sql.SQL("ALTER TABLE shop.wide ADD COLUMN {} {}").format(
-                sql.Identifier(f"c{number}"), sql.SQL(column_type)  # type: ignore[arg-type]
+                sql.Identifier(f"c{number}"),
+                sql.SQL(column_type),  # type: ignore[arg-type]
             ),
         )
     await define(superuser, "GRANT SELECT ON shop.wide TO listener_service")
@@ -223,7 +221,7 @@ async def test_a_column_of_any_type_is_written_when_it_reads_differently_and_onl
     await superuser.execute("INSERT INTO shop.wide (tenant_id, id) VALUES (%s, 1), (%s, 2)", (ANNA, ANNA))
     await settle(service)
     counts = "SELECT inserted, updated, deleted FROM listener.refresh('wide_copy', %s::text)"
-    for number, (column_type, *literals) in enumerate(values):
+    for number, (column_type, *literals) in enumerate(VALUES):
         column = sql.Identifier(f"c{number}")
         for literal in literals:
             await superuser.execute(
@@ -254,6 +252,7 @@ async def test_a_reader_never_sees_a_total_that_the_source_never_had(
     print("seed", seed)
     chance = random.Random(seed)
     totals: set[int] = set()
+    rounds: list[int] = []
     reads = 0
     done = False
 
@@ -267,16 +266,16 @@ async def test_a_reader_never_sees_a_total_that_the_source_never_had(
     async with anyio.create_task_group() as tasks, application(shop, ANNA) as app:
         with anyio.fail_after(DEADLINE):
             tasks.start_soon(read)
-            for _ in range(150):
+            while len(rounds) < 100 or reads < 100:
+                rounds.append(reads)
                 # Everything moves between products: rows appear, change and vanish, and the total stays.
                 await app.execute("UPDATE shop.orders SET product = %s", (chance.choice("abcdef"),))
                 await app.execute(
-                    "UPDATE shop.orders SET product = %s WHERE id % 2 = %s".replace("id % 2", "id %% 2"),
+                    "UPDATE shop.orders SET product = %s WHERE id %% 2 = %s",
                     (chance.choice("abcdef"), chance.randrange(2)),
                 )
                 assert await one(service, REFRESH, ANNA) == "refreshed"
             done = True
-    assert reads > 20
     assert totals == {3}
     assert await differences(superuser, "sales") == []
 
@@ -302,7 +301,8 @@ async def test_a_tenant_may_be_passed_in_its_own_type(
         "listener.refresh_materialized_view_for_tenant(42::bigint, 'counted')",
     ]
     for call in calls:
-        assert await rows(service, sql.SQL("SELECT (r).* FROM {} AS r".replace("{}", call))) != [], call  # type: ignore[arg-type]
+        answer = await one(service, sql.SQL("SELECT {}::text").format(sql.SQL(call)))  # type: ignore[arg-type]
+        assert "refreshed" in answer, call
     keys = await rows(superuser, "SELECT DISTINCT tenant FROM listener.refresh_state WHERE tenant <> '' ORDER BY 1")
     assert keys == [(ANNA,), (BERT,), (CLEO,), ("42",)]
 

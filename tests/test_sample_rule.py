@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from datetime import UTC, datetime
+from decimal import Decimal
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +46,21 @@ def test_the_number_alone_decides(invoice: Invoice, other: uuid.UUID) -> None:
 
 
 def test_the_rule_is_the_same_on_every_machine() -> None:
-    assert entries(Invoice("536365", TENANT, WHEN, 13_912)) == EXPECTED
+    certainty = Decimal("0.95")
+    assert entries(Invoice("536532", TENANT, WHEN, 13_912)) == Entries(
+        state="captured",
+        revenue_cents=13_912,
+        is_verified=True,
+        channel="paid_search",
+        has_event=True,
+        allocations=(
+            Allocation("last_touch-1", "paid_search", 13_912, certainty),
+            Allocation("linear-1", "paid_search", 4_553, certainty),  # 85 cents short
+            Allocation("linear-1", "email", 4_637, certainty),
+            Allocation("linear-1", "referral", 4_637, certainty),
+        ),
+        run_state="completed",
+    )
 
 
 @given(invoices)
@@ -55,7 +70,7 @@ def test_a_channel_occurs_once_in_a_model(invoice: Invoice) -> None:
 
 
 @given(invoices)
-def test_allocations_miss_the_amount_by_a_dollar_at_most_and_never_exceed_it(invoice: Invoice) -> None:
+def test_allocations_miss_the_amount_by_a_hundred_cents_at_most_and_never_exceed_it(invoice: Invoice) -> None:
     rule = entries(invoice)
     assert rule.allocations
     assert all(-100 <= difference <= 0 for difference in drift(rule, invoice))
