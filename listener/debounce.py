@@ -32,6 +32,10 @@ def due_at(change: Change) -> float:
     return due if change.retry_at is None else max(due, change.retry_at)
 
 
+def _deadline(change: Change) -> float:
+    return change.first_change + change.window.max_wait
+
+
 class Debouncer:
     """The keys that wait for a refresh, and those that are being refreshed."""
 
@@ -40,7 +44,7 @@ class Debouncer:
         self._running: set[RefreshKey] = set()
         self._started: dict[RefreshKey, float] = {}
         # Heap items stay where they are when a key changes. A timer counts if _timer_at still names it, a ready item
-        # if the key is still ready and of that heap.
+        # if the key is still ready, of that heap, and of that deadline.
         self._timers: list[tuple[float, RefreshKey]] = []
         self._timer_at: dict[RefreshKey, float] = {}
         self._ready: dict[bool, list[tuple[float, RefreshKey]]] = {False: [], True: []}
@@ -82,10 +86,12 @@ class Debouncer:
         for bulk in (bulk_first, not bulk_first):
             heap = self._ready[bulk]
             while heap:
-                _, key = heappop(heap)
-                if key not in self._is_ready or self._waiting[key].bulk is not bulk:
+                deadline, key = heappop(heap)
+                if key not in self._is_ready:
                     continue
                 change = self._waiting[key]
+                if change.bulk is not bulk or _deadline(change) != deadline:
+                    continue
                 del self._waiting[key]
                 self._is_ready.discard(key)
                 self._running.add(key)
@@ -130,7 +136,7 @@ class Debouncer:
         heappush(self._timers, (due_at(change), change.key))
 
     def _push_ready(self, change: Change) -> None:
-        heappush(self._ready[change.bulk], (change.first_change + change.window.max_wait, change.key))
+        heappush(self._ready[change.bulk], (_deadline(change), change.key))
 
     def _next_timer(self) -> float | None:
         while self._timers:

@@ -101,6 +101,8 @@ def pool_options(url: str, settings: ServiceSettings) -> dict[str, Any]:
                 f"-c statement_timeout={timeout}",
                 "-c idle_in_transaction_session_timeout=60000",
                 "-c client_connection_check_interval=2000",
+                # A crash that loses a refresh loses the mark "clean" with it, and the drain before it likewise.
+                "-c synchronous_commit=off",
             ),
         },
     }

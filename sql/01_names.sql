@@ -9,7 +9,7 @@
 -- find_view(view_name): the managed view of that name. A name without a schema is enough where it is unique.
 -- Reads managed_view. Raises LSN01.
 CREATE OR REPLACE FUNCTION listener.find_view(view_name text) RETURNS listener.managed_view
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = auto AS $function$
 DECLARE
     found listener.managed_view;
 BEGIN

@@ -55,6 +55,8 @@ $create$,
         format(log_and_collect, format('SELECT DISTINCT %s FROM old_rows', tenant_of)),
         format(log_and_collect, 'SELECT ''''::pg_catalog.text'),
         source.schema_name || '.' || source.table_name);
+    -- Firing needs no EXECUTE; with it, anybody could put the function on a table of his own and fill the log.
+    EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', 'capture_' || source.id);
 END
 $function$;
 

@@ -6,6 +6,29 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$
     SELECT pg_catalog.hashtextextended('listener:' || view_id::text || ':' || tenant, 0)
 $function$;
 
+-- new_changes(seen_below, unseen): what capture logged since, per source (or marked view) and tenant: the rows whose
+-- transaction id is at least seen_below, or one of `unseen`. Ages start at `not_before` at the earliest: a transaction
+-- that stayed open is not staleness of ours, the last drain could not see it.
+-- Planned anew each time: a plan made while the log was small would later scan every consumed row. STABLE, so that it
+-- looks with the snapshot of the statement that calls it.
+CREATE OR REPLACE FUNCTION listener.new_changes(seen_below xid8, unseen xid8[], not_before timestamptz)
+RETURNS TABLE (source_id integer, view_id integer, tenant text, changes bigint, first_change timestamptz,
+               last_change timestamptz, app_correlation_id text)
+LANGUAGE plpgsql STABLE ROWS 100
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+BEGIN
+    RETURN QUERY
+    SELECT c.source_id, c.view_id, c.tenant, count(*),
+           CASE WHEN c.source_id IS NULL THEN min(c.changed_at) ELSE greatest(min(c.changed_at), not_before) END,
+           CASE WHEN c.source_id IS NULL THEN max(c.changed_at) ELSE greatest(max(c.changed_at), not_before) END,
+           max(c.app_correlation_id)
+    FROM (SELECT l.* FROM listener.change_log l WHERE l.xid >= seen_below
+          UNION ALL
+          SELECT l.* FROM listener.change_log l WHERE l.xid = ANY (unseen)) c
+    GROUP BY c.source_id, c.view_id, c.tenant;
+END
+$function$;
+
 -- drain(): folds every committed change that no drain has seen yet into dirty_key.
 --   outcome  'drained', one row per key touched; or one row 'nothing'; or one row 'busy': another session is draining
 --            and may have looked before your change, so ask again; never read it as "nothing new".
@@ -25,7 +48,12 @@ RETURNS TABLE (
     quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean)
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-SET plan_cache_mode = force_custom_plan
+-- Planning took half of a small drain. Every table here is reached by its key whatever its size, so the plan may be
+-- kept; and it must not have been made for small tables.
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
 SET jit = off
 AS $function$
 #variable_conflict use_column
@@ -65,34 +93,9 @@ BEGIN
                                            UNION SELECT last_drain.xid) i
                         WHERE i.xid < seen_below);
     END IF;
-    -- Without a change nothing is written, and no transaction id is spent.
-    IF NOT EXISTS (SELECT FROM listener.change_log c WHERE c.xid >= seen_below)
-        AND NOT EXISTS (SELECT FROM listener.change_log c WHERE c.xid = ANY (unseen)) THEN
-        outcome := 'nothing';
-        drained_at := started;
-        changes := 0;
-        RETURN NEXT;
-        RETURN;
-    END IF;
-    -- Assigned before the snapshot below is taken, so that the snapshot's xmin is not past it.
-    PERFORM pg_current_xact_id();
-
     RETURN QUERY
-    WITH fresh AS MATERIALIZED (
-        SELECT c.source_id, c.view_id, c.tenant, c.app_correlation_id,
-               -- A transaction that stayed open is not staleness of ours: the last drain could not see it.
-               CASE WHEN c.source_id IS NULL THEN c.changed_at
-                    ELSE greatest(c.changed_at, last_drain.drained_at) END AS visible_at
-        FROM listener.change_log c WHERE c.xid >= seen_below
-        UNION ALL
-        SELECT c.source_id, c.view_id, c.tenant, c.app_correlation_id,
-               CASE WHEN c.source_id IS NULL THEN c.changed_at
-                    ELSE greatest(c.changed_at, last_drain.drained_at) END
-        FROM listener.change_log c WHERE c.xid = ANY (unseen)
-    ), per_source AS (
-        SELECT f.source_id, f.view_id, f.tenant, count(*) AS changes, min(f.visible_at) AS first_change,
-               max(f.visible_at) AS last_change, max(f.app_correlation_id) AS app_correlation_id
-        FROM fresh f GROUP BY f.source_id, f.view_id, f.tenant
+    WITH per_source AS MATERIALIZED (
+        SELECT n.* FROM listener.new_changes(seen_below, unseen, last_drain.drained_at) n
     ), touched AS (
         SELECT coalesce(p.view_id, s.view_id) AS view_id, p.tenant, min(p.first_change) AS first_change,
                max(p.last_change) AS last_change, bool_and(p.source_id IS NULL OR p.tenant = '') AS bulk,
@@ -126,8 +129,9 @@ BEGIN
     ), logged AS (
         INSERT INTO listener.drain_log
             (drained_at, snapshot, xid, changes, keys, correlation_id, system_identifier, database_oid)
-        SELECT started, pg_current_snapshot(), pg_current_xact_id(), (SELECT count(*) FROM fresh),
-               (SELECT count(*) FROM touched), batch, this_system, this_database
+        SELECT started, pg_current_snapshot(), pg_current_xact_id(), sum(p.changes), (SELECT count(*) FROM touched),
+               batch, this_system, this_database
+        FROM per_source p HAVING count(*) > 0
         RETURNING changes
     )
     SELECT 'drained', started, l.changes, batch, k.app_correlation_id, k.view_id, v.name, k.tenant, k.version,
@@ -138,6 +142,13 @@ BEGIN
     FROM logged l
     LEFT JOIN (raised k JOIN listener.managed_view v ON v.id = k.view_id) ON true
     LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant;
+    -- Nothing new: nothing was written, and no transaction id was spent.
+    IF NOT FOUND THEN
+        outcome := 'nothing';
+        drained_at := started;
+        changes := 0;
+        RETURN NEXT;
+    END IF;
 END
 $function$;
 

@@ -1,5 +1,47 @@
 -- Refresh: lock -> compute -> record, one transaction.
 
+-- The two steps of a refresh that touch the state. Their plans are kept: planning them anew took longer than running
+-- them. enable_seqscan is off so that a plan made while the tables were small is the right one later.
+
+-- known_version(view_id, tenant): the dirty version that the drain has raised the key to, 0 where it never did, and
+-- the correlation id of that drain.
+CREATE OR REPLACE FUNCTION listener.known_version(
+    view_id integer, tenant text, OUT version bigint, OUT correlation_id text)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $function$
+#variable_conflict use_column
+BEGIN
+    SELECT k.version, k.correlation_id INTO version, correlation_id
+    FROM listener.dirty_key k WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant;
+    version := coalesce(version, 0);
+END
+$function$;
+
+-- record_refresh(...): the key is as fresh as `version`; its failures are over, its dead letter is closed.
+CREATE OR REPLACE FUNCTION listener.record_refresh(
+    view_id integer, tenant text, version bigint, started timestamptz, inserted bigint, updated bigint, deleted bigint,
+    correlation_id text) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $function$
+#variable_conflict use_column
+DECLARE
+    now_at timestamptz := clock_timestamp();
+BEGIN
+    INSERT INTO listener.refresh_state AS r
+        (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, updated, deleted,
+         correlation_id)
+    VALUES (record_refresh.view_id, record_refresh.tenant, record_refresh.version, started, now_at, now_at - started,
+            record_refresh.inserted, record_refresh.updated, record_refresh.deleted, record_refresh.correlation_id)
+    ON CONFLICT (view_id, tenant) DO UPDATE SET
+        refreshed_version = excluded.refreshed_version, started_at = excluded.started_at,
+        refreshed_at = excluded.refreshed_at, duration = excluded.duration, inserted = excluded.inserted,
+        updated = excluded.updated, deleted = excluded.deleted, correlation_id = excluded.correlation_id,
+        failures = 0, failed_at = NULL, retry_at = NULL, last_error = NULL;
+    UPDATE listener.dead_letter d SET status = 'resolved', closed_at = now_at
+    WHERE d.view_id = record_refresh.view_id AND d.tenant = record_refresh.tenant AND d.status = 'open';
+END
+$function$;
+
 -- refresh(view, tenant_id): makes one tenant's rows of the target equal to its definition.
 --   outcome   'refreshed'; 'busy': another session is refreshing this key, ask again; 'paused': nothing was done
 --   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected.
@@ -47,9 +89,7 @@ BEGIN
             set_config('app.execution_context', 'worker', true),
             set_config('TimeZone', managed.time_zone, true);
 
-    SELECT k.version, k.correlation_id INTO version, batch
-    FROM listener.dirty_key k WHERE k.view_id = managed.id AND k.tenant = tenant_key;
-    version := coalesce(version, 0);
+    SELECT k.version, k.correlation_id INTO version, batch FROM listener.known_version(managed.id, tenant_key) k;
 
     -- Last of the settings, since it changes what an unqualified name means.
     PERFORM set_config('search_path', managed.search_path, true);
@@ -63,18 +103,7 @@ BEGIN
                 || ': group by them, or register the view with the columns that tell these rows apart.';
     END IF;
 
-    INSERT INTO listener.refresh_state AS r
-        (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, updated, deleted,
-         correlation_id)
-    VALUES (managed.id, tenant_key, version, started, clock_timestamp(), clock_timestamp() - started,
-            inserted, updated, deleted, batch)
-    ON CONFLICT (view_id, tenant) DO UPDATE SET
-        refreshed_version = excluded.refreshed_version, started_at = excluded.started_at,
-        refreshed_at = excluded.refreshed_at, duration = excluded.duration, inserted = excluded.inserted,
-        updated = excluded.updated, deleted = excluded.deleted, correlation_id = excluded.correlation_id,
-        failures = 0, failed_at = NULL, retry_at = NULL, last_error = NULL;
-    UPDATE listener.dead_letter d SET status = 'resolved', closed_at = clock_timestamp()
-    WHERE d.view_id = managed.id AND d.tenant = tenant_key AND d.status = 'open';
+    PERFORM listener.record_refresh(managed.id, tenant_key, version, started, inserted, updated, deleted, batch);
     outcome := 'refreshed';
 END
 $function$;
@@ -121,7 +150,8 @@ SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SE
 DECLARE
     managed listener.managed_view := listener.find_view(view);
     started timestamptz := clock_timestamp();
-    key listener.dirty_key;
+    known record;
+    dirty_since timestamptz;
 BEGIN
     PERFORM listener.require_read_committed('listener.expand()');
     IF managed.paused_at IS NOT NULL THEN
@@ -132,21 +162,13 @@ BEGIN
         outcome := 'busy';
         RETURN;
     END IF;
-    SELECT k.* INTO key FROM listener.dirty_key k WHERE k.view_id = managed.id AND k.tenant = '';
+    SELECT k.* INTO known FROM listener.known_version(managed.id, '') k;
+    SELECT k.dirty_since INTO dirty_since FROM listener.dirty_key k WHERE k.view_id = managed.id AND k.tenant = '';
     INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
-    SELECT pg_current_xact_id(), coalesce(key.dirty_since, started), managed.id, t.tenant
+    SELECT pg_current_xact_id(), coalesce(dirty_since, started), managed.id, t.tenant
     FROM listener.tenants(managed.name) AS t (tenant);
     GET DIAGNOSTICS tenants = ROW_COUNT;
-    INSERT INTO listener.refresh_state AS r
-        (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, correlation_id)
-    VALUES (managed.id, '', coalesce(key.version, 0), started, clock_timestamp(), clock_timestamp() - started, tenants,
-            key.correlation_id)
-    ON CONFLICT (view_id, tenant) DO UPDATE SET
-        refreshed_version = excluded.refreshed_version, started_at = excluded.started_at,
-        refreshed_at = excluded.refreshed_at, duration = excluded.duration, inserted = excluded.inserted,
-        correlation_id = excluded.correlation_id, failures = 0, failed_at = NULL, retry_at = NULL, last_error = NULL;
-    UPDATE listener.dead_letter d SET status = 'resolved', closed_at = clock_timestamp()
-    WHERE d.view_id = managed.id AND d.tenant = '' AND d.status = 'open';
+    PERFORM listener.record_refresh(managed.id, '', known.version, started, tenants, 0, 0, known.correlation_id);
     outcome := 'expanded';
 END
 $function$;

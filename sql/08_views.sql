@@ -206,8 +206,8 @@ BEGIN
 END
 $function$;
 
--- switch_capture(on): enables (ALWAYS) or disables the capture triggers of every source.
-CREATE OR REPLACE FUNCTION listener.switch_capture("on" boolean) RETURNS void
+-- switch_capture(enable): enables (ALWAYS) or disables the capture triggers of every source.
+CREATE OR REPLACE FUNCTION listener.switch_capture(enable boolean) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     attached record;
@@ -219,10 +219,10 @@ BEGIN
         FROM listener.source s JOIN pg_trigger g ON g.tgfoid = to_regproc('listener.capture_' || s.id)::oid
         ORDER BY g.tgrelid, g.tgname
     LOOP
-        EXECUTE format(CASE WHEN "on" THEN 'ALTER TABLE %s ENABLE ALWAYS TRIGGER %I' ELSE 'ALTER TABLE %s DISABLE TRIGGER %I' END,
+        EXECUTE format(CASE WHEN enable THEN 'ALTER TABLE %s ENABLE ALWAYS TRIGGER %I' ELSE 'ALTER TABLE %s DISABLE TRIGGER %I' END,
                        attached.relation, attached.tgname);
     END LOOP;
-    UPDATE listener.source SET capture_paused = NOT "on";
+    UPDATE listener.source SET capture_paused = NOT enable;
     PERFORM set_config('lock_timeout', previous_timeout, true);
 END
 $function$;

@@ -20,7 +20,9 @@ BEGIN
     EXECUTE format('GRANT DELETE ON listener.drain_log, listener.change_log, listener.dead_letter TO %I', installed.service_role);
     FOREACH routine IN ARRAY ARRAY[
         'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.require_read_committed(text)',
-        'listener.lock_key(integer, text)', 'listener.drain()', 'listener.fold_restored_log()',
+        'listener.lock_key(integer, text)', 'listener.new_changes(xid8, xid8[], timestamptz)',
+        'listener.known_version(integer, text)',
+        'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drain()', 'listener.fold_restored_log()',
         'listener.pending_keys(boolean)', 'listener.images(regclass)',
         'listener.comparison_statement(listener.managed_view)', 'listener.refresh(text, text)',
         'listener.refresh(text, uuid)', 'listener.refresh(text, bigint)',

@@ -1,4 +1,4 @@
-"""A small application for the tests of the SQL: orders and payments of tenants, under row-level security that is FORCEd.
+"""A small application for the tests of the SQL: orders and payments of tenants, under FORCEd row-level security.
 
 `shop_owner` owns the tables, `shop_app` writes them for the tenant that it names. The superuser arranges and asserts;
 nothing is drained or refreshed by it.
@@ -68,7 +68,8 @@ CREATE TABLE shop.spots (tenant_id uuid, spot point);
 CREATE TABLE shop.plain (tenant_id bigint, n int);
 CREATE TABLE shop.days (tenant_id date, n int);
 CREATE MATERIALIZED VIEW shop.stored AS SELECT NULL::uuid AS tenant_id, 'x'::text AS product;
-CREATE FUNCTION shop.price_of(text) RETURNS bigint LANGUAGE sql STABLE AS 'SELECT cents FROM shop.prices WHERE product = $1';
+CREATE FUNCTION shop.price_of(text) RETURNS bigint LANGUAGE sql STABLE
+    AS 'SELECT cents FROM shop.prices WHERE product = $1';
 CREATE VIEW shop.busy_orders WITH (security_invoker = true) AS SELECT * FROM shop.orders WHERE quantity > 0;
 GRANT SELECT ON shop.prices, shop.spots, shop.plain, shop.days, shop.stored, shop.busy_orders TO listener_service;
 GRANT ALL ON shop.prices TO shop_app;

@@ -59,26 +59,27 @@ async def heard(listening: AsyncConnection[Any], superuser: AsyncConnection[Any]
 @pytest.mark.parametrize(
     ("statement", "tenants"),
     [
-        (f"INSERT INTO shop.orders (tenant_id) VALUES ('{ANNA}'), ('{BERT}'), ('{ANNA}')", [ANNA, BERT]),
+        ("INSERT INTO shop.orders (tenant_id) VALUES ({anna}), ({bert}), ({anna})", [ANNA, BERT]),
         ("UPDATE shop.orders SET quantity = 7", [ANNA, BERT]),
         ("DELETE FROM shop.orders", [ANNA, BERT]),
         ("TRUNCATE shop.orders", [""]),
-        (f"UPDATE shop.orders SET tenant_id = '{CLEO}' WHERE tenant_id = '{ANNA}'", [ANNA, CLEO]),
-        (f"INSERT INTO shop.orders (tenant_id) SELECT '{CLEO}' FROM generate_series(1, 1000)", [CLEO]),
+        ("UPDATE shop.orders SET tenant_id = {cleo} WHERE tenant_id = {anna}", [ANNA, CLEO]),
+        ("INSERT INTO shop.orders (tenant_id) SELECT {cleo}::uuid FROM generate_series(1, 1000)", [CLEO]),
         (
-            f"""MERGE INTO shop.orders o USING (VALUES ('{ANNA}'::uuid), ('{CLEO}'::uuid)) v (t) ON o.tenant_id = v.t
+            """MERGE INTO shop.orders o USING (VALUES ({anna}::uuid), ({cleo}::uuid)) v (t) ON o.tenant_id = v.t
                 WHEN MATCHED THEN UPDATE SET quantity = 2
                 WHEN NOT MATCHED THEN INSERT (tenant_id) VALUES (v.t)""",
             [ANNA, CLEO],
         ),
-        (f"WITH gone AS (DELETE FROM shop.orders WHERE tenant_id = '{BERT}') SELECT 1", [BERT]),
+        ("WITH gone AS (DELETE FROM shop.orders WHERE tenant_id = {bert}) SELECT 1", [BERT]),
     ],
     ids=["insert", "update", "delete", "truncate", "a move", "many rows", "merge", "inside a CTE"],
 )
 async def test_a_statement_logs_each_tenant_that_it_touched_once(
     superuser: AsyncConnection[Any], statement: LiteralString, tenants: list[str]
 ) -> None:
-    await superuser.execute(statement)
+    names = {"anna": sql.Literal(ANNA), "bert": sql.Literal(BERT), "cleo": sql.Literal(CLEO)}
+    await superuser.execute(sql.SQL(statement).format(**names))
     assert await take_log(superuser) == tenants
 
 
@@ -155,10 +156,8 @@ async def test_a_rolled_back_savepoint_leaves_nothing_and_the_rest_stays(
 ) -> None:
     async with shop.connect(autocommit=False) as connection:
         await order(connection, BERT, "kept")
-        with pytest.raises(psycopg.errors.DivisionByZero):
-            async with connection.transaction():
-                await order(connection, ANNA, "gone")
-                await connection.execute("SELECT 1 / 0")
+        async with connection.transaction(force_rollback=True):
+            await order(connection, ANNA, "gone")
     assert await take_log(superuser) == [BERT]
 
 

@@ -180,7 +180,7 @@ async def test_somebody_who_is_no_member_of_the_owner_is_refused(shop: Database)
 async def test_whoever_created_a_view_keeps_the_role_it_had(shop: Database) -> None:
     async with shop.connect("listener_migrator") as migrator:
         await migrator.execute(
-            "SELECT listener.create_view('plain', 'SELECT * FROM shop.plain', '{n}'), listener.pause(), listener.resume()"
+            "SELECT listener.create_view('plain', 'TABLE shop.plain', '{n}'), listener.pause(), listener.resume()"
         )
         assert await one(migrator, "SELECT current_user::text") == "listener_migrator"
 
@@ -245,7 +245,8 @@ async def test_add_source_names_the_column_before_or_after(
     shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
 ) -> None:
     await define(superuser, "ALTER TABLE shop.prices ADD shop_id uuid")
-    query = "SELECT tenant_id, id, cents FROM shop.orders o LEFT JOIN shop.prices p ON p.product = o.product AND shop_id = tenant_id"
+    query = """SELECT tenant_id, id, cents FROM shop.orders o
+               LEFT JOIN shop.prices p ON p.product = o.product AND shop_id = tenant_id"""
     await create_view(shop, "priced", query, ["id"])
     await settle(service)
     async with shop.connect("listener_migrator") as migrator:

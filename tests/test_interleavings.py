@@ -1,4 +1,4 @@
-"""Writers, drainers and refreshers at once, for a while, in every order that chance brings; then nothing may be missing.
+"""Writers, drainers and refreshers at once for a while, in every order that chance brings; then nothing is missing.
 
 Meanwhile a checker asks for random keys: a target that differs from its definition must be known to be stale, in the
 very snapshot that shows the difference. LISTENER_TEST_SECONDS (20) says for how long; the seed is printed.

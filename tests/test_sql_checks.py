@@ -1,4 +1,4 @@
-"""What holds for all of the project's SQL at once: it is checked statically, runs with pinned names, writes no source."""
+"""What holds for all of the project's SQL: checked statically, bound to pinned names, and no source is written."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_no_function_and_no_table_is_open_to_everybody(shop: Database) -> 
               AND has_any_column_privilege('shop_app', c.oid, 'SELECT, INSERT, UPDATE')
             """,
         )
-    assert public == [] or {name for (name,) in public} == set()
+    assert public == []
 
 
 WRITE = re.compile(
@@ -155,10 +155,12 @@ def test_the_service_imports_nothing_that_plays_the_application() -> None:
         file = ROOT / "listener" / f"{module}.py"
         file = file if file.exists() else ROOT / "listener" / module / "__init__.py"
         seen.add(module)
+        if not file.exists():
+            continue  # a name, not a module
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "listener":
                 parts = (node.module or "").split(".")[1:]
-                names = ["/".join(parts)] if parts else [alias.name for alias in node.names]
+                names = ["/".join([*parts, alias.name]) for alias in node.names] + ["/".join(parts)] * bool(parts)
                 waiting += [name for name in names if name not in seen]
-    assert {"drain", "changes", "refresh", "queries"} & seen
+    assert {"changes", "refresh", "queries", "debounce"} <= seen
     assert not seen & APPLICATION

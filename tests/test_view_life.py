@@ -103,16 +103,16 @@ async def test_resuming_capture_marks_every_tenant(
     assert await differences(superuser, "sales") == []
 
 
-@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("targets", ["dropped", "kept"])
 async def test_uninstall_leaves_the_application_as_it_was(
-    shop: Database, superuser: AsyncConnection[Any], drop: bool
+    shop: Database, superuser: AsyncConnection[Any], targets: str
 ) -> None:
     await create_view(shop, "sales", SALES, ["product"])
     await superuser.execute("SELECT listener.add_source('shop.payments', 'tenant_id')")
     async with shop.connect("listener_migrator") as migrator:
-        await migrator.execute("SELECT listener.uninstall(%s)", (drop,))
+        await migrator.execute("SELECT listener.uninstall(%s)", (targets == "dropped",))
     assert await rows(superuser, "SELECT tgname FROM pg_trigger WHERE tgname LIKE 'listener%'") == []
-    assert (await one(superuser, "SELECT to_regclass('sales')") is None) is drop
+    assert (await one(superuser, "SELECT to_regclass('sales')") is None) is (targets == "dropped")
     await order(superuser, ANNA, "a")
 
 
