@@ -9,13 +9,25 @@ from typing import Annotated, Any
 import anyio
 import psycopg
 import typer
+from typer.core import TyperGroup
 
 from listener import dead_letters, errors, queries
 from listener.database_url import describe, libpq_url, session_options
 from listener.settings import Settings, load
 
+
+class InReadingOrder(TyperGroup):
+    """Lists the commands in the order in which one needs them."""
+
+    ORDER = "demo roles migrate run status explain verify refresh sweep pause resume dead-letters uninstall"
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=self.ORDER.split().index)
+
+
 app = typer.Typer(
     name="listener",
+    cls=InReadingOrder,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
