@@ -47,7 +47,7 @@ async def add_source(superuser: AsyncConnection[Any], table: str, tenant_column:
 async def heard(listening: AsyncConnection[Any], superuser: AsyncConnection[Any]) -> list[dict[str, Any]]:
     """What was notified until now: notifications arrive in the order of their commits."""
     await superuser.execute("SELECT pg_notify('listener_changes', 'until here')")
-    payloads = []
+    payloads: list[dict[str, Any]] = []
     async with aclosing(listening.notifies(timeout=DEADLINE)) as notifications:
         async for notification in notifications:
             if notification.payload == "until here":

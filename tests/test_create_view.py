@@ -196,7 +196,7 @@ async def test_names_may_hold_quotes_dots_and_letters_of_any_language(
     await settle(service)
     found = await one(superuser, "SELECT name FROM listener.managed_view")
     assert await differences(superuser, found) == []
-    assert await one(superuser, sql.SQL("SELECT count(*) FROM {}").format(sql.SQL(name))) == 1  # type: ignore[arg-type]
+    assert await one(superuser, sql.SQL("SELECT count(*) FROM {}").format(sql.SQL(name))) == 1
     async with shop.connect("listener_migrator") as migrator:
         await migrator.execute("SELECT listener.drop_view(%s)", (found,))
     assert await one(superuser, "SELECT to_regclass(%s)", name) is None

@@ -55,7 +55,7 @@ async def compare_all(database: Database, superuser: AsyncConnection[Any], servi
             superuser,
             sql.SQL("ALTER TABLE shop.wide ADD COLUMN {} {}").format(
                 sql.Identifier(f"c{number}"),
-                sql.SQL(column_type),  # type: ignore[arg-type]
+                sql.SQL(column_type),
             ),
         )
     await define(superuser, "GRANT SELECT ON shop.wide TO listener_service")

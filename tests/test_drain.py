@@ -141,8 +141,9 @@ async def test_a_transaction_that_drains_and_then_writes_loses_nothing(
             "GRANT USAGE ON SCHEMA listener TO shop_app; GRANT EXECUTE ON FUNCTION listener.drain() TO shop_app"
         )
     async with application(shop, ANNA, autocommit=False) as app, application(shop, BERT) as other:
-        await order(other, BERT, "a")
         await order(app, ANNA, "before")
+        # A later transaction that ends first: now the snapshot's xmax is past the drain's own id.
+        await order(other, BERT, "a")
         assert await drain(app) == both(ANNA, BERT)
         await order(app, ANNA, "after")
         await app.commit()
@@ -200,7 +201,8 @@ async def test_a_cursor_of_the_future_or_of_another_cluster_means_nothing(
         await superuser.execute(
             """INSERT INTO listener.drain_log (drained_at, snapshot, xid, changes, keys, correlation_id,
                                                system_identifier, database_oid)
-               SELECT drained_at, coalesce(%s::pg_snapshot, snapshot), xid, 0, 0, 'x', system_identifier + %s, database_oid
+               SELECT drained_at, coalesce(%s::pg_snapshot, snapshot), xid, 0, 0, 'x',
+                      system_identifier + %s, database_oid
                FROM listener.drain_log ORDER BY id DESC LIMIT 1""",
             (future, int(column == "system_identifier")),
         )

@@ -140,6 +140,7 @@ async def test_two_refreshers_of_one_key_take_turns(
     async with shop.connect("listener_service", autocommit=False) as other:
         assert await one(other, REFRESH, ANNA) == "refreshed"
         await order(superuser, ANNA, "apple", 10)
+        await service.execute("SET lock_timeout = '1ms'")
         await service.execute("SELECT listener.drain()")
         assert await rows(service, COUNTS, ANNA) == [("busy", None, None, None)]
         await other.commit()
@@ -243,7 +244,7 @@ async def test_a_tenant_may_be_passed_in_its_own_type(
         "listener.refresh_materialized_view_for_tenant(42::bigint, 'counted')",
     ]
     for call in calls:
-        answer = await one(service, sql.SQL("SELECT {}::text").format(sql.SQL(call)))  # type: ignore[arg-type]
+        answer = await one(service, sql.SQL("SELECT {}::text").format(sql.SQL(call)))
         assert "refreshed" in answer, call
     keys = await rows(superuser, "SELECT DISTINCT tenant FROM listener.refresh_state WHERE tenant <> '' ORDER BY 1")
     assert keys == [(ANNA,), (BERT,), (CLEO,), ("42",)]
