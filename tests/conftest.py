@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import psycopg
 import pytest
 from psycopg import sql
@@ -45,7 +46,7 @@ class Server:
 
     url: Callable[[str, str], str]
 
-    def execute(self, statement: sql.Composable, database: str = "postgres") -> None:
+    def execute(self, statement: sql.Composed, database: str = "postgres") -> None:
         """As the superuser, autocommitted."""
         with psycopg.connect(self.url("postgres", database), autocommit=True) as connection:
             connection.execute(statement)
@@ -85,7 +86,7 @@ def server() -> Iterator[Server]:
 
 def settings_for(url: str, **given: Any) -> Settings:
     """Settings with an HTTP port of their own, independent of the environment's."""
-    return Settings(**{"database_url": SecretStr(url), "http_port": 0, "log_level": "warning"} | given)
+    return Settings.model_validate({"database_url": SecretStr(url), "http_port": 0, "log_level": "warning"} | given)
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +154,18 @@ class Database:
                 yield running
             finally:
                 running.service.stop()
+
+
+async def eventually(is_so: Callable[[], Any]) -> None:
+    """Until `is_so` (a function, sync or async) says yes; for what tells nobody when it happens."""
+    with anyio.fail_after(DEADLINE):
+        while True:
+            answer = is_so()
+            if hasattr(answer, "__await__"):
+                answer = await answer
+            if answer:
+                return
+            await anyio.lowlevel.checkpoint()
 
 
 @dataclass
