@@ -1,0 +1,53 @@
+"""`python -m benchmarks [calm] [refresh] [idle] [drain]`: runs them, prints tables, writes them with --write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import calm, drain, idle, refresh
+from benchmarks.bench import Result, environment
+from listener.embedded import EmbeddedServer
+
+ALL = {"calm": calm, "refresh": refresh, "idle": idle, "drain": drain}
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(ALL)}; all where left out")
+    parser.add_argument("--writes", type=int, default=300, help="calm: how many writes (300)")
+    parser.add_argument(
+        "--tenants", type=int, nargs="+", default=[100, 1000, 5000], help="refresh: how many tenants (100 1000 5000)"
+    )
+    parser.add_argument("--seconds", type=float, default=30, help="idle: how long (30)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="drain: how many log rows (1000000)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--write", action="store_true", help="write the tables to docs/benchmarks.md too")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(ALL):
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    results: list[Result] = []
+    with EmbeddedServer.start(settings={"shared_buffers": "1GB", "max_wal_size": "4GB"}) as server:
+        where = environment(server)
+        print(where, flush=True)
+        for name in options.names or ALL:
+            for result in ALL[name].run(server, options):
+                results.append(result)
+                print(json.dumps(result.__dict__) if options.json else _table(result), flush=True)
+    if options.write:
+        heading = f"# Benchmarks\n\nPrinted by `make bench`, {datetime.now(UTC):%Y-%m-%d}: {where}.\n"
+        PAGE.write_text("\n".join([heading, *(_table(result) for result in results)]))
+
+
+def _table(result: Result) -> str:
+    lines = [f"## {result.title}", "", " | ".join(["", *result.columns, ""]).strip()]
+    lines.append("|" + " --- |" * len(result.columns))
+    lines += [" | ".join(["", *map(str, row), ""]).strip() for row in result.rows]
+    return "\n".join([*lines, "", *([result.note, ""] if result.note else [])])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""One tenant's refresh against REFRESH MATERIALIZED VIEW CONCURRENTLY of the same query, alternating."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import uuid
+from typing import Any
+
+import psycopg
+
+from benchmarks.bench import Result, database
+from listener.embedded import EmbeddedServer
+
+ROWS = 1000
+# Of each size; CONCURRENTLY takes seconds, so a few times tell enough.
+ROUNDS = 5
+
+
+def run(server: EmbeddedServer, options: argparse.Namespace) -> list[Result]:
+    """One row per number of tenants, medians in milliseconds."""
+    result = Result(
+        f"One row changed, {ROWS} rows a tenant: refresh of one tenant, and of the materialized view (ms, medians)",
+        ["tenants", "listener.refresh", "REFRESH … CONCURRENTLY", "times faster"],
+        note="The target is 500 times at 1,000 tenants, and no slower at 5,000 tenants than at 100.",
+    )
+    for tenants in options.tenants:
+        with database(server, "bench_refresh") as administrator:
+            ours, theirs = _measure(server, administrator, tenants)
+        result.rows.append((f"{tenants:,}", f"{ours * 1000:.2f}", f"{theirs * 1000:.0f}", f"{theirs / ours:,.0f}"))
+    return [result]
+
+
+def _measure(server: EmbeddedServer, administrator: psycopg.Connection[Any], tenants: int) -> tuple[float, float]:
+    administrator.execute("SET ROLE listener_owner")
+    administrator.execute("CREATE TABLE tenants (id uuid PRIMARY KEY)")
+    administrator.execute("INSERT INTO tenants SELECT gen_random_uuid() FROM generate_series(1, %s)", (tenants,))
+    administrator.execute(
+        "CREATE TABLE ledger (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, tenant_id uuid NOT NULL,"
+        " day date NOT NULL, cents bigint NOT NULL)"
+    )
+    administrator.execute(
+        "INSERT INTO ledger (tenant_id, day, cents) SELECT t.id, date '2026-01-01' + n %% 30, n"
+        " FROM generate_series(1, %s) n, tenants t",
+        (ROWS,),
+    )
+    administrator.execute("CREATE INDEX ON ledger (tenant_id)")
+    query = (
+        "SELECT tenant_id, day, sum(cents)::bigint AS cents, count(*) AS entries FROM ledger GROUP BY tenant_id, day"
+    )
+    # Filled before row-level security: a populate that sets no tenant would see no row.
+    administrator.execute(b"CREATE MATERIALIZED VIEW whole AS " + query.encode())
+    administrator.execute("CREATE UNIQUE INDEX ON whole (tenant_id, day)")
+    administrator.execute("GRANT SELECT ON tenants, ledger TO listener_service")
+    administrator.execute("ALTER TABLE ledger ENABLE ROW LEVEL SECURITY")
+    administrator.execute(
+        "CREATE POLICY tenant ON ledger USING (tenant_id = current_setting('app.current_tenant_id')::uuid)"
+    )
+    administrator.execute(
+        "SELECT listener.create_view('scoped', %s, '{tenant_id,day}', tenants_query => 'SELECT id FROM tenants')",
+        (query,),
+    )
+    administrator.execute("RESET ROLE")
+    administrator.execute("VACUUM ANALYZE ledger, whole")
+    rows = administrator.execute("SELECT id FROM tenants ORDER BY id LIMIT 20").fetchall()
+    url = server.url(user="listener_service", database="bench_refresh")
+    ours: list[float] = []
+    theirs: list[float] = []
+    with psycopg.connect(url, autocommit=True) as service:
+        for number, (tenant,) in enumerate(rows):
+            _refresh(service, tenant)
+            administrator.execute(
+                "UPDATE ledger SET cents = cents + 1 WHERE tenant_id = %s AND day = '2026-01-05'", (tenant,)
+            )
+            ours.append(_refresh(service, tenant))
+            if number < ROUNDS:
+                started = time.perf_counter()
+                administrator.execute("REFRESH MATERIALIZED VIEW CONCURRENTLY whole")
+                theirs.append(time.perf_counter() - started)
+    return statistics.median(ours), statistics.median(theirs)
+
+
+def _refresh(service: psycopg.Connection[Any], tenant: uuid.UUID) -> float:
+    started = time.perf_counter()
+    service.execute("SELECT listener.drain()").fetchall()
+    row = service.execute("SELECT outcome FROM listener.refresh('scoped', %s::uuid)", (tenant,)).fetchone()
+    assert row == ("refreshed",)
+    return time.perf_counter() - started
