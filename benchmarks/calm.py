@@ -26,14 +26,14 @@ def run(server: EmbeddedServer, options: argparse.Namespace) -> list[Result]:
             cursor.executemany(
                 "INSERT INTO tenants (id, name) VALUES (%s, %s)", [(tenant, str(tenant)) for tenant in tenants]
             )
-        with service(server, "bench_calm"):
-            with psycopg.connect(server.url(user="listener_app", database="bench_calm"), autocommit=True) as writer:
-                for tenant in tenants:
-                    _write_and_see(writer, administrator, tenant)
-                seen = []
-                for number in range(options.writes):
-                    time.sleep(PAUSE)
-                    seen.append(_write_and_see(writer, administrator, tenants[number % TENANTS]))
+        application = server.url(user="listener_app", database="bench_calm")
+        with service(server, "bench_calm"), psycopg.connect(application, autocommit=True) as writer:
+            for tenant in tenants:
+                _write_and_see(writer, administrator, tenant)
+            seen = []
+            for number in range(options.writes):
+                time.sleep(PAUSE)
+                seen.append(_write_and_see(writer, administrator, tenants[number % TENANTS]))
         bell = _doorbell(server, options.writes)
         call = _refresh_call(server, tenants, options.writes)
     result = Result(
@@ -81,8 +81,8 @@ def _doorbell(server: EmbeddedServer, count: int) -> list[float]:
         for _ in range(count):
             caller.execute("NOTIFY bench")
             started = time.perf_counter()
-            for _notification in hearer.notifies(stop_after=1):
-                heard.append(time.perf_counter() - started)
+            next(hearer.notifies(stop_after=1))
+            heard.append(time.perf_counter() - started)
         return heard
 
 
