@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import timedelta
 from typing import Annotated, Literal
@@ -89,10 +90,14 @@ class Settings(BaseSettings):
         }
 
 
-def load() -> Settings:
-    """The settings from the environment. Raises SetupError with one line that names each wrong variable."""
+def load(**given: str) -> Settings:
+    """The settings from the environment, with defaults of the caller's own for what must be set.
+
+    Raises SetupError with one line that names each wrong variable.
+    """
     try:
-        return Settings.model_validate({})
+        unset = {name: value for name, value in given.items() if f"LISTENER_{name.upper()}" not in os.environ}
+        return Settings.model_validate(unset)
     except ValidationError as error:
         wrong = "; ".join(
             f"LISTENER_{str(e['loc'][0]).upper()} "

@@ -78,7 +78,7 @@ def retry(
         rows = [await _retry(connection, letter) for letter in await _chosen(
             connection, letter_id, view, tenant, everything=everything)]  # fmt: skip
         console.print_json(rows) if as_json else console.out.print(console.table(rows, rows[0]))
-        if any(row["outcome"] != "refreshed" for row in rows):
+        if any(row["outcome"] not in {"refreshed", "expanded"} for row in rows):
             raise typer.Exit(1)
 
     with_connection(act)

@@ -44,7 +44,8 @@ def roles(
     ] = None,
 ) -> None:
     """Prints the SQL that creates the roles and grants; an administrator reads it, then runs it with psql."""
-    settings = load()
+    # Nothing is connected to: without a URL the script is for the database `postgres`.
+    settings = load(database_url="postgresql:///postgres")
     parts = psycopg.conninfo.conninfo_to_dict(libpq_url(settings.database_url.get_secret_value()))
     print(roles_script(settings, database or str(parts.get("dbname") or "postgres")))  # noqa: T201
 

@@ -1,0 +1,125 @@
+"""The schema comes and goes: by alembic and by `listener migrate`, by an owner who is no superuser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import pytest
+
+from command import alembic, listener
+from conftest import Database, Server
+
+CATALOG = """
+    SELECT 'relation', c.relname, c.relkind::text, c.relacl::text, pg_get_userbyid(c.relowner)
+    FROM pg_class c WHERE c.relnamespace = 'listener'::regnamespace
+    UNION ALL
+    SELECT 'function', p.oid::regprocedure::text, md5(pg_get_functiondef(p.oid)), p.proacl::text,
+           pg_get_userbyid(p.proowner)
+    FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace
+    ORDER BY 1, 2
+"""
+
+
+@pytest.fixture
+def empty(server: Server, template: str) -> Iterator[Database]:
+    """A database without the schema; the roles exist, as `listener roles` made them for the template."""
+    name = server.clone("template0")
+    with psycopg.connect(server.url("postgres", name), autocommit=True) as administrator:
+        administrator.execute(f'GRANT CREATE ON DATABASE "{name}" TO listener_owner'.encode())
+        administrator.execute("GRANT CREATE, USAGE ON SCHEMA public TO listener_owner")
+    yield Database(server, name)
+    server.drop(name)
+
+
+def rows(database: Database, query: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(database.url("postgres"), autocommit=True) as superuser:
+        return superuser.execute(query.encode()).fetchall()
+
+
+def test_alembic_works_in_a_clone(empty: Database) -> None:
+    url = empty.url("listener_migrator")
+    assert "0001 (head)" in alembic("heads", url=url).stdout
+    assert alembic("current", url=url).stdout == ""
+    assert rows(empty, "SELECT to_regnamespace('listener')") == [(None,)]
+    assert alembic("upgrade", "head", url=url).returncode == 0
+    assert "0001 (head)" in alembic("current", url=url).stdout
+    assert alembic("downgrade", "base", url=url).returncode == 0
+    assert alembic("current", url=url).stdout == ""
+    left = "SELECT relname FROM pg_class WHERE relnamespace = 'listener'::regnamespace AND relkind IN ('r', 'v')"
+    assert rows(empty, left) == [("alembic_version",)]
+    assert rows(empty, "SELECT proname FROM pg_proc WHERE pronamespace = 'listener'::regnamespace") == []
+    assert alembic("upgrade", "head", url=url).returncode == 0
+
+
+def test_migrating_twice_changes_nothing_and_keeps_grants(empty: Database) -> None:
+    url = empty.url("listener_migrator")
+    assert listener("migrate", url=url).returncode == 0
+    with psycopg.connect(empty.url("postgres"), autocommit=True) as superuser:
+        superuser.execute("GRANT EXECUTE ON FUNCTION listener.refresh(text, text) TO listener_reader")
+    before = rows(empty, CATALOG)
+    assert listener("migrate", url=url).returncode == 0
+    assert rows(empty, CATALOG) == before
+    owners = {owner for *_, owner in before}
+    assert owners == {"listener_owner", "listener_service"}
+
+
+def test_two_migrations_at_once_wait_for_each_other(empty: Database) -> None:
+    with ThreadPoolExecutor() as threads:
+        done = [threads.submit(listener, "migrate", url=empty.url("listener_migrator")) for _ in range(3)]
+        assert [d.result().returncode for d in done] == [0, 0, 0], [d.result().stderr for d in done]
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg://", "postgresql+asyncpg://", "postgres://"])
+def test_a_url_in_sqlalchemys_form_is_taken(database: Database, scheme: str) -> None:
+    url = database.url("listener_migrator")
+    if not url.startswith("postgresql://"):
+        pytest.fail("the embedded server gives URLs; with LISTENER_TEST_DATABASE_URL give one too")
+    assert listener("migrate", url=url.replace("postgresql://", scheme)).returncode == 0
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_downgrade_keeps_a_target_unless_told_and_lets_writes_go_on(database: Database, *, told: bool) -> None:
+    with psycopg.connect(database.url("postgres"), autocommit=True) as superuser:
+        superuser.execute(
+            """
+            SET ROLE listener_owner;
+            CREATE TABLE sales (tenant_id bigint NOT NULL, cents bigint);
+            GRANT SELECT ON sales TO listener_service;
+            SELECT listener.create_view('totals', 'SELECT tenant_id, sum(cents)::bigint AS cents FROM sales GROUP BY 1',
+                                        '{tenant_id}');
+            INSERT INTO sales VALUES (1, 5);
+            """
+        )
+    assert listener("sweep", url=database.url()).returncode == 0
+    arguments = ["-x", "drop_targets=true"] if told else []
+    ended = alembic(*arguments, "downgrade", "base", url=database.url("listener_migrator"))
+    assert ended.returncode == 0, ended.stderr
+    with psycopg.connect(database.url("postgres"), autocommit=True) as superuser:
+        superuser.execute("INSERT INTO sales VALUES (1, 6)")
+        triggers = superuser.execute("SELECT tgname FROM pg_trigger WHERE tgrelid = 'sales'::regclass").fetchall()
+        assert triggers == []
+        if told:
+            assert superuser.execute("SELECT to_regclass('totals')").fetchone() == (None,)
+        else:
+            assert superuser.execute("SELECT * FROM totals").fetchall() == [(1, 5)]
+
+
+def test_who_may_not_migrate_is_told_in_one_line(empty: Database, server: Server) -> None:
+    with psycopg.connect(server.url("postgres", "postgres"), autocommit=True) as administrator:
+        administrator.execute(
+            """
+            DO $$ BEGIN
+                IF to_regrole('listener_stranger') IS NULL THEN CREATE ROLE listener_stranger LOGIN; END IF;
+            END $$
+            """
+        )
+    for role, what in (("listener_stranger", "no member of listener_owner"), ("listener_service", "no member")):
+        ended = listener("migrate", url=empty.url(role))
+        assert ended.returncode == 1
+        assert what in ended.stderr
+        assert ended.stderr.count("\n") == 1
+    ended = listener("migrate", url=empty.url("listener_stranger"), LISTENER_OWNER_ROLE="listener_stranger")
+    assert "may not create a schema" in ended.stderr
