@@ -1,0 +1,139 @@
+"""`listener run` as a process: what it says first, how it ends, and that nothing is lost when it does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from books import ANNA, BEN, book, open_books, transaction
+from command import ROOT, environment, listener
+from conftest import DEADLINE, Database, eventually
+
+pytestmark = pytest.mark.anyio
+
+
+class Run:
+    """A running process and its log, read line by line: each line is an event to wait for."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def until(self, event: str, **fields: object) -> dict[str, Any]:
+        """The next log line of this event with these fields."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            assert line.startswith("{"), line + self.process.stderr.read()
+            found: dict[str, Any] = json.loads(line)
+            if found["event"] == event and fields.items() <= found.items():
+                return found
+        raise AssertionError(f"the service ended without {event} {fields}")
+
+
+@contextmanager
+def running(database: Database, user: str = "listener_service", **settings: str) -> Iterator[Run]:
+    """Killed at the end if it still runs."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "listener", "run"],
+        env=environment(LISTENER_DATABASE_URL=database.url(user), LISTENER_LOG_FORMAT="json", **settings),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        # A log line that never comes must fail the test, not hang it.
+        bound = threading.Timer(2 * DEADLINE, process.kill)
+        bound.start()
+        try:
+            yield Run(process)
+        finally:
+            bound.cancel()
+            process.kill()
+
+
+@pytest.fixture
+async def slow(sample: Database) -> Database:
+    """A view whose refresh waits for a lock that the test holds: slow for as long as the test says."""
+    await open_books(sample)
+    async with sample.connect() as superuser:
+        await superuser.execute(
+            """
+            CREATE FUNCTION wait_for_test() RETURNS int LANGUAGE plpgsql STABLE AS $$ BEGIN
+                PERFORM pg_advisory_xact_lock_shared(7);
+                RETURN 0;
+            END $$;
+            SELECT listener.create_view('slow', 'SELECT tenant_id, sum(revenue_cents)::bigint + wait_for_test() AS cents
+                FROM revenue_ledger GROUP BY tenant_id', '{tenant_id}', tenants_query => 'SELECT id FROM tenants',
+                depends_on => '{}');
+            """
+        )
+    assert listener("sweep", url=sample.url()).returncode == 0
+    return sample
+
+
+def test_the_first_log_line_says_what_runs_and_where(sample: Database) -> None:
+    with running(sample) as service:
+        line = service.until("starting")
+        assert line.keys() >= {"version", "commit", "database", "migration", "postgresql", "settings"}
+        assert line["database"].startswith("listener_service@")
+        assert line["settings"]["sweep_interval"] == "5s"
+        service.until("serving")
+        service.process.send_signal(signal.SIGTERM)
+        service.until("stopped")
+        assert service.process.wait(30) == 0
+
+
+async def test_a_refresh_under_way_is_finished_when_it_can_be_within_the_grace_time(slow: Database) -> None:
+    async with slow.connect() as holder:
+        await holder.execute("SELECT pg_advisory_lock(7)")
+        with running(slow) as service:
+            service.until("serving")
+            async with transaction(slow) as application:
+                await book(application, ANNA, 100)
+            service.until("refreshed", view="mv_realtime_revenue")
+            service.process.send_signal(signal.SIGTERM)
+            service.until("stopping", refreshes_under_way=1)
+            await holder.execute("SELECT pg_advisory_unlock(7)")
+            service.until("refreshed", view="slow", tenant_id=str(ANNA))
+            assert service.process.wait(30) == 0
+        row = await (await holder.execute("SELECT cents FROM slow WHERE tenant_id = %s", (ANNA,))).fetchone()
+        assert row == (100,)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
+async def test_a_service_ended_in_mid_refresh_loses_nothing(slow: Database, end: signal.Signals) -> None:
+    async with slow.connect() as holder:
+        await holder.execute("SELECT pg_advisory_lock(7)")
+        with running(slow, LISTENER_GRACE_PERIOD="100ms") as service:
+            service.until("serving")
+            async with transaction(slow, BEN) as application:
+                await book(application, BEN, 300)
+            service.until("refreshed", view="mv_realtime_revenue")
+            service.process.send_signal(end)
+            ended = service.process.wait(30)
+            assert ended == (0 if end == signal.SIGTERM else -end)
+        assert await (await holder.execute("SELECT * FROM slow")).fetchall() == []
+        await holder.execute("SELECT pg_advisory_unlock(7)")
+        # By the second service, or by the first one's backend, which went on when it got its lock: either is right.
+        with running(slow):
+
+            async def is_shown() -> bool:
+                cursor = await holder.execute("SELECT cents FROM slow WHERE tenant_id = %s", (BEN,))
+                return await cursor.fetchone() == (300,)
+
+            await eventually(is_shown)
+
+
+def test_a_superuser_who_is_allowed_is_warned(sample: Database) -> None:
+    with running(sample, "postgres", LISTENER_ALLOW_SUPERUSER="true") as service:
+        warned = service.until("row-level security does not bind this role: only predicates keep tenants apart")
+        assert warned["level"] == "warning"
+        service.until("serving")
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(30) == 0
