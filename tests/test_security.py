@@ -97,7 +97,7 @@ async def test_what_lies_in_public_or_pg_temp_is_not_called(books: Database) -> 
             """
             CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT 1/0';
             CREATE FUNCTION public.hashtextextended(text, bigint) RETURNS bigint LANGUAGE sql AS 'SELECT 1/0';
-            CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz 
+            CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz
                 LANGUAGE sql AS $$ SELECT (1/0)::text::timestamptz $$;
             GRANT TEMPORARY ON DATABASE "{name}" TO listener_app;
             """.replace("{name}", books.name).encode()
