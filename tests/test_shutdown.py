@@ -98,7 +98,7 @@ async def test_a_refresh_under_way_is_finished_when_it_can_be_within_the_grace_t
                 await book(application, ANNA, 100)
             service.until("refreshed", view="mv_realtime_revenue")
             service.process.send_signal(signal.SIGTERM)
-            service.until("stopping", refreshes_under_way=1)
+            service.until("stopping")
             await holder.execute("SELECT pg_advisory_unlock(7)")
             service.until("refreshed", view="slow", tenant_id=str(ANNA))
             assert service.process.wait(30) == 0
