@@ -30,7 +30,7 @@ def main() -> None:
     if unknown := set(options.names) - set(ALL):
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     results: list[Result] = []
-    with EmbeddedServer.start(settings={"shared_buffers": "1GB", "max_wal_size": "4GB"}) as server:
+    with EmbeddedServer.start(settings={"shared_buffers": "4GB", "max_wal_size": "4GB"}) as server:
         where = environment(server)
         print(where, flush=True)
         for name in options.names or ALL:
