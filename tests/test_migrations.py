@@ -10,7 +10,10 @@ import psycopg
 import pytest
 
 from command import alembic, listener
-from conftest import Database, Server
+from conftest import Database, Server, settings_for
+from listener.errors import SetupError
+from listener.migrate import upgrade
+from listener.startup import check
 
 CATALOG = """
     SELECT 'relation', c.relname, c.relkind::text, c.relacl::text, pg_get_userbyid(c.relowner)
@@ -123,3 +126,14 @@ def test_who_may_not_migrate_is_told_in_one_line(empty: Database, server: Server
         assert ended.stderr.count("\n") == 1
     ended = listener("migrate", url=empty.url("listener_stranger"), LISTENER_OWNER_ROLE="listener_stranger")
     assert "may not create a schema" in ended.stderr
+
+
+@pytest.mark.anyio
+async def test_a_server_that_is_too_old_is_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No such server is to be had: the bound is moved instead.
+    monkeypatch.setattr("listener.migrate.OLDEST_SERVER", 990000)
+    monkeypatch.setattr("listener.startup.OLDEST_SERVER", 990000)
+    with pytest.raises(SetupError, match="is too old: 15 or newer is needed"):
+        upgrade(settings_for(database.url("listener_migrator")))
+    with pytest.raises(SetupError, match="is too old: 15 or newer is needed"):
+        await check(database.url(), settings_for(database.url()))
