@@ -224,3 +224,20 @@ def sample(server: Server, sample_template: str) -> Iterator[Database]:
     name = server.clone(sample_template)
     yield Database(server, name)
     server.drop(name)
+
+
+# For the modules that define a fixture `shop`, the database that they arrange.
+
+
+@pytest.fixture
+async def superuser(shop: Database) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """Who arranges and asserts."""
+    async with shop.connect() as connection:
+        yield connection
+
+
+@pytest.fixture
+async def service(shop: Database) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """Who drains and refreshes."""
+    async with shop.connect("listener_service") as connection:
+        yield connection

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import psycopg
@@ -38,18 +37,6 @@ async def shop(database: Database) -> Database:
     async with database.connect() as superuser:
         await define(superuser, EXTRAS)
     return database
-
-
-@pytest.fixture
-async def superuser(shop: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    async with shop.connect() as connection:
-        yield connection
-
-
-@pytest.fixture
-async def service(shop: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    async with shop.connect("listener_service") as connection:
-        yield connection
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -46,18 +45,6 @@ async def shop(database: Database) -> Database:
                 await order(superuser, tenant, product)
         await settle(service)
     return database
-
-
-@pytest.fixture
-async def superuser(shop: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    async with shop.connect() as connection:
-        yield connection
-
-
-@pytest.fixture
-async def service(shop: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    async with shop.connect("listener_service") as connection:
-        yield connection
 
 
 async def test_only_what_differs_is_written(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any, LiteralString
 
 import psycopg
@@ -38,18 +37,6 @@ async def shop(database: Database) -> Database:
     async with database.connect() as superuser:
         await define(superuser, EXTRAS)
     return database
-
-
-@pytest.fixture
-async def superuser(shop: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    async with shop.connect() as connection:
-        yield connection
-
-
-@pytest.fixture
-async def service(shop: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    async with shop.connect("listener_service") as connection:
-        yield connection
 
 
 async def test_dropping_a_view_takes_the_triggers_that_no_other_view_needs(
