@@ -188,14 +188,21 @@ BEGIN
 END
 $function$;
 
--- resume(view): takes up refreshing again; where capture was paused, enables the triggers and marks every tenant of
--- every view dirty, since nobody knows what was missed.
+-- resume(view): takes up refreshing again. The keys that got dirty meanwhile are logged anew, so that the next drain
+-- hands them out at once; where capture was paused, enables the triggers and marks every tenant of every view dirty,
+-- since nobody knows what was missed.
 CREATE OR REPLACE FUNCTION listener.resume(view text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed_id integer := CASE WHEN view IS NOT NULL THEN (listener.find_view(view)).id END;
 BEGIN
+    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
+    SELECT pg_catalog.pg_current_xact_id(), k.dirty_since, k.view_id, k.tenant
+    FROM listener.dirty_key k
+    JOIN listener.managed_view v ON v.id = k.view_id AND v.paused_at IS NOT NULL
+    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+    WHERE (managed_id IS NULL OR v.id = managed_id) AND r.refreshed_version IS DISTINCT FROM k.version;
     UPDATE listener.managed_view v SET paused_at = NULL WHERE managed_id IS NULL OR v.id = managed_id;
     IF EXISTS (SELECT FROM listener.source s WHERE s.capture_paused) THEN
         PERFORM listener.switch_capture(true);

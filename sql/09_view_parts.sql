@@ -57,6 +57,9 @@ BEGIN
     END;
     IF tenants_query IS NOT NULL THEN
         PERFORM listener.check_one_select(pg_catalog.rtrim(tenants_query, E'; \n\t'));
+        -- ARRAY() takes one column: a second one would be ignored below.
+        PERFORM listener.check_one_select(
+            pg_catalog.format(E'SELECT ARRAY(\n%s\n)', pg_catalog.rtrim(tenants_query, E'; \n\t')));
         BEGIN
             EXECUTE pg_catalog.format(
                 E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',

@@ -123,6 +123,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "tenants query is refused",
         "one column",
     ),
+    "a tenants query of two columns": (
+        {"tenants_query": "SELECT id, id FROM shop.tenants"},
+        "LSN03",
+        "one column",
+        "one SELECT",
+    ),
     "a tenants query that is none": ({"tenants_query": "DROP TABLE x"}, "LSN03", "refused", "one SELECT"),
     "tenants that the service may not list": (
         {"tenants_query": "SELECT tenant_id FROM shop.secret"},

@@ -29,8 +29,11 @@ sys.stdin.read()
 """
 
 INTERRUPTED = """
+import signal
 import time
 import psycopg
+# Whoever starts the tests in the background may have made SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from listener.embedded import EmbeddedServer
 with EmbeddedServer.start() as server:
     try:

@@ -171,6 +171,20 @@ async def test_a_window_changed_in_the_database_is_taken_over(books: Database) -
         assert (window.quiet_period, window.max_wait, window.edge) == (0.001, 7, "trailing")
 
 
+async def test_what_changed_while_a_view_was_paused_is_shown_as_soon_as_it_resumes(books: Database) -> None:
+    async with books.connect() as superuser, books.service(sweep_interval=3600.0) as running:
+        await settled(books, running)
+        await superuser.execute("SELECT listener.pause(%s)", (LEDGER_VIEW,))
+        seen = len(running.outcomes)
+        async with transaction(books) as application:
+            await book(application, ANNA, 100)
+        await running.until_refreshed("mv_daily_revenue_summary", ANNA, after=seen)
+        assert await revenue(books) is None
+        await superuser.execute("SELECT listener.resume(%s)", (LEDGER_VIEW,))
+        await running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
+    assert await revenue(books) == 1
+
+
 async def test_a_row_leaves_the_ninety_days_at_midnight_with_no_write(books: Database) -> None:
     async with books.connect() as superuser:
         await superuser.execute(
