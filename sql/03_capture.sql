@@ -1,240 +1,255 @@
--- Capture: statement-level AFTER triggers with transition tables, one generated function per source. The function is
--- static SQL: with dynamic SQL every write of the application would parse and plan anew.
+-- Capture: statement-level AFTER triggers with transition tables, and one generated function per source. It is static
+-- SQL: with dynamic SQL every write of the application would parse and plan anew. docs/capture.md says what each part
+-- of it costs.
 
--- generate_capture(source_id): makes or replaces the function listener.capture_<id>. It appends one change_log row
--- per tenant that the statement touched and rings the doorbell. A statement that touched no row does neither.
--- Appending locks nothing that two writers share.
+-- ring(source_id, source_name, mode): the doorbell: notifies listener_changes of the tenants that this transaction
+-- logged for a source, one notification a tenant up to eight, else one for all. Called by capture where nobody polls.
+-- It says nothing where the session has set listener.notify to 'off'; nor, while no mode was chosen, where prepared
+-- transactions are allowed: PREPARE TRANSACTION refuses a transaction that has notified.
+CREATE OR REPLACE FUNCTION listener.ring(source_id integer, source_name text, mode text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $function$
+DECLARE
+    tenants text[];
+BEGIN
+    IF current_setting('listener.notify', true) = 'off'
+       OR (mode IS NULL AND current_setting('max_prepared_transactions') <> '0') THEN
+        RETURN;
+    END IF;
+    SELECT array_agg(logged.tenant) INTO tenants
+    FROM (SELECT DISTINCT l.tenant FROM listener.change_log l
+          WHERE l.xid = pg_current_xact_id() AND l.source_id = ring.source_id LIMIT 9) AS logged;
+    IF cardinality(tenants) > 8 THEN
+        tenants := '{""}';
+    END IF;
+    PERFORM pg_notify('listener_changes', json_build_object(
+                'tenant_id', CASE WHEN t.tenant <> '' AND octet_length(t.tenant) <= 1024 THEN t.tenant END,
+                'source', source_name)::text)
+    FROM unnest(tenants) AS t (tenant);
+END
+$function$;
+
+-- generate_tenant_of(source_id): makes listener.row_<id>, a name for the table's row that survives a renamed table,
+-- and the functions of a row that capture calls: tenant_of_<id>, or for a look-up key_of_<id>_<n>.
+-- Each is an SQL function whose body is parsed once: it names columns by number, so a renamed column cannot break the
+-- application's next write, and the planner inlines it, so it costs nothing. If the column is dropped with CASCADE the
+-- function goes with it; then the one that takes any row is called, and its NULL means all tenants.
+CREATE OR REPLACE FUNCTION listener.generate_tenant_of(source_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    source listener.source;
+    wanted record;
+BEGIN
+    SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = source_id;
+    IF to_regtype(format('listener.row_%s', source.id)) IS NULL THEN
+        EXECUTE format('CREATE DOMAIN listener.%I AS %s', 'row_' || source.id, source.relid::regclass);
+    END IF;
+    FOR wanted IN
+        SELECT f.name, a.attname, format_type(coalesce(nullif(t.typbasetype, 0), t.oid), NULL) AS type
+        FROM (SELECT 'tenant_of_' || source.id, source.tenant_column WHERE source.tenant_column IS NOT NULL
+              UNION ALL
+              SELECT format('key_of_%s_%s', source.id, k.ord), k.name
+              FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord)) AS f (name, attname)
+        JOIN pg_attribute a ON a.attrelid = source.relid AND a.attname = f.attname AND NOT a.attisdropped
+        JOIN pg_type t ON t.oid = a.atttypid
+    LOOP
+        EXECUTE format(
+            'CREATE OR REPLACE FUNCTION listener.%1$I(%2$s) RETURNS %3$s LANGUAGE sql STABLE PARALLEL SAFE
+             BEGIN ATOMIC SELECT ($1).%4$I::%3$s; END',
+            wanted.name, source.relid::regclass, wanted.type, wanted.attname);
+        EXECUTE format(
+            'CREATE OR REPLACE FUNCTION listener.%1$I(anyelement) RETURNS %2$s LANGUAGE sql STABLE PARALLEL SAFE
+             AS %3$L', wanted.name, wanted.type, 'SELECT NULL::' || wanted.type);
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%1$I(%2$s), listener.%1$I(anyelement) FROM PUBLIC',
+                       wanted.name, source.relid::regclass);
+    END LOOP;
+END
+$function$;
+
+-- touched_tenants(source, rows, by_name, deleted): the query, for capture, of the tenants of the transition table `rows`.
+-- by_name: for a partition whose columns stand in another order than the root's, whose rows the functions above do not
+-- take. It looks the column up by its name, slower, and a name that is gone means all tenants.
+CREATE OR REPLACE FUNCTION listener.touched_tenants(source listener.source, rows text, by_name boolean, deleted boolean)
+RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    keys text;
+    matches text;
+BEGIN
+    IF source.tenant_column IS NOT NULL THEN
+        RETURN format('SELECT DISTINCT %s FROM %s r',
+                      CASE WHEN by_name THEN format('pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L', source.tenant_column)
+                           ELSE format('listener.tenant_of_%1$s(ROW(r.*)::listener.row_%1$s)::pg_catalog.text', source.id) END,
+                      rows);
+    ELSIF source.through_id IS NULL THEN
+        RETURN format('SELECT ''''::pg_catalog.text FROM %s r LIMIT 1', rows);
+    END IF;
+    SELECT string_agg(CASE WHEN by_name
+               THEN format('(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L)::%s AS k%s', k.name,
+                           format_type(a.atttypid, a.atttypmod), k.ord)
+               ELSE format('listener.key_of_%1$s_%2$s(ROW(r.*)::listener.row_%1$s) AS k%2$s', source.id, k.ord) END,
+               ', ' ORDER BY k.ord),
+           string_agg(format('l.k%1$s = k.k%1$s', k.ord), ' AND ' ORDER BY k.ord)
+    INTO keys, matches
+    FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord)
+    LEFT JOIN pg_attribute a ON a.attrelid = source.relid AND a.attname = k.name AND NOT a.attisdropped;
+    -- A row that finds nothing may be anybody's. But where a foreign key cascades, a deleted row that finds nothing
+    -- lost its parent in this transaction, whose own capture logs the tenant.
+    RETURN format('SELECT DISTINCT l.tenant FROM (SELECT DISTINCT %s FROM %s r) k %s JOIN listener.lookup_%s l ON %s',
+                  keys, rows, CASE WHEN deleted AND source.through_cascades THEN '' ELSE 'LEFT' END, source.id, matches);
+END
+$function$;
+
+-- generate_capture(source_id): makes or replaces what a source's triggers call: listener.capture_<id>, its form
+-- capture_<id>_by_name for partitions of another column order, and their forms for each row, for rows that
+-- logical replication applies: that fires no statement trigger.
+-- Each appends one change_log row per tenant that the statement touched, then rings the doorbell unless somebody
+-- holds its lease. The order matters: whoever saw the lease had its transaction id before, see listener/doorbell.py.
+-- A statement that touched no row does neither. Appending locks nothing that two writers share.
 CREATE OR REPLACE FUNCTION listener.generate_capture(source_id integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     source listener.source;
-    tenant_of text;
-    log_and_collect text;
+    mode text := (SELECT i.notify FROM listener.installation i);
+    form record;
+    log_tenants text;
+    log_row text;
+    ring text;
+    name text;
 BEGIN
     SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = source_id;
-    tenant_of := CASE WHEN source.tenant_column IS NULL THEN '''''::pg_catalog.text'
-                      ELSE format('%I::pg_catalog.text', source.tenant_column) END;
-    -- %%s is filled below with what the statement touched.
-    log_and_collect := format($sql$
-        WITH logged AS (
-            INSERT INTO listener.change_log (xid, changed_at, source_id, tenant, app_correlation_id)
-            SELECT pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %s,
-                   COALESCE(touched.tenant, ''),
-                   NULLIF(pg_catalog.current_setting('app.correlation_id', true), '')
-            FROM (%%s) AS touched (tenant)
-            RETURNING tenant)
-        SELECT pg_catalog.array_agg(logged.tenant) INTO tenants FROM logged;$sql$, source.id);
-    EXECUTE format($create$
+    PERFORM listener.generate_tenant_of(source.id);
+    log_tenants := format($sql$
+        INSERT INTO listener.change_log (xid, changed_at, source_id, tenant, app_correlation_id)
+        SELECT pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %s, COALESCE(touched.tenant, ''),
+               pg_catalog.left(NULLIF(pg_catalog.current_setting('app.correlation_id', true), ''), 200)
+        FROM (%%s) AS touched (tenant);$sql$, source.id);
+    -- Runs of one tenant in a transaction are one row: that setting ends with the transaction, or with its savepoint.
+    log_row := format($sql$
+        FOR touched IN %%s LOOP
+            CONTINUE WHEN pg_catalog.current_setting('listener.applied_%1$s', true) = '=' || COALESCE(touched.tenant, '');
+            INSERT INTO listener.change_log (xid, changed_at, source_id, tenant)
+            VALUES (pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %1$s, COALESCE(touched.tenant, ''));
+            PERFORM pg_catalog.set_config('listener.applied_%1$s', '=' || COALESCE(touched.tenant, ''), true);
+            rung := false;
+        END LOOP;$sql$, source.id);
+    ring := CASE mode WHEN 'never' THEN '' ELSE format($sql$
+    %s
+    PERFORM listener.ring(%s, %L, %L);$sql$,
+        CASE WHEN mode = 'always' THEN '' ELSE $sql$
+    -- A lease lies half a second ahead at the most; one that lies further was given by a clock that stepped back.
+    IF pg_catalog.pg_sequence_last_value('listener.doorbell'::pg_catalog.regclass)
+           - pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) * 1000 BETWEEN 0 AND 1000 THEN
+        RETURN NULL;
+    END IF;$sql$ END, source.id, source.schema_name || '.' || source.table_name, mode) END;
+    FOR form IN SELECT f.by_name, CASE WHEN f.by_name THEN '_by_name' ELSE '' END AS suffix
+                FROM (VALUES (false), (true)) AS f (by_name) LOOP
+        name := format('capture_%s%s', source.id, form.suffix);
+        EXECUTE format($create$
 CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $capture$
-DECLARE
-    tenants text[];
 BEGIN
     IF TG_OP = 'INSERT' THEN %s
     ELSIF TG_OP = 'UPDATE' THEN %s
     ELSIF TG_OP = 'DELETE' THEN %s
     ELSE %s
     END IF;
-    IF tenants IS NULL OR pg_catalog.current_setting('listener.notify', true) = 'off' THEN
+    IF NOT FOUND THEN
         RETURN NULL;
-    END IF;
-    IF pg_catalog.cardinality(tenants) > 8 THEN
-        tenants := '{""}';
-    END IF;
-    PERFORM pg_catalog.pg_notify('listener_changes', pg_catalog.json_build_object(
-        'tenant_id', CASE WHEN ring.tenant <> '' AND pg_catalog.octet_length(ring.tenant) <= 1024 THEN ring.tenant END,
-        'source', %L)::text)
-    FROM pg_catalog.unnest(tenants) AS ring (tenant);
+    END IF;%s
     RETURN NULL;
 END
 $capture$
-$create$,
-        'capture_' || source.id,
-        format(log_and_collect, format('SELECT DISTINCT %s FROM new_rows', tenant_of)),
-        format(log_and_collect, format('SELECT %s FROM new_rows UNION SELECT %s FROM old_rows', tenant_of, tenant_of)),
-        format(log_and_collect, format('SELECT DISTINCT %s FROM old_rows', tenant_of)),
-        format(log_and_collect, 'SELECT ''''::pg_catalog.text'),
-        source.schema_name || '.' || source.table_name);
-    -- Firing needs no EXECUTE; with it, anybody could put the function on a table of his own and fill the log.
-    EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', 'capture_' || source.id);
+$create$, name,
+            format(log_tenants, listener.touched_tenants(source, 'new_rows', form.by_name, false)),
+            format(log_tenants, format('(%s) UNION (%s)',
+                                       listener.touched_tenants(source, 'new_rows', form.by_name, false),
+                                       listener.touched_tenants(source, 'old_rows', form.by_name, false))),
+            format(log_tenants, listener.touched_tenants(source, 'old_rows', form.by_name, true)),
+            format(log_tenants, 'SELECT ''''::pg_catalog.text'), ring);
+        -- Firing needs no EXECUTE; with it, anybody could put the function on a table of his own and fill the log.
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', name);
+        name := format('capture_%s_row%s', source.id, form.suffix);
+        EXECUTE format($create$
+CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $capture$
+DECLARE
+    touched record;
+    rung boolean := true;
+BEGIN
+    IF TG_OP <> 'DELETE' THEN %s
+    END IF;
+    IF TG_OP <> 'INSERT' THEN %s
+    END IF;
+    IF rung THEN
+        RETURN NULL;
+    END IF;%s
+    RETURN NULL;
+END
+$capture$
+$create$, name,
+            format(log_row, format('SELECT n.tenant FROM (%s) AS n (tenant)',
+                                   listener.touched_tenants(source, '(SELECT NEW.*)', form.by_name, false))),
+            format(log_row, format('SELECT o.tenant FROM (%s) AS o (tenant)',
+                                   listener.touched_tenants(source, '(SELECT OLD.*)', form.by_name, false))),
+            ring);
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', name);
+    END LOOP;
 END
 $function$;
 
--- capture_tables(source_id): the tables that need triggers for a source: the table, and every partition of it, since
--- a trigger on the root does not see a statement that names a leaf.
-CREATE OR REPLACE FUNCTION listener.capture_tables(source_id integer) RETURNS SETOF regclass
+-- set_notify(mode): whether capture notifies: 'when_idle' (unless somebody polls), 'always', 'never' (the service polls
+-- alone); NULL: when_idle, or never where max_prepared_transactions is above 0. Raises LSN02 for anything else.
+CREATE OR REPLACE FUNCTION listener.set_notify(mode text) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+BEGIN
+    IF mode NOT IN ('when_idle', 'always', 'never') THEN
+        RAISE EXCEPTION 'notify must be when_idle, always or never, not %', pg_catalog.quote_literal(mode)
+            USING ERRCODE = 'LSN02';
+    END IF;
+    UPDATE listener.installation SET notify = mode;
+    PERFORM listener.generate_capture(s.id) FROM listener.source s;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- hold_lease(): takes or extends the doorbell's lease: for the next half second writers need not notify.
+CREATE OR REPLACE FUNCTION listener.hold_lease() RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT setval('listener.doorbell', (date_part('epoch', clock_timestamp()) * 1000 + 500)::bigint)
+$function$;
+
+-- end_lease(): gives the lease up: from now on writers notify.
+CREATE OR REPLACE FUNCTION listener.end_lease() RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT setval('listener.doorbell', 0)
+$function$;
+
+-- take_mark(): a transaction id assigned after the lease ended, in a transaction of its own after end_lease(), because
+-- setval() takes its transaction's id before it changes the sequence. Every writer that saw the lease had its id
+-- before it looked, so it is below the mark; is_past(mark) says when they all have ended.
+-- The snapshot's xmax would not do: ids at and above it may have been given out already.
+CREATE OR REPLACE FUNCTION listener.take_mark() RETURNS xid8
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF pg_current_xact_id_if_assigned() IS NOT NULL THEN
+        RAISE EXCEPTION 'listener.take_mark() needs a transaction of its own' USING ERRCODE = 'LSN05';
+    END IF;
+    RETURN pg_current_xact_id();
+END
+$function$;
+
+-- is_past(mark): whether every transaction below the mark has ended. A drain that begins after that, and is not busy,
+-- sees whatever they wrote.
+CREATE OR REPLACE FUNCTION listener.is_past(mark xid8) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT c.oid::regclass
-    FROM listener.source s
-    JOIN pg_namespace n ON n.nspname = s.schema_name
-    JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = s.table_name AND r.relkind IN ('r', 'p')
-    CROSS JOIN LATERAL (SELECT r.oid UNION SELECT t.relid FROM pg_partition_tree(r.oid) t) AS c (oid)
-    WHERE s.id = source_id
+    SELECT pg_snapshot_xmin(pg_current_snapshot()) > mark
 $function$;
 
--- attach_capture(source_ids): creates the triggers that are missing, and enables them ALWAYS, so that
--- session_replication_role = replica does not silence them. CREATE TRIGGER waits for writers and makes later ones
--- wait, so it gives way after 200 ms, lets them all pass and tries again, 50 times at the most.
--- Raises LSN03 when it never got the locks, or when the role does not own a table.
-CREATE OR REPLACE FUNCTION listener.attach_capture(source_ids integer[]) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    wanted record;
-    attempts integer := 0;
-    previous_timeout text := current_setting('lock_timeout');
-BEGIN
-    LOOP
-        BEGIN
-            PERFORM set_config('lock_timeout', '200ms', true);
-            FOR wanted IN
-                SELECT t.relation, s.id, e.event, e.referencing
-                FROM unnest(source_ids) AS s (id)
-                CROSS JOIN LATERAL listener.capture_tables(s.id) AS t (relation)
-                CROSS JOIN (VALUES ('insert', 'REFERENCING NEW TABLE AS new_rows'),
-                                   ('update', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
-                                   ('delete', 'REFERENCING OLD TABLE AS old_rows'),
-                                   ('truncate', '')) AS e (event, referencing)
-                WHERE NOT EXISTS (SELECT FROM pg_trigger g
-                                  WHERE g.tgrelid = t.relation AND g.tgname = 'listener_capture_' || e.event
-                                    AND g.tgenabled = 'A'
-                                    AND g.tgfoid = to_regproc('listener.capture_' || s.id)::oid)
-                ORDER BY t.relation::oid, e.event
-            LOOP
-                EXECUTE format('CREATE OR REPLACE TRIGGER %I AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION listener.%I()',
-                               'listener_capture_' || wanted.event, wanted.event, wanted.relation, wanted.referencing,
-                               'capture_' || wanted.id);
-                EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I',
-                               wanted.relation, 'listener_capture_' || wanted.event);
-            END LOOP;
-            PERFORM set_config('lock_timeout', previous_timeout, true);
-            RETURN;
-        EXCEPTION
-            WHEN lock_not_available THEN
-                attempts := attempts + 1;
-                IF attempts = 50 THEN
-                    RAISE EXCEPTION 'no lock on the source tables after % attempts', attempts
-                        USING ERRCODE = 'LSN03',
-                              HINT = 'A long transaction holds one: see pg_stat_activity, then call this again.';
-                END IF;
-            WHEN insufficient_privilege THEN
-                RAISE EXCEPTION 'role % cannot put capture triggers on %: %', current_user, wanted.relation, SQLERRM
-                    USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I.',
-                        (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = wanted.relation), current_user);
-        END;
-        PERFORM set_config('lock_timeout', previous_timeout, true);
-        PERFORM pg_sleep(0.05 + random() * 0.2);
-    END LOOP;
-END
-$function$;
-
--- detach_capture(source_id): drops a source's triggers and its function.
-CREATE OR REPLACE FUNCTION listener.detach_capture(source_id integer) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    attached record;
-BEGIN
-    FOR attached IN
-        SELECT g.tgrelid::regclass AS relation, g.tgname
-        FROM pg_trigger g
-        WHERE g.tgfoid = to_regproc('listener.capture_' || source_id)::oid
-        ORDER BY g.tgrelid, g.tgname
-    LOOP
-        EXECUTE format('DROP TRIGGER %I ON %s', attached.tgname, attached.relation);
-    END LOOP;
-    EXECUTE format('DROP FUNCTION IF EXISTS listener.%I()', 'capture_' || source_id);
-END
-$function$;
-
--- register_source(relation, tenant_column, explicit): the id of the source, made where it is new. Generates its
--- capture function; the triggers are attach_capture's. Raises LSN03 for tables that triggers cannot cover.
-CREATE OR REPLACE FUNCTION listener.register_source(relation regclass, tenant_column name, explicit boolean)
-RETURNS integer
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    class record;
-    source_id integer;
-    refusal text;
-BEGIN
-    SELECT c.relname, n.nspname, c.relkind, c.relpersistence,
-           c.relkind = 'r' AND NOT c.relispartition
-               AND EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhparent, i.inhrelid)) AS inherits
-    INTO class FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = relation;
-    refusal := CASE
-        WHEN class.relkind = 'm' THEN 'a materialized view: its changes fire no trigger'
-        WHEN class.relkind = 'f' THEN 'a foreign table: its changes happen elsewhere and fire no trigger'
-        WHEN class.relkind NOT IN ('r', 'p') THEN 'no table'
-        WHEN class.relpersistence = 'u' THEN 'unlogged: a crash empties it and fires no trigger'
-        WHEN class.relpersistence = 't' THEN 'a temporary table'
-        WHEN class.nspname IN ('pg_catalog', 'information_schema') THEN 'a system catalog'
-        WHEN class.nspname = 'listener' THEN 'part of the schema listener itself'
-        WHEN class.inherits THEN 'part of an inheritance tree: a trigger on a parent does not see its children''s rows'
-    END;
-    IF refusal IS NOT NULL THEN
-        RAISE EXCEPTION '% cannot be a source: it is %', relation, refusal USING ERRCODE = 'LSN03';
-    END IF;
-    IF tenant_column IS NOT NULL AND NOT EXISTS (
-        SELECT FROM pg_attribute a
-        WHERE a.attrelid = relation AND a.attname = tenant_column AND a.attnum > 0 AND NOT a.attisdropped) THEN
-        RAISE EXCEPTION '% has no column %', relation, tenant_column USING ERRCODE = 'LSN03';
-    END IF;
-    INSERT INTO listener.source AS s (schema_name, table_name, tenant_column, explicit)
-    VALUES (class.nspname, class.relname, tenant_column, explicit)
-    ON CONFLICT (schema_name, table_name) DO UPDATE
-        -- A column named by add_source wins over what create_view finds.
-        SET tenant_column = CASE WHEN excluded.explicit OR NOT s.explicit THEN excluded.tenant_column
-                                 ELSE s.tenant_column END,
-            explicit = s.explicit OR excluded.explicit
-    RETURNING s.id INTO source_id;
-    PERFORM listener.generate_capture(source_id);
-    RETURN source_id;
-END
-$function$;
-
--- add_source(relation, tenant_column): says which column of a table is the tenant where its name is not the view's,
--- before or after the views that read it are made; NULL: the table is shared, a change to it dirties every tenant.
-CREATE OR REPLACE FUNCTION listener.add_source(relation regclass, tenant_column name) RETURNS void
-LANGUAGE plpgsql AS $function$
-DECLARE
-    previous_role text := listener.become_owner();
-    added_id integer := listener.register_source(relation, tenant_column, true);
-BEGIN
-    PERFORM listener.attach_capture(ARRAY[added_id]);
-    -- What was captured before by another column may have named the wrong tenants.
-    PERFORM listener.mark_all_dirty(s.view_id) FROM listener.view_source s WHERE s.source_id = added_id;
-    PERFORM pg_catalog.set_config('role', previous_role, true);
-END
-$function$;
-
--- remove_source(relation): drops the table's triggers. Raises LSN03 while a view reads it.
-CREATE OR REPLACE FUNCTION listener.remove_source(relation regclass) RETURNS void
-LANGUAGE plpgsql AS $function$
-DECLARE
-    previous_role text := listener.become_owner();
-    removed_id integer;
-    readers text;
-BEGIN
-    SELECT s.id INTO removed_id FROM listener.source s
-    JOIN pg_catalog.pg_namespace n ON n.nspname = s.schema_name
-    JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.table_name WHERE c.oid = relation;
-    IF removed_id IS NULL THEN
-        RAISE EXCEPTION '% is no source', relation USING ERRCODE = 'LSN03';
-    END IF;
-    SELECT pg_catalog.string_agg(v.name, ', ' ORDER BY v.name) INTO readers
-    FROM listener.view_source s JOIN listener.managed_view v ON v.id = s.view_id WHERE s.source_id = removed_id;
-    IF readers IS NOT NULL THEN
-        RAISE EXCEPTION '% is read by %', relation, readers
-            USING ERRCODE = 'LSN03', HINT = 'Drop these views first: listener.drop_view(name).';
-    END IF;
-    PERFORM listener.detach_capture(removed_id);
-    DELETE FROM listener.source WHERE id = removed_id;
-    PERFORM pg_catalog.set_config('role', previous_role, true);
-END
-$function$;
-
--- mark_all_dirty(view_id): logs "every tenant of this view", which the next drain picks up like any change.
-CREATE OR REPLACE FUNCTION listener.mark_all_dirty(view_id integer) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $function$
-    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
-    VALUES (pg_current_xact_id(), clock_timestamp(), mark_all_dirty.view_id, '');
-    SELECT pg_notify('listener_changes', '{"tenant_id": null, "source": "listener"}');
+-- must_poll(): whether capture never notifies, so that whoever drains has to look by itself.
+CREATE OR REPLACE FUNCTION listener.must_poll() RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(i.notify = 'never', current_setting('max_prepared_transactions') <> '0')
+    FROM listener.installation i
 $function$;
