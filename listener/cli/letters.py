@@ -34,22 +34,21 @@ def list_letters(
         rows = await dead_letters.letters(connection, view=view, tenant=tenant, status=None if closed else "open")
         if as_json:
             console.print_json(rows)
-        elif rows:
-            columns = [
-                "id",
-                "view_name",
-                "tenant_id",
-                "status",
-                "error_type",
-                "error_message",
-                "retry_count",
-                "failed_at",
-            ]
-            console.out.print(console.table(rows, columns))
-        else:
+        elif not rows:
             console.out.print("no dead letters")
+        for row in [] if as_json else rows:
+            _print_letter(row)
 
     with_connection(act)
+
+
+def _print_letter(row: dict[str, Any]) -> None:
+    """Two lines: an id and a tenant are too long to share one with what they are about."""
+    attempts = f", {console.count(row['retry_count'], 'attempt')}" if row["retry_count"] else ""
+    tenant = f" of tenant {row['tenant_id']!r}" if row["tenant_id"] is not None else ""
+    console.out.print(f"{row['id']}  {row['status']}, {console.text(row['failed_at'])}{attempts}")
+    error = f"  {row['view_name'] or '-'}{tenant}: {row['error_type']}: {errors.one_line(row['error_message'])}"
+    console.out.print(error, no_wrap=True, overflow="ellipsis", crop=True)
 
 
 @letters_app.command()
@@ -62,7 +61,7 @@ def show(letter_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json 
             console.print_json(row)
             return
         for name, value in row.items():
-            console.out.print(f"{name.replace('_', ' ')}: {value if value is not None else '-'}", markup=False)
+            console.out.print(f"{name.replace('_', ' ')}: {value if value is not None else '-'}", soft_wrap=True)
 
     with_connection(act)
 
@@ -72,13 +71,22 @@ def retry(
     letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant = None, everything: All = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Refreshes the keys of these letters now, and shows what came of it; exit 1 where one failed again."""
+    """Refreshes the keys of these letters now, and shows what came of it; exit 1 where one failed again.
+
+    A letter without a key, of a call that was refused, has nothing to retry: it is skipped.
+    """
 
     async def act(connection: Connection) -> None:
-        rows = [await _retry(connection, letter) for letter in await _chosen(
-            connection, letter_id, view, tenant, everything=everything)]  # fmt: skip
-        console.print_json(rows) if as_json else console.out.print(console.table(rows, rows[0]))
-        if any(row["outcome"] not in {"refreshed", "expanded"} for row in rows):
+        chosen = await _chosen(connection, letter_id, view, tenant, everything=everything)
+        rows = [await _retry(connection, letter) for letter in chosen if letter["view_id"] is not None]
+        skipped = [letter["id"] for letter in chosen if letter["view_id"] is None]
+        if as_json:
+            console.print_json(rows)
+        elif rows:
+            console.out.print(console.table(rows, rows[0]))
+        for skipped_id in skipped:
+            console.error(f"letter {skipped_id} has no key to retry. Run: listener dead-letters discard {skipped_id}")
+        if (letter_id and skipped) or any(row["outcome"] not in {"refreshed", "expanded"} for row in rows):
             raise typer.Exit(1)
 
     with_connection(act)
@@ -115,8 +123,6 @@ async def _chosen(
 
 async def _retry(connection: Connection, letter: dict[str, Any]) -> dict[str, Any]:
     row = {"id": letter["id"], "view": letter["view_name"], "tenant_id": letter["tenant_id"]}
-    if letter["view_id"] is None:
-        return {**row, "outcome": "no key to retry: discard it", "rows": None}
     try:
         outcome = await operations.refresh_one(connection, letter["view_name"], letter["tenant_id"])
     except psycopg.Error as error:
