@@ -43,12 +43,16 @@ def list_letters(
 
 
 def _print_letter(row: dict[str, Any]) -> None:
-    """Two lines: an id and a tenant are too long to share one with what they are about."""
+    """Three lines: an id and a tenant are too long to share one with what they are about."""
     attempts = f", {console.count(row['retry_count'], 'attempt')}" if row["retry_count"] else ""
-    tenant = f" of tenant {row['tenant_id']!r}" if row["tenant_id"] is not None else ""
-    console.out.print(f"{row['id']}  {row['status']}, {console.text(row['failed_at'])}{attempts}")
-    error = f"  {row['view_name'] or '-'}{tenant}: {row['error_type']}: {errors.one_line(row['error_message'])}"
-    console.out.print(error, no_wrap=True, overflow="ellipsis", crop=True)
+    message = errors.one_line(row["error_message"]).removeprefix(f"{row['error_type']}: ")
+    console.out.print(f"{row['id']}  {row['status']}, {console.text(row['failed_at'])}{attempts}", soft_wrap=True)
+    console.out.print(f"  {_key(row['view_name'], row['tenant_id'])}", soft_wrap=True)
+    console.out.print(f"  {row['error_type']}: {message}", no_wrap=True, overflow="ellipsis")
+
+
+def _key(view: str | None, tenant: str | None) -> str:
+    return f"{view or 'no view'} of {'all tenants' if tenant == '' else f'tenant {tenant}' if tenant else 'no tenant'}"
 
 
 @letters_app.command()
@@ -82,8 +86,9 @@ def retry(
         skipped = [letter["id"] for letter in chosen if letter["view_id"] is None]
         if as_json:
             console.print_json(rows)
-        elif rows:
-            console.out.print(console.table(rows, rows[0]))
+        for row in [] if as_json else rows:
+            changed = f", {console.count(row['rows'], 'row')} changed" if row["rows"] is not None else ""
+            console.out.print(f"{_key(row['view'], row['tenant_id'])}: {row['outcome']}{changed}", soft_wrap=True)
         for skipped_id in skipped:
             console.error(f"letter {skipped_id} has no key to retry. Run: listener dead-letters discard {skipped_id}")
         if (letter_id and skipped) or any(row["outcome"] not in {"refreshed", "expanded"} for row in rows):
@@ -99,7 +104,7 @@ def discard(letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant =
     async def act(connection: Connection) -> None:
         chosen = await _chosen(connection, letter_id, view, tenant, everything=everything)
         closed = [await dead_letters.discard(connection, letter["id"]) for letter in chosen]
-        console.out.print(f"{sum(closed)} discarded")
+        console.out.print(f"{console.count(sum(closed), 'letter')} discarded")
 
     with_connection(act)
 
@@ -127,4 +132,5 @@ async def _retry(connection: Connection, letter: dict[str, Any]) -> dict[str, An
         outcome = await operations.refresh_one(connection, letter["view_name"], letter["tenant_id"])
     except psycopg.Error as error:
         return {**row, "outcome": f"failed: {errors.from_database(error)}", "rows": None}
-    return {**row, "outcome": outcome.outcome, "rows": outcome.inserted + outcome.updated + outcome.deleted}
+    changed = outcome.inserted + outcome.updated + outcome.deleted
+    return {**row, "outcome": outcome.outcome, "rows": changed if outcome.outcome == "refreshed" else None}

@@ -30,7 +30,7 @@ def status(
             console.print_json({what: rows, "undrained": undrained, "oldest_undrained_seconds": oldest})
         elif rows:
             shown = [_view_line(row) for row in rows] if tenant is None else [_key_line(row) for row in rows]
-            columns = [name for name in shown[0] if name not in SELDOM or any(line[name] for line in shown)]
+            columns = [name for name in shown[0] if any(line[name] != SELDOM.get(name, ...) for line in shown)]
             console.out.print(console.table(shown, columns))
         elif tenant is None:
             console.out.print("no view is registered yet: see listener.create_view")
@@ -48,14 +48,14 @@ def status(
     with_connection(act)
 
 
-# Columns that are shown only where one of their cells says something: a line must fit a terminal.
-SELDOM = {"target", "failing", "quarantined", "paused", "failures", "due"}
+# Columns that are left out where all of their cells say only this: a line must fit a terminal.
+SELDOM = {"schema": "public", "failing": 0, "quarantined": 0, "paused": False, "failures": 0, "due": None}
 
 
 def _view_line(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "view": row["view"],
-        "target": None if row["target"] in {row["view"], f"public.{row['view']}"} else row["target"],
+        "schema": row["target"].partition(".")[0],
         **{name: row[name] for name in ("keys", "dirty", "failing", "quarantined", "paused", "dirty_since")},
         "refreshed": row["last_refreshed_at"],
     }
@@ -69,7 +69,7 @@ def _key_line(row: dict[str, Any]) -> dict[str, Any]:
         "dirty_since": row["dirty_since"],
         "refreshed": row["refreshed_at"],
         "due": row["due_at"],
-        "failures": row["failures"],
+        "failures": row["failures"] or 0,
     }
 
 
