@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -12,6 +13,7 @@ import pytest
 from books import ANNA, BEN, book, open_books, transaction
 from command import listener
 from conftest import Database
+from listener import console
 from listener.cli import main
 
 pytestmark = pytest.mark.anyio
@@ -177,6 +179,7 @@ async def test_an_unknown_tenant_is_an_error_and_no_job(books: Database) -> None
     for tenant in (NOBODY, "nope", "[/foo]"):
         assert f"no view has a tenant '{tenant}'" in one_line("status", "--tenant", tenant, url=books.url())
     assert "no dead letters" in listener("dead-letters", "list", url=books.url()).stdout
+    assert "the tenant is missing" in one_line("status", "--tenant", "", url=books.url())
     assert "the tenant is missing" in one_line("refresh", "mv_realtime_revenue", "--tenant", "", url=books.url())
     assert "'[/foo]' is no tenant" in one_line("explain", "mv_realtime_revenue", "--tenant", "[/foo]", url=books.url())
     letters = listener("dead-letters", "list", url=books.url()).stdout
@@ -213,8 +216,15 @@ async def test_status_tells_what_is_not_drained_and_gates_a_script(books: Databa
 
 
 async def test_lines_are_not_folded_where_there_is_no_terminal(books: Database) -> None:
-    ended = listener("status", url=books.url(), COLUMNS="20")
-    assert len(ended.stdout.splitlines()) == 6
+    _, *views = listener("status", url=books.url(), COLUMNS="40").stdout.splitlines()
+    assert len(views) == 5
+    assert all(line.endswith(" ago") for line in views)
+
+
+def test_times_to_come_are_not_negative_ages() -> None:
+    now = datetime.now(UTC)
+    assert console.text(now + timedelta(minutes=4, seconds=5)) == "in 4 min"
+    assert console.text(now - timedelta(minutes=4, seconds=5)) == "4 min ago"
 
 
 async def test_a_role_that_may_not_is_told_which_role_may(books: Database) -> None:
@@ -323,6 +333,9 @@ def test_a_service_that_cannot_work_does_not_start(database: Database) -> None:
         port = str(taken.getsockname()[1])
         assert "cannot listen on" in one_line("run", url=database.url(), LISTENER_HTTP_PORT=port)
     assert "superuser" in one_line("run", url=database.url("postgres"))
+    log = listener("run", url=database.url("postgres"), LISTENER_LOG_FORMAT="console").stderr
+    assert "starting" in log
+    assert "\x1b" not in log
     with psycopg.connect(database.url("postgres"), autocommit=True) as superuser:
         superuser.execute("DROP FUNCTION listener.refresh(text, text) CASCADE")
     assert "Run: listener migrate" in one_line("run", url=database.url())

@@ -80,6 +80,8 @@ def _needs_care(row: dict[str, Any]) -> bool:
 
 
 async def _keys(connection: Connection, tenant: str) -> list[dict[str, Any]]:
+    if not tenant:
+        raise errors.SetupError("the tenant is missing.", hint="Give one: --tenant ID")
     rows = await queries.freshness(connection, tenant)
     if not rows and not await queries.is_tenant_of_any_view(connection, tenant):
         raise errors.SetupError(f"no view has a tenant {tenant!r}.")
