@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 MINUTE, HOUR = 60, 3600  # seconds
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Nothing that is printed is markup: the names of views and tenants may hold brackets. Where no person's terminal is at
+# the other end nothing is folded to its width.
+out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def error(message: str) -> None:
     """One line on stderr."""
-    err.print(f"[bold red]listener:[/] {escape(message)}", soft_wrap=True)
+    err.print(Text.assemble(("listener:", "bold red"), " ", message), soft_wrap=True)
+
+
+def warning(message: str) -> None:
+    """One line on stderr that stops nothing."""
+    err.print(Text.assemble(("listener:", "bold yellow"), " ", message), soft_wrap=True)
 
 
 def print_json(value: object) -> None:
@@ -33,9 +41,9 @@ def _plain(value: object) -> object:
     return value.total_seconds() if isinstance(value, timedelta) else str(value)
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, title: str | None = None) -> Table:
+def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> Table:
     """A table of these columns; headings are the names."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    made = Table(header_style="bold", box=None, pad_edge=False)
     columns = list(columns)
     for name in columns:
         numeric = all(isinstance(row[name], int | float | timedelta) or row[name] is None for row in rows)
@@ -47,7 +55,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, title: s
             no_wrap=name == "view",
         )
     for row in rows:
-        made.add_row(*(escape(text(row[name])) for name in columns))
+        made.add_row(*(Text(text(row[name])) for name in columns))
     return made
 
 
@@ -56,7 +64,8 @@ def text(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, datetime):
-        return f"{duration((datetime.now(UTC) - value).total_seconds())} ago"
+        age = (datetime.now(UTC) - value).total_seconds()
+        return f"{duration(age)} ago" if age >= 0 else f"in {duration(-age)}"
     if isinstance(value, timedelta):
         return duration(value.total_seconds())
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
@@ -71,14 +80,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / MINUTE:.0f} min" if abs(seconds) < 2 * HOUR else f"{seconds / HOUR:.0f} h"
 
 
+def count(number: int, noun: str) -> str:
+    """`1 key`, `2 keys`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def progress(*, quiet: bool = False) -> Progress:
-    """A bar with what is done, the total and the time left; on stderr, so that stdout stays for results."""
+    """A bar with what is done, the total and the time left; on stderr, so that stdout stays for results.
+
+    Where stderr is no terminal there is none.
+    """
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=err,
-        transient=not err.is_terminal,
-        disable=quiet,
+        disable=quiet or not err.is_interactive,
     )

@@ -10,22 +10,18 @@ from psycopg.conninfo import conninfo_to_dict
 from listener.errors import SetupError
 
 
-def libpq_url(url: str) -> str:
-    """`postgresql+psycopg://…` or `+asyncpg` as libpq takes it. Raises SetupError where it is no PostgreSQL URL."""
+def libpq_url(url: str, name: str = "the database URL") -> str:
+    """`postgresql+psycopg://…` or `+asyncpg` as libpq takes it; key=value pairs are taken as well.
+
+    Raises SetupError, with the name of the setting, where libpq does not understand it.
+    """
     plain = re.sub(r"^postgres(?:ql)?(?:\+\w+)?://", "postgresql://", url)
     try:
         conninfo_to_dict(plain)
     except ProgrammingError as error:
         # libpq quotes the part it stumbled over, which can be the password.
-        raise SetupError(
-            "the database URL is malformed.", hint="Its form: postgresql://user@host:5432/database"
-        ) from error
+        raise SetupError(f"{name} is malformed.", hint="Its form: postgresql://user@host:5432/database") from error
     return plain
-
-
-def sqlalchemy_url(url: str) -> str:
-    """The same URL for SQLAlchemy with the psycopg driver."""
-    return libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def describe(url: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.rows import DictRow, dict_row
 
-from listener.errors import SECRET
+from listener.errors import SECRET, one_line
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -45,8 +45,8 @@ class Failure:
 
 
 def error_type(error: psycopg.Error) -> str:
-    """`definition_error`, or what passes by itself: `conflict`, `resources`, `lock`, `cancelled`."""
-    if error.sqlstate in {"LSN01", "LSN02"}:
+    """`definition_error`, `validation_error` of a malformed tenant, or what passes by itself: see TRANSIENT."""
+    if error.sqlstate == "LSN02":
         return "validation_error"
     return TRANSIENT.get((error.sqlstate or "")[:2], "definition_error")
 
@@ -55,7 +55,8 @@ async def record_failure(
     connection: AsyncConnection[Any], change: Change, error: psycopg.Error, policy: RetryPolicy
 ) -> Failure:
     """Records a failed refresh, in a transaction of its own: the refresh took its record with it."""
-    message = SECRET.sub(r"\1***", " ".join(str(error).split()))
+    # What the database said, without the statement that it said it of: that is in the traceback.
+    message = one_line(error.diag.message_primary or str(error)) + (f" ({error.sqlstate})" if error.sqlstate else "")
     trace = SECRET.sub(r"\1***", "".join(traceback.format_exception(error)))
     kind = error_type(error)
     cursor = await connection.execute(
@@ -83,13 +84,9 @@ async def record_failure(
     return Failure(*row)
 
 
-async def record_refusal(
-    connection: AsyncConnection[Any], view: str, tenant: str, message: str, correlation_id: str | None = None
-) -> None:
-    """A dead letter for a call that named no valid key."""
-    await connection.execute(
-        "SELECT listener.record_refusal(%s, %s, %s, %s, %s)", (view, tenant, message, correlation_id, WORKER)
-    )
+async def record_refusal(connection: AsyncConnection[Any], view: str, tenant: str, message: str) -> None:
+    """A dead letter for a call that named no valid tenant."""
+    await connection.execute("SELECT listener.record_refusal(%s, %s, %s, NULL, %s)", (view, tenant, message, WORKER))
 
 
 async def letters(

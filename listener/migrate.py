@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from alembic import command
+from alembic.util import CommandError
 from psycopg import sql
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
-from listener.database_url import sqlalchemy_url
+from listener import console
+from listener.database_url import describe, libpq_url
 from listener.errors import ListenerError, SetupError, from_database
 from listener.resources import sql_directory
-from listener.revisions import config, head
+from listener.revisions import config, head, known
 from listener.settings import Settings, load
+from listener.startup import owned_by_another, refuse_old_server
 
 if TYPE_CHECKING:
     from alembic.runtime.environment import EnvironmentContext
 
 # The advisory lock that makes two migrations at once wait for each other: "listener" in ASCII.
 MIGRATION_LOCK = 0x6C697374656E6572
-OLDEST_SERVER = 150000
 
 
 def upgrade(settings: Settings) -> str:
@@ -34,44 +36,97 @@ def upgrade(settings: Settings) -> str:
 
 
 def downgrade(settings: Settings, *, drop_targets: bool = False) -> None:
-    """Takes everything away but the targets, which stay as plain tables unless `drop_targets`."""
-    _run(settings, lambda cfg: command.downgrade(cfg, "base"), drop_targets=drop_targets)
+    """Takes everything away but the targets, which stay as plain tables unless `drop_targets`.
+
+    Raises SetupError where there is nothing to take away.
+    """
+    _run(settings, lambda cfg: command.downgrade(cfg, "base"), drop_targets=drop_targets, must_exist=True)
 
 
-def _run(settings: Settings, act: Any, *, drop_targets: bool = False) -> None:
+def _run(settings: Settings, act: Any, **attributes: bool) -> None:
     cfg = config()
-    cfg.attributes.update(settings=settings, drop_targets=drop_targets)
+    cfg.attributes.update(settings=settings, **attributes)
     try:
         act(cfg)
     except DBAPIError as error:
-        raise (from_database(error.orig) if isinstance(error.orig, psycopg.Error) else error) from error
+        raise _known(error, settings) from error
     except psycopg.Error as error:
-        raise from_database(error) from error
+        raise _known(error, settings) from error
+    except CommandError as error:
+        raise SetupError(f"alembic: {error}") from error
+
+
+def _known(error: DBAPIError | psycopg.Error, settings: Settings) -> ListenerError:
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if not isinstance(original, psycopg.Error):
+        raise error
+    return from_database(original, needed=f"a member of {settings.owner_role}")
 
 
 def run_in_context(context: EnvironmentContext) -> None:
     """What migrations/env.py does, for the alembic command and for the functions above."""
+    settings: Settings | None = context.config.attributes.get("settings")
+    if settings is not None:
+        _migrate(context, settings)
+        return
+    # The alembic command shows its own kind of error in one line, and any other as a traceback.
+    try:
+        settings = load()
+        try:
+            _migrate(context, settings)
+        except (DBAPIError, psycopg.Error) as error:
+            raise _known(error, settings) from error
+    except ListenerError as error:
+        raise CommandError(str(error)) from error
+
+
+def _migrate(context: EnvironmentContext, settings: Settings) -> None:
     if context.is_offline_mode():
-        raise ListenerError("migrations run against a database only, not with --sql.")
-    settings: Settings = context.config.attributes.get("settings") or load()
-    engine = create_engine(sqlalchemy_url(settings.database_url.get_secret_value()), poolclass=NullPool)
+        raise SetupError("migrations run against a database only, not with --sql.")
+    url = libpq_url(settings.database_url.get_secret_value())
+    # What libpq takes, several hosts and key=value pairs among it, is more than SQLAlchemy's URLs can say.
+    engine = create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(
+            url, application_name="listener migrate", connect_timeout=10, client_encoding="utf8"
+        ),
+        poolclass=NullPool,
+    )
     with engine.connect() as connection, connection.begin():
         driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
         _prepare(driver, settings)
+        if context.config.attributes.get("must_exist") and not _is_installed(driver):
+            raise SetupError(f"{describe(url)} has no schema listener: there is nothing to uninstall.")
         context.configure(connection=connection, version_table_schema="listener", transaction_per_migration=False)
         migration = context.get_context()
-        if not migration.opts.get("dont_mutate"):
-            _create_schema(driver)
+        unknown = set(migration.get_current_heads()) - known()
+        if unknown:
+            raise SetupError(
+                f"the schema listener is at migration {', '.join(sorted(unknown))}, which this release does not know.",
+                hint="Use the release that made it, or a newer one.",
+            )
+        mutates = not migration.opts.get("dont_mutate")
+        if mutates:
+            _create_schema(driver, settings)
         with context.begin_transaction():
             context.run_migrations()
-        if not migration.opts.get("dont_mutate") and migration.get_current_heads() == (head(),):
+        if mutates and migration.get_current_heads() == (head(),):
             _apply_functions(driver, settings)
+        if mutates and not migration.get_current_heads():
+            _drop_schema(driver)
+
+
+def _is_installed(connection: psycopg.Connection[Any]) -> bool:
+    row = connection.execute(
+        "SELECT EXISTS (SELECT FROM pg_class WHERE relnamespace = to_regnamespace('listener')"
+        " AND relname = 'alembic_version')"
+    ).fetchone()
+    return bool(row and row[0])
 
 
 def _prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
     """One migration at a time, by the role that is to own everything."""
-    if connection.info.server_version < OLDEST_SERVER:
-        raise SetupError(f"PostgreSQL {connection.info.server_version // 10000} is too old: 15 or newer is needed.")
+    refuse_old_server(connection.info.server_version)
     connection.execute("SET LOCAL client_min_messages = warning")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
     found = connection.execute(
@@ -85,9 +140,21 @@ def _prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
         )
     if found is not None:
         connection.execute("SELECT set_config('role', %s, true)", (settings.owner_role,))
+    other = connection.execute(
+        """
+        SELECT pg_get_userbyid(n.nspowner)::text, current_user::text FROM pg_namespace n
+        WHERE n.nspname = 'listener'
+          AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_schema_privilege(n.oid, 'CREATE'))
+        """
+    ).fetchone()
+    if other is not None:
+        owner, role = other
+        raise SetupError(
+            f"the schema listener belongs to {owner}, and role {role} may not change it.", hint=owned_by_another(owner)
+        )
 
 
-def _create_schema(connection: psycopg.Connection[Any]) -> None:
+def _create_schema(connection: psycopg.Connection[Any], settings: Settings) -> None:
     row = connection.execute(
         """
         SELECT to_regnamespace('listener') IS NOT NULL, has_database_privilege(current_database(), 'CREATE'),
@@ -104,6 +171,29 @@ def _create_schema(connection: psycopg.Connection[Any]) -> None:
             hint=f"Run what `listener roles` prints, or: GRANT CREATE ON DATABASE {database} TO {role};",
         )
     connection.execute("CREATE SCHEMA listener")
+    if role != settings.owner_role:
+        console.warning(
+            f"there is no role {settings.owner_role}: everything will belong to {role}. Where that is not wanted, "
+            f"uninstall with LISTENER_OWNER_ROLE={role}, and run `listener roles` first."
+        )
+
+
+def _drop_schema(connection: psycopg.Connection[Any]) -> None:
+    """What Alembic leaves: its table and the schema. Raises SetupError where somebody else's things are in it."""
+    connection.execute("DROP TABLE IF EXISTS listener.alembic_version")
+    others = connection.execute(
+        """
+        SELECT pg_describe_object(d.classid, d.objid, d.objsubid) FROM pg_depend d
+        WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = to_regnamespace('listener')
+          AND d.deptype = 'n' ORDER BY 1
+        """
+    ).fetchall()
+    if others:
+        raise SetupError(
+            f"the schema listener holds what is not listener's: {', '.join(other for (other,) in others)}.",
+            hint="Move it or drop it, then uninstall again.",
+        )
+    connection.execute("DROP SCHEMA listener")
 
 
 def _apply_functions(connection: psycopg.Connection[Any], settings: Settings) -> None:

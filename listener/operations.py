@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import psycopg
 
-from listener import changes, queries
+from listener import changes, dead_letters, queries
+from listener.dead_letters import RetryPolicy
+from listener.errors import from_database, is_lost, one_line
 from listener.refresh import Outcome, refresh
 from listener.views import EVERYBODY, RefreshKey
 
@@ -17,21 +21,55 @@ if TYPE_CHECKING:
     from psycopg.rows import DictRow
 
 BUSY_WAIT = 0.1
+READABLE = 200
+UNKNOWN_VIEW = "LSN01"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One key whose target does not equal its definition.
+    """One key whose target does not equal its definition, or could not be compared with it.
 
     `missing` rows are only in the definition, `extra` ones only in the target. `stale`: a change is known that will
-    be refreshed; otherwise the target is wrong.
+    be refreshed; otherwise the target is wrong. `error`: why there was no comparison; where even the tenants could not
+    be listed, `tenant_id` is None.
     """
 
     view: str
+    tenant_id: str | None
+    missing: int = 0
+    extra: int = 0
+    stale: bool = False
+    error: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """What it is in one word."""
+        return "failed" if self.error is not None else "stale" if self.stale else "different"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A key whose refresh raised."""
+
+    view: str
     tenant_id: str
-    missing: int
-    extra: int
-    stale: bool
+    error: psycopg.Error
+
+
+class Tally:
+    """What came of many refreshes: how many of each outcome, and the first error of each kind."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.first: dict[str | None, Failed] = {}
+
+    def add(self, result: Outcome | Failed) -> None:
+        """Counts one."""
+        if isinstance(result, Outcome):
+            self.outcomes[result.outcome] += 1
+            return
+        self.outcomes["failed"] += 1
+        self.first.setdefault(result.error.sqlstate, result)
 
 
 async def refresh_one(connection: AsyncConnection[Any], view: str, tenant: str, patience: float = 30) -> Outcome:
@@ -52,22 +90,57 @@ async def _drain(connection: AsyncConnection[Any]) -> None:
         await anyio.sleep(BUSY_WAIT)
 
 
-async def sweep_once(connection: AsyncConnection[Any]) -> AsyncIterator[tuple[int, int, Outcome | None]]:
-    """Drains, then refreshes every dirty and every aged key; yields done, total and the last outcome."""
+async def refresh_all(
+    connection: AsyncConnection[Any], view: str
+) -> AsyncIterator[tuple[int, int, Outcome | Failed | None]]:
+    """Refreshes every tenant of a view; yields done, total and what came of the last. One that fails stops no other."""
+    everyone = await queries.tenants(connection, view)
+    yield 0, len(everyone), None
+    for done, tenant in enumerate(everyone, start=1):
+        result: Outcome | Failed
+        try:
+            result = await refresh_one(connection, view, tenant)
+        except psycopg.Error as error:
+            if _ends_it_all(connection, error):
+                raise
+            result = Failed(view, tenant, error)
+        yield done, len(everyone), result
+
+
+async def sweep_once(
+    connection: AsyncConnection[Any], policy: RetryPolicy | None = None
+) -> AsyncIterator[tuple[int, int, Outcome | Failed | None]]:
+    """Drains, then refreshes every dirty and every aged key; yields done, total and what came of the last.
+
+    With a policy a failure is recorded as the service records it, and stops no other key; without, it is raised.
+    """
     await _drain(connection)
     done = 0
+    failed: set[RefreshKey] = set()
     # Writing "all tenants" out makes keys that only the next round sees.
     while True:
         dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=False)
-        todo = sorted(dirty + aged, key=lambda change: change.key.tenant != EVERYBODY)
-        if done == 0:
-            yield 0, len(todo), None
+        todo = sorted(
+            (change for change in dirty + aged if change.key not in failed),
+            key=lambda change: change.key.tenant != EVERYBODY,
+        )
+        total = done + len(todo)
+        yield done, total, None
         expanded = False
         for change in todo:
-            outcome = await refresh(connection, change.key, change.version)
-            expanded = expanded or outcome.outcome == "expanded"
+            result: Outcome | Failed
+            try:
+                result = await refresh(connection, change.key, change.version)
+                expanded = expanded or result.outcome == "expanded"
+            except psycopg.Error as error:
+                if policy is None or _ends_it_all(connection, error):
+                    raise
+                result = Failed(change.key.view, change.key.tenant, error)
+                failed.add(change.key)
+                if error.sqlstate != UNKNOWN_VIEW:
+                    await dead_letters.record_failure(connection, change, error, policy)
             done += 1
-            yield done, done + len(todo), outcome
+            yield done, total, result
         if not expanded:
             return
         await _drain(connection)
@@ -76,17 +149,41 @@ async def sweep_once(connection: AsyncConnection[Any]) -> AsyncIterator[tuple[in
 async def verify(
     connection: AsyncConnection[Any], names: list[str]
 ) -> AsyncIterator[tuple[int, int, Difference | None]]:
-    """Compares every key of the views with its definition; yields done, total and the difference if there is one."""
-    keys = [(name, tenant) for name in names for tenant in await queries.tenants(connection, name)]
+    """Compares every key of the views with its definition; yields done, total and the difference if there is one.
+
+    What cannot be compared is a Difference with an error, and stops no other key.
+    """
+    keys: list[tuple[str, str]] = []
+    unlisted: list[Difference] = []
+    for name in names:
+        try:
+            keys += [(name, tenant) for tenant in await queries.tenants(connection, name)]
+        except psycopg.Error as error:
+            if _ends_it_all(connection, error):
+                raise
+            unlisted.append(Difference(name, None, error=str(from_database(error))))
     yield 0, len(keys), None
+    for difference in unlisted:
+        yield 0, len(keys), difference
     for done, (view, tenant) in enumerate(keys, start=1):
+        yield done, len(keys), await _compare(connection, view, tenant)
+
+
+async def _compare(connection: AsyncConnection[Any], view: str, tenant: str) -> Difference | None:
+    try:
         found = await queries.compare(connection, view, tenant)
-        different = found["missing"] or found["extra"]
-        yield (
-            done,
-            len(keys),
-            Difference(view, tenant, found["missing"], found["extra"], found["stale"]) if different else None,
-        )
+    except psycopg.Error as error:
+        if _ends_it_all(connection, error):
+            raise
+        return Difference(view, tenant, error=str(from_database(error)))
+    if not (found["missing"] or found["extra"]):
+        return None
+    return Difference(view, tenant, found["missing"], found["extra"], found["stale"])
+
+
+def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool:
+    """Whether nothing more can be asked of this connection."""
+    return connection.broken or connection.closed or is_lost(error)
 
 
 def reasons(facts: DictRow) -> list[str]:
@@ -96,7 +193,9 @@ def reasons(facts: DictRow) -> list[str]:
         lines.append("the view is paused: nothing is refreshed until `listener resume`")
     if facts["undrained"]:
         age = facts["oldest_undrained_age"]
-        lines.append(f"{facts['undrained']} logged changes are not drained yet, the oldest {age:.1f} s old")
+        one = facts["undrained"] == 1
+        what = "1 logged change is" if one else f"{facts['undrained']} logged changes are"
+        lines.append(f"{what} not drained yet, {'' if one else 'the oldest '}{age:.1f} s old")
         if facts["drain_holder"]:
             lines.append(f"backend {facts['drain_holder']} holds the drain's lock")
         elif age > 1:
@@ -115,9 +214,11 @@ def reasons(facts: DictRow) -> list[str]:
 def _waits_for(facts: DictRow, *, dirty: bool) -> list[str]:
     lines = []
     if facts["lock_holder"]:
-        lines.append(f"backend {facts['lock_holder']} holds the key's lock, running: {facts['lock_holder_query']}")
+        query = one_line(facts["lock_holder_query"] or "")
+        lines.append(f"backend {facts['lock_holder']} holds the key's lock, running: {shortened(query)}")
     if facts["failures"]:
-        lines.append(f"the last {facts['failures']} refreshes failed: {facts['last_error']}")
+        times = "the last refresh" if facts["failures"] == 1 else f"the last {facts['failures']} refreshes"
+        lines.append(f"{times} failed: {shortened(one_line(facts['last_error'] or ''))}")
     if facts["letter_id"]:
         lines.append(f"it is quarantined: see `listener dead-letters show {facts['letter_id']}`")
     if dirty and facts["retry_in"] and facts["retry_in"] > 0:
@@ -126,6 +227,11 @@ def _waits_for(facts: DictRow, *, dirty: bool) -> list[str]:
         due = facts["due_in"]
         lines.append(f"it is due in {due:.2f} s" if due > 0 else f"it was due {-due:.1f} s ago")
     return lines
+
+
+def shortened(text: str) -> str:
+    """So much of it that a line stays readable."""
+    return text if len(text) <= READABLE else f"{text[:READABLE]}…"
 
 
 def outcome_row(outcome: Outcome) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from typing import Any, NamedTuple
 
 from psycopg import AsyncConnection, sql
@@ -17,12 +19,13 @@ class ServerFacts(NamedTuple):
     server_version: str
     server_version_num: int
     in_recovery: bool
+    schema_owner: str | None
+    may_use_schema: bool
     schema_installed: bool
-    tenant_setting_works: bool
 
 
 async def server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
-    """Version, role and whether the schema is there."""
+    """Version, role and whether the schema is there. Looks only where every role may look."""
     async with connection.cursor(row_factory=class_row(ServerFacts)) as cursor:
         await cursor.execute(
             """
@@ -30,10 +33,12 @@ async def server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
                    current_setting('server_version') AS server_version,
                    current_setting('server_version_num')::int AS server_version_num,
                    pg_is_in_recovery() AS in_recovery,
-                   to_regclass('listener.alembic_version') IS NOT NULL
-                       AND has_schema_privilege('listener', 'USAGE') AS schema_installed,
-                   set_config('app.current_tenant_id', '', true) = '' AS tenant_setting_works
-            FROM pg_roles r WHERE r.rolname = current_user
+                   pg_get_userbyid(n.nspowner)::text AS schema_owner,
+                   coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS may_use_schema,
+                   (SELECT count(*) = 2 FROM pg_class c WHERE c.relnamespace = n.oid
+                    AND c.relname IN ('managed_view', 'alembic_version')) AS schema_installed
+            FROM pg_roles r LEFT JOIN pg_namespace n ON n.nspname = 'listener'
+            WHERE r.rolname = current_user
             """
         )
         row = await cursor.fetchone()
@@ -47,8 +52,22 @@ async def schema_revision(connection: AsyncConnection[Any]) -> str | None:
     return None if row is None else str(row[0])
 
 
-async def computing_role(connection: AsyncConnection[Any]) -> tuple[str, bool]:
-    """The role that refreshes run as, and whether row-level security fails to bind it."""
+async def database_identity(connection: AsyncConnection[Any]) -> tuple[int, int]:
+    """The cluster's system identifier and the database's oid: no two databases have both in common."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT c.system_identifier, d.oid FROM pg_control_system() c, pg_database d
+            WHERE d.datname = current_database()
+            """
+        )
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+async def computing_role(connection: AsyncConnection[Any]) -> tuple[str, bool] | None:
+    """The role that refreshes run as, and whether row-level security fails to bind it. None: nothing refreshes."""
     row = await (
         await connection.execute(
             """
@@ -58,8 +77,7 @@ async def computing_role(connection: AsyncConnection[Any]) -> tuple[str, bool]:
             """
         )
     ).fetchone()
-    assert row is not None
-    return row[0], row[1]
+    return None if row is None else (row[0], row[1])
 
 
 async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
@@ -68,36 +86,100 @@ async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
         await cursor.execute(
             """
             SELECT v.name AS view, v.target_schema, v.target_name,
-                   (SELECT count(*) FROM listener.dirty_key k
-                    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
-                    WHERE k.view_id = v.id AND r.refreshed_version IS DISTINCT FROM k.version) AS dirty_keys,
-                   (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(k.dirty_since)), 0)::float8
-                    FROM listener.dirty_key k
-                    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
-                    WHERE k.view_id = v.id AND r.refreshed_version IS DISTINCT FROM k.version) AS oldest_dirty_age,
-                   (SELECT count(*) FROM listener.dead_letter d
-                    WHERE d.view_id = v.id AND d.status = 'open') AS dead_letters
-            FROM listener.managed_view v ORDER BY v.name
+                   coalesce(d.keys, 0) AS dirty_keys,
+                   coalesce(extract(epoch FROM clock_timestamp() - d.since), 0)::float8 AS oldest_dirty_age,
+                   (SELECT count(*) FROM listener.dead_letter l
+                    WHERE l.view_id = v.id AND l.status = 'open') AS dead_letters
+            FROM listener.managed_view v
+            LEFT JOIN (SELECT k.view_id, count(*) AS keys, min(k.dirty_since) AS since
+                       FROM listener.dirty_key k
+                       LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+                       WHERE r.refreshed_version IS DISTINCT FROM k.version
+                       GROUP BY k.view_id) d ON d.view_id = v.id
+            ORDER BY v.name
             """
         )
         return await cursor.fetchall()
 
 
-async def freshness(
-    connection: AsyncConnection[Any], tenant: str | None = None, view: str | None = None
-) -> list[DictRow]:
-    """Rows of listener.freshness, of one tenant or view where given."""
+async def freshness(connection: AsyncConnection[Any], tenant: str) -> list[DictRow]:
+    """The rows of listener.freshness of one tenant, however it is spelled."""
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
             """
-            SELECT * FROM listener.freshness f
-            WHERE (%(tenant)s::text IS NULL OR f.tenant_id = %(tenant)s)
-              AND (%(view)s::text IS NULL OR f.view_name = %(view)s)
-            ORDER BY f.view_name, f.tenant_id
+            SELECT f.* FROM listener.freshness f JOIN listener.managed_view v ON v.name = f.view_name
+            WHERE f.tenant_id = CASE v.tenant_type WHEN 'uuid' THEN %(uuid)s WHEN 'bigint' THEN %(number)s
+                                                   WHEN 'integer' THEN %(number)s ELSE %(text)s END::text
+            ORDER BY f.view_name
             """,
-            {"tenant": tenant, "view": view},
+            _spellings(tenant),
         )
         return await cursor.fetchall()
+
+
+async def is_tenant_of_any_view(connection: AsyncConnection[Any], tenant: str) -> bool:
+    """Whether some view has this tenant, however it is spelled."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT EXISTS (
+                SELECT FROM listener.managed_view v, listener.tenants(v.name) t
+                WHERE t = CASE v.tenant_type WHEN 'uuid' THEN %(uuid)s WHEN 'bigint' THEN %(number)s
+                                             WHEN 'integer' THEN %(number)s ELSE %(text)s END::text)
+            """,
+            _spellings(tenant),
+        )
+    ).fetchone()
+    return bool(row and row[0])
+
+
+def _spellings(tenant: str) -> dict[str, str | None]:
+    """The tenant as each type writes it; None where it is not of the type."""
+    spelled: dict[str, str | None] = {"text": tenant, "uuid": None, "number": None}
+    with contextlib.suppress(ValueError):
+        spelled["uuid"] = str(uuid.UUID(tenant))
+    with contextlib.suppress(ValueError):
+        spelled["number"] = str(int(tenant))
+    return spelled
+
+
+async def tenant_of_view(connection: AsyncConnection[Any], view: str, tenant: str) -> tuple[str, str, bool]:
+    """The view's own name, the tenant as its type writes it, and whether it is one of listener.tenants(view).
+
+    Raises psycopg.Error: LSN01 for an unknown view, LSN02 for a tenant that is missing or malformed.
+    """
+    cursor = await connection.execute(
+        """
+        SELECT k.view, k.tenant, k.tenant IN (SELECT t FROM listener.tenants(k.view) t)
+        FROM (SELECT v.name AS view, listener.canonical_tenant(%(tenant)s::text, v.tenant_type) AS tenant
+              FROM listener.find_view(%(view)s) v OFFSET 0) k
+        """,
+        {"view": view, "tenant": tenant},
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return row[0], row[1], row[2]
+
+
+async def view_name(connection: AsyncConnection[Any], view: str) -> str:
+    """The view's own name. Raises psycopg.Error, LSN01, where there is no such view."""
+    row = await (await connection.execute("SELECT v.name FROM listener.find_view(%s) v", (view,))).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+async def undrained(connection: AsyncConnection[Any]) -> tuple[int, float | None]:
+    """How many logged changes no drain has seen, and the age of the oldest in seconds."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT count(*), extract(epoch FROM clock_timestamp() - min(c.changed_at))::float8
+            FROM listener.unconsumed() c
+            """
+        )
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
 
 
 async def views(connection: AsyncConnection[Any]) -> list[DictRow]:

@@ -23,3 +23,9 @@ def head() -> str:
     revision = ScriptDirectory.from_config(config()).get_current_head()
     assert revision is not None
     return revision
+
+
+@cache
+def known() -> frozenset[str]:
+    """Every migration that this release can go to or come from."""
+    return frozenset(script.revision for script in ScriptDirectory.from_config(config()).walk_revisions())

@@ -7,7 +7,8 @@ import re
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from listener.errors import SetupError
@@ -21,7 +22,10 @@ def _duration(value: object) -> object:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|)\s*", value)
     if match is None:
         raise ValueError("a duration is a number and a unit: 250ms, 5s, 2min, 1h")
-    return timedelta(seconds=float(match[1]) * UNITS[match[2]])
+    try:
+        return timedelta(seconds=float(match[1]) * UNITS[match[2]])
+    except OverflowError:
+        raise ValueError("no duration is that long") from None
 
 
 def duration_text(value: timedelta) -> str:
@@ -33,7 +37,37 @@ def duration_text(value: timedelta) -> str:
     return f"{seconds * 1000:g}ms"
 
 
-Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
+class _AtMost:
+    """Bounds of a duration: at least a millisecond, the smallest unit that the server's settings have."""
+
+    def __init__(self, longest: timedelta) -> None:
+        self.longest = longest
+
+    def __call__(self, value: timedelta) -> timedelta:
+        if not timedelta(milliseconds=1) <= value <= self.longest:
+            raise ValueError(f"it must be 1ms at least and {duration_text(self.longest)} at most")
+        return value
+
+
+# What the service waits for stays below a day; what it keeps may be kept for ten years. The server counts
+# statement_timeout in milliseconds, in 31 bits.
+Duration = Annotated[timedelta, BeforeValidator(_duration), AfterValidator(_AtMost(timedelta(days=1)))]
+ServerTimeout = Annotated[timedelta, BeforeValidator(_duration), AfterValidator(_AtMost(timedelta(days=24)))]
+LongDuration = Annotated[timedelta, BeforeValidator(_duration), AfterValidator(_AtMost(timedelta(days=3650)))]
+
+
+def _set(value: object) -> object:
+    """An empty variable is what `${NAME:-}` makes of one that is not set."""
+    if isinstance(value, str) and not value.strip():
+        raise PydanticCustomError("missing", "is not set")
+    return value
+
+
+def _set_or_none(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=63)]
 
 
 class Settings(BaseSettings):
@@ -41,15 +75,15 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LISTENER_", frozen=True, extra="ignore")
 
-    database_url: SecretStr = Field(
+    database_url: Annotated[SecretStr, BeforeValidator(_set)] = Field(
         description="postgresql://user@host:5432/database; postgresql+psycopg:// is taken too"
     )
-    listen_database_url: SecretStr | None = Field(
+    listen_database_url: Annotated[SecretStr | None, BeforeValidator(_set_or_none)] = Field(
         default=None,
         description="a direct connection for LISTEN, where database_url goes through a transaction pooler",
     )
-    owner_role: str = Field(default="listener_owner", description="owns the schema, definitions and targets")
-    service_role: str = Field(default="listener_service", description="the role that drains and refreshes")
+    owner_role: Name = Field(default="listener_owner", description="owns the schema, definitions and targets")
+    service_role: Name = Field(default="listener_service", description="the role that drains and refreshes")
     allow_superuser: bool = Field(
         default=False, description="run as a superuser, whom row-level security does not bind"
     )
@@ -57,26 +91,33 @@ class Settings(BaseSettings):
     workers: int = Field(
         default=4, ge=1, le=100, description="refreshes at the same time, each on a connection of its own"
     )
+    poll_interval: Duration = Field(
+        default=timedelta(milliseconds=100), description="how often to look for changes while nobody may notify"
+    )
     sweep_interval: Duration = Field(default=timedelta(seconds=5), description="how often to look for what was missed")
     probe_interval: Duration = Field(
         default=timedelta(seconds=10), description="how often the listening connection is probed"
     )
     probe_timeout: Duration = Field(default=timedelta(seconds=5), description="how long a probe may take")
-    statement_timeout: Duration = Field(
+    statement_timeout: ServerTimeout = Field(
         default=timedelta(seconds=60), description="the longest that one refresh may run"
     )
     grace_period: Duration = Field(default=timedelta(seconds=10), description="after SIGTERM, for refreshes under way")
-    max_attempts: int = Field(default=5, ge=1, description="failures of a key before it goes to the dead letters")
+    max_attempts: int = Field(
+        default=5, ge=1, le=1_000_000, description="failures of a key before it goes to the dead letters"
+    )
     retry_base: Duration = Field(
         default=timedelta(milliseconds=500), description="wait after the first failure; doubles"
     )
     retry_cap: Duration = Field(default=timedelta(seconds=30), description="the longest wait before a dead letter")
-    retry_quarantined: Duration = Field(
+    retry_quarantined: LongDuration = Field(
         default=timedelta(minutes=5), description="how often a dead-lettered key is tried"
     )
-    letters_kept: Duration = Field(default=timedelta(days=30), description="how long closed dead letters are kept")
+    letters_kept: LongDuration = Field(default=timedelta(days=30), description="how long closed dead letters are kept")
 
-    http_host: str = Field(default="127.0.0.1", description="address of /health, /health/ready and /metrics")
+    http_host: str = Field(
+        default="127.0.0.1", min_length=1, description="address of /health, /health/ready and /metrics"
+    )
     http_port: int = Field(default=9546, ge=0, le=65535, description="port of the same")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = Field(default="auto", description="auto: console on a terminal")
@@ -96,7 +137,9 @@ def load(**given: str) -> Settings:
     Raises SetupError with one line that names each wrong variable.
     """
     try:
-        unset = {name: value for name, value in given.items() if f"LISTENER_{name.upper()}" not in os.environ}
+        unset = {
+            name: value for name, value in given.items() if not os.environ.get(f"LISTENER_{name.upper()}", "").strip()
+        }
         return Settings.model_validate(unset)
     except ValidationError as error:
         wrong = "; ".join(

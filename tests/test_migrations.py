@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import CompletedProcess
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from command import alembic, listener
 from conftest import Database, Server, settings_for
@@ -51,9 +53,7 @@ def test_alembic_works_in_a_clone(empty: Database) -> None:
     assert "0001 (head)" in alembic("current", url=url).stdout
     assert alembic("downgrade", "base", url=url).returncode == 0
     assert alembic("current", url=url).stdout == ""
-    left = "SELECT relname FROM pg_class WHERE relnamespace = 'listener'::regnamespace AND relkind IN ('r', 'v')"
-    assert rows(empty, left) == [("alembic_version",)]
-    assert rows(empty, "SELECT proname FROM pg_proc WHERE pronamespace = 'listener'::regnamespace") == []
+    assert rows(empty, "SELECT to_regnamespace('listener')") == [(None,)]
     assert alembic("upgrade", "head", url=url).returncode == 0
 
 
@@ -128,10 +128,74 @@ def test_who_may_not_migrate_is_told_in_one_line(empty: Database, server: Server
     assert "may not create a schema" in ended.stderr
 
 
+def lines(ended: CompletedProcess[str]) -> str:
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr + ended.stdout
+    return ended.stderr + ended.stdout
+
+
+def test_libpqs_own_form_and_several_hosts_are_taken(empty: Database) -> None:
+    parts: dict[str, Any] = conninfo_to_dict(empty.url("listener_migrator"))
+    assert listener("migrate", url=make_conninfo("", **parts)).returncode == 0
+    several = make_conninfo("", **(parts | {"host": f"/nowhere,{parts['host']}", "port": f"1,{parts['port']}"}))
+    assert listener("migrate", url=several).returncode == 0
+    assert "does not answer" in lines(listener("migrate", url="host=/nowhere dbname=x user=y"))
+
+
+def test_uninstall_leaves_nothing_and_refuses_what_is_not_there(empty: Database) -> None:
+    url = empty.url("listener_migrator")
+    assert "nothing to uninstall" in lines(listener("uninstall", "--yes", url=url))
+    assert rows(empty, "SELECT to_regnamespace('listener')") == [(None,)]
+    assert listener("migrate", url=url).returncode == 0
+    with psycopg.connect(empty.url("postgres"), autocommit=True) as superuser:
+        superuser.execute("CREATE TABLE listener.notes (x int)")
+    said = lines(listener("uninstall", "--yes", url=url))
+    assert "holds what is not listener's: table listener.notes. Move it" in said
+    with psycopg.connect(empty.url("postgres"), autocommit=True) as superuser:
+        superuser.execute("DROP TABLE listener.notes")
+    assert rows(empty, "SELECT count(*) FROM listener.managed_view") == [(0,)]
+    assert listener("uninstall", "--yes", url=url).returncode == 0
+    assert rows(empty, "SELECT to_regnamespace('listener')") == [(None,)]
+    assert alembic("downgrade", "base", url=url).returncode == 0
+    assert rows(empty, "SELECT to_regnamespace('listener')") == [(None,)]
+
+
+def test_a_schema_of_a_newer_release_is_one_line(database: Database) -> None:
+    with psycopg.connect(database.url("postgres"), autocommit=True) as superuser:
+        superuser.execute("UPDATE listener.alembic_version SET version_num = '9999'")
+    for act in (listener("migrate", url=database.url("listener_migrator")),
+                alembic("upgrade", "head", url=database.url("listener_migrator"))):  # fmt: skip
+        assert "at migration 9999, which this release does not know" in lines(act)
+
+
+def test_alembic_says_in_one_line_what_is_wrong(empty: Database) -> None:
+    for url, what in (("", "LISTENER_DATABASE_URL is not set"), ("host=/nowhere", "does not answer"),
+                      (empty.url("listener_service"), "no member of listener_owner")):  # fmt: skip
+        said = lines(alembic("upgrade", "head", url=url))
+        assert what in said
+        assert len([line for line in said.splitlines() if "INFO" not in line]) == 1
+
+
+def test_who_migrates_before_the_roles_are_there_learns_the_way_back(empty: Database) -> None:
+    superuser = empty.url("postgres")
+    early = listener("migrate", url=superuser, LISTENER_OWNER_ROLE="listener_nobody")
+    assert early.returncode == 0
+    (owner,) = rows(empty, "SELECT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'listener'")[0]
+    assert f"there is no role listener_nobody: everything will belong to {owner}." in early.stderr
+    assert f"belongs to {owner}" in lines(listener("migrate", url=superuser))
+    assert f"LISTENER_OWNER_ROLE={owner}" in lines(listener("migrate", url=empty.url("listener_migrator")))
+    with psycopg.connect(superuser, autocommit=True) as administrator:
+        administrator.execute("REVOKE ALL ON SCHEMA listener FROM listener_service")
+    said = lines(listener("status", url=empty.url()))
+    assert f"belongs to {owner}, and role listener_service may not use it" in said
+    assert f"LISTENER_OWNER_ROLE={owner}" in said
+    assert listener("uninstall", "--yes", url=superuser, LISTENER_OWNER_ROLE=owner).returncode == 0
+    assert listener("migrate", url=empty.url("listener_migrator")).stderr == ""
+
+
 @pytest.mark.anyio
 async def test_a_server_that_is_too_old_is_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     # No such server is to be had: the bound is moved instead.
-    monkeypatch.setattr("listener.migrate.OLDEST_SERVER", 990000)
     monkeypatch.setattr("listener.startup.OLDEST_SERVER", 990000)
     with pytest.raises(SetupError, match="is too old: 15 or newer is needed"):
         upgrade(settings_for(database.url("listener_migrator")))

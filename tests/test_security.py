@@ -9,6 +9,7 @@ from psycopg import errors, sql
 from books import ANNA, BEN, book, open_books, transaction
 from conftest import Database
 from listener.operations import sweep_once
+from listener.refresh import Outcome
 
 pytestmark = pytest.mark.anyio
 
@@ -109,4 +110,4 @@ async def test_what_lies_in_public_or_pg_temp_is_not_called(books: Database) -> 
     async with books.connect("listener_service") as service:
         done = [outcome async for _, _, outcome in sweep_once(service) if outcome is not None]
     assert done
-    assert {outcome.outcome for outcome in done} == {"refreshed"}
+    assert {isinstance(outcome, Outcome) and outcome.outcome for outcome in done} == {"refreshed"}

@@ -8,6 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from books import ANNA, LEDGER_VIEW, book, open_books, settled, transaction
 from conftest import Database, RunningService, eventually
+from listener.errors import SetupError
+from listener.web import bind
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +34,11 @@ async def test_a_service_that_makes_progress_is_ready(sample: Database) -> None:
     async with sample.service() as running:
         assert (await get(running, "/health")).json() == {"status": "alive"}
         await eventually(lambda: is_ready(running))
+
+
+async def test_a_port_that_is_bound_is_taken_at_once(sample: Database) -> None:
+    with bind("127.0.0.1", 0) as bound, pytest.raises(SetupError, match="cannot listen on"):
+        bind("127.0.0.1", bound.getsockname()[1])
 
 
 async def test_unforced_row_level_security_is_a_reason(sample: Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -34,8 +35,23 @@ def main() -> None:
         for leaf in known:
             console.error(str(errors.from_database(leaf) if isinstance(leaf, psycopg.Error) else leaf))
         sys.exit(1)
+    except UnicodeEncodeError:
+        wrong = [argument for argument in sys.argv[1:] if not _is_text(argument)]
+        wrong += [name for name, value in os.environ.items() if name.startswith("LISTENER_") and not _is_text(value)]
+        if not wrong:
+            raise
+        console.error(f"not valid UTF-8: {', '.join(ascii(one) for one in wrong)}.")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 import typer
 
 from listener import console, errors, operations, queries
-from listener.cli.session import AnyView, Connection, Json, View, app, recording_refusals, with_connection
+from listener.cli.session import AnyView, Connection, Json, View, app, known_key, with_connection
+from listener.dead_letters import RetryPolicy
+from listener.operations import Failed
+from listener.refresh import Outcome
+from listener.settings import load
 
 
 @app.command()
@@ -23,38 +28,101 @@ def refresh(
 
     async def act(connection: Connection) -> None:
         if tenant is not None:
-            outcome = await recording_refusals(
-                connection, view, tenant, operations.refresh_one(connection, view, tenant)
-            )
-            row = operations.outcome_row(outcome)
-            if as_json:
-                console.print_json(row)
-            else:
-                console.out.print(", ".join(f"{name} {value}" for name, value in row.items()))
-            if outcome.outcome != "refreshed":
-                raise typer.Exit(1)
+            await _refresh_one(connection, view, tenant, as_json=as_json)
             return
-        everyone = await queries.tenants(connection, view)
-        with console.progress(quiet=as_json) as bar:
-            for one in bar.track(everyone, description=view):
-                await operations.refresh_one(connection, view, one)
-        done = {"view": view, "tenants": len(everyone)}
-        console.print_json(done) if as_json else console.out.print(f"{len(everyone)} tenants of {view} refreshed")
+        name = await queries.view_name(connection, view)
+        tally = await _shown(name, operations.refresh_all(connection, name), as_json=as_json)
+        tenants = tally.outcomes.total()
+        if as_json:
+            console.print_json({"view": name, "tenants": tenants, **_counts(tally), "errors": _errors(tally)})
+        else:
+            console.out.print(f"{console.count(tenants, 'tenant')} of {name}: {_counted(tally)}")
+        if tally.outcomes["paused"]:
+            console.error(_paused(name))
+        if tally.outcomes["refreshed"] != tenants:
+            raise typer.Exit(1)
 
     with_connection(act)
 
 
+async def _refresh_one(connection: Connection, view: str, tenant: str, *, as_json: bool) -> None:
+    name, canonical = await known_key(connection, view, tenant)
+    outcome = await operations.refresh_one(connection, name, canonical)
+    row = operations.outcome_row(outcome)
+    if as_json:
+        console.print_json(row)
+    if outcome.outcome == "paused":
+        raise errors.SetupError(_paused(name))
+    if outcome.outcome == "busy":
+        raise errors.SetupError(
+            f"another session has been refreshing {name} of tenant {canonical} all the while.",
+            hint=f"See: listener explain {name} --tenant {canonical}",
+        )
+    if not as_json:
+        console.out.print(", ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def _paused(view: str) -> str:
+    return f"{view} is paused: nothing was refreshed. Run: listener resume {view}"
+
+
+async def _shown(
+    what: str, results: AsyncIterator[tuple[int, int, Outcome | Failed | None]], *, as_json: bool
+) -> operations.Tally:
+    """Goes through the results under a progress bar; then one line on stderr for each kind of error."""
+    tally = operations.Tally()
+    with console.progress(quiet=as_json) as bar:
+        task = bar.add_task(what, total=None)
+        async for done, total, result in results:
+            bar.update(task, completed=done, total=total)
+            if result is not None:
+                tally.add(result)
+    for failed in tally.first.values():
+        tenant = f"tenant {failed.tenant_id}" if failed.tenant_id else "all tenants"
+        console.error(f"{failed.view} of {tenant}: {errors.from_database(failed.error)}")
+    return tally
+
+
+def _counts(tally: operations.Tally) -> dict[str, int]:
+    return {outcome: tally.outcomes[outcome] for outcome in ("refreshed", "busy", "paused", "failed")}
+
+
+def _counted(tally: operations.Tally) -> str:
+    counts = _counts(tally)
+    return ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n or outcome == "refreshed")
+
+
+def _errors(tally: operations.Tally) -> list[dict[str, object]]:
+    return [
+        {
+            "view": failed.view,
+            "tenant_id": failed.tenant_id,
+            "sqlstate": failed.error.sqlstate,
+            "error": str(errors.from_database(failed.error)),
+        }
+        for failed in tally.first.values()
+    ]
+
+
 @app.command()
 def sweep(as_json: Json = False) -> None:
-    """One sweep by hand: drains, then refreshes every dirty key. Works without the service."""
+    """One sweep by hand: drains, then refreshes every dirty key. Works without the service.
+
+    A key that fails is recorded as the service records it, and the others go on; exit 1 where one failed.
+    """
+    settings = load()
+    policy = RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
 
     async def act(connection: Connection) -> None:
-        done = 0
-        with console.progress(quiet=as_json) as bar:
-            task = bar.add_task("sweep", total=None)
-            async for done, total, _ in operations.sweep_once(connection):
-                bar.update(task, completed=done, total=total)
-        console.print_json({"refreshed": done}) if as_json else console.out.print(f"{done} keys refreshed")
+        tally = await _shown("sweep", operations.sweep_once(connection, policy), as_json=as_json)
+        if as_json:
+            console.print_json({**_counts(tally), "errors": _errors(tally)})
+        else:
+            console.out.print(
+                f"{console.count(tally.outcomes['refreshed'], 'key')} {_counted(tally).partition(' ')[2]}"
+            )
+        if tally.outcomes["failed"]:
+            raise typer.Exit(1)
 
     with_connection(act)
 
@@ -72,7 +140,7 @@ def pause(
         await connection.execute("SELECT listener.pause(%s, %s)", (view, capture))
         console.out.print(f"paused: {view or 'all views'}{', and capture' if capture else ''}")
 
-    with_connection(act)
+    with_connection(act, as_owner=True)
 
 
 @app.command()
@@ -83,4 +151,4 @@ def resume(view: AnyView = None) -> None:
         await connection.execute("SELECT listener.resume(%s)", (view,))
         console.out.print(f"resumed: {view or 'all views'}")
 
-    with_connection(act)
+    with_connection(act, as_owner=True)

@@ -2,65 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Any
 
 import typer
 
-from listener import console, operations, queries
-from listener.cli.session import (
-    AnyView,
-    Connection,
-    Json,
-    Tenant,
-    View,
-    app,
-    recording_refusals,
-    with_connection,
-)
+from listener import console, errors, operations, queries
+from listener.cli.session import AnyView, Connection, Json, Tenant, View, app, known_key, with_connection
 
 
 @app.command()
 def status(
     tenant: Annotated[str | None, typer.Option("--tenant", help="the keys of this tenant, one line each")] = None,
+    exit_code: Annotated[
+        bool,
+        typer.Option("--exit-code", help="exit 1 where a key is dirty, failing or quarantined, or a change undrained"),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What is fresh: a line per view, or per key of one tenant."""
 
     async def act(connection: Connection) -> None:
-        if tenant is None:
-            rows = await queries.views(connection)
-            columns = [
-                "view",
-                "target",
-                "keys",
-                "dirty",
-                "failing",
-                "quarantined",
-                "paused",
-                "dirty_since",
-                "last_refreshed_at",
-            ]
-        else:
-            rows = await queries.freshness(connection, tenant=tenant)
-            columns = [
-                "view_name",
-                "status",
-                "version",
-                "refreshed_version",
-                "dirty_since",
-                "refreshed_at",
-                "due_at",
-                "failures",
-            ]
+        rows = await queries.views(connection) if tenant is None else await _keys(connection, tenant)
+        undrained, oldest = await queries.undrained(connection)
         if as_json:
-            console.print_json(rows)
+            what = "views" if tenant is None else "keys"
+            console.print_json({what: rows, "undrained": undrained, "oldest_undrained_seconds": oldest})
         elif rows:
-            console.out.print(console.table(rows, columns))
+            shown = [_view_line(row) for row in rows] if tenant is None else [_key_line(row) for row in rows]
+            columns = [name for name in shown[0] if any(line[name] != SELDOM.get(name, ...) for line in shown)]
+            console.out.print(console.table(shown, columns))
+        elif tenant is None:
+            console.out.print("no view is registered yet: see listener.create_view")
         else:
-            nothing = "no view is registered yet: see listener.create_view" if tenant is None else f"no key of {tenant}"
-            console.out.print(nothing)
+            console.out.print(f"no change of tenant {tenant} was ever captured, and nothing of it was refreshed")
+        if undrained and not as_json:
+            are, old = ("is", "") if undrained == 1 else ("are", "the oldest ")
+            console.out.print(
+                f"{console.count(undrained, 'change')} {are} logged and not drained, {old}"
+                f"{console.duration(oldest or 0)} old: is `listener run` up?"
+            )
+        if exit_code and (undrained or any(_needs_care(row) for row in rows)):
+            raise typer.Exit(1)
 
     with_connection(act)
+
+
+# Columns that are left out where all of their cells say only this: a line must fit a terminal.
+SELDOM = {"schema": "public", "failing": 0, "quarantined": 0, "paused": False, "failures": 0, "due": None}
+
+
+def _view_line(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "view": row["view"],
+        "schema": row["target"].partition(".")[0],
+        **{name: row[name] for name in ("keys", "dirty", "failing", "quarantined", "paused", "dirty_since")},
+        "refreshed": row["last_refreshed_at"],
+    }
+
+
+def _key_line(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "view": row["view_name"],
+        "status": row["status"],
+        "version": row["version"],
+        "dirty_since": row["dirty_since"],
+        "refreshed": row["refreshed_at"],
+        "due": row["due_at"],
+        "failures": row["failures"] or 0,
+    }
+
+
+def _needs_care(row: dict[str, Any]) -> bool:
+    if "status" in row:
+        return row["dirty_since"] is not None or row["status"] in {"dirty", "failing", "quarantined"}
+    return row["dirty_since"] is not None or any(row[name] for name in ("dirty", "failing", "quarantined"))
+
+
+async def _keys(connection: Connection, tenant: str) -> list[dict[str, Any]]:
+    if not tenant:
+        raise errors.SetupError("the tenant is missing.", hint="Give one: --tenant ID")
+    rows = await queries.freshness(connection, tenant)
+    if not rows and not await queries.is_tenant_of_any_view(connection, tenant):
+        raise errors.SetupError(f"no view has a tenant {tenant!r}.")
+    return rows
 
 
 @app.command()
@@ -68,7 +93,7 @@ def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
     """Why is this key stale: log, dirty since, due when, who holds the lock, last error, what it waits for."""
 
     async def act(connection: Connection) -> None:
-        facts = await recording_refusals(connection, view, tenant, queries.explain_key(connection, view, tenant))
+        facts = await queries.explain_key(connection, *await known_key(connection, view, tenant))
         lines = operations.reasons(facts)
         if as_json:
             console.print_json({**facts, "reasons": lines})
@@ -77,7 +102,7 @@ def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
         since = f", refreshed {console.duration(refreshed)} ago" if refreshed is not None else ""
         console.out.print(f"{facts['view_name']} of tenant {facts['tenant']}: {'stale' if lines else 'fresh'}{since}")
         for line in lines:
-            console.out.print(f"  - {line}", markup=False)
+            console.out.print(f"  - {line}")
 
     with_connection(act)
 
@@ -86,29 +111,39 @@ def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
 def verify(view: AnyView = None, as_json: Json = False) -> None:
     """Compares every target with its definition, exactly, tenant by tenant; exit 1 where they differ.
 
-    Tells stale (a known change will be refreshed) from different (the target is wrong).
+    Tells stale (a known change will be refreshed) from different (the target is wrong) and failed (the comparison
+    itself raised; the others go on).
     """
 
     async def act(connection: Connection) -> None:
-        names = [view] if view is not None else [row["view"] for row in await queries.views(connection)]
+        if view is not None:
+            names = [await queries.view_name(connection, view)]
+        else:
+            names = [row["view"] for row in await queries.views(connection)]
         found: list[operations.Difference] = []
-        compared = 0
+        done = 0
         with console.progress(quiet=as_json) as bar:
             task = bar.add_task("verify", total=None)
-            async for compared, total, difference in operations.verify(connection, names):
-                bar.update(task, completed=compared, total=total)
+            async for done, total, difference in operations.verify(connection, names):
+                bar.update(task, completed=done, total=total)
                 if difference is not None:
                     found.append(difference)
+        verdicts = Counter(difference.verdict for difference in found)
+        counts = {
+            "compared": done - sum(d.verdict == "failed" and d.tenant_id is not None for d in found),
+            **{verdict: verdicts[verdict] for verdict in ("stale", "different", "failed")},
+        }
         rows = [
-            {"view": d.view, "tenant_id": d.tenant_id, "missing": d.missing, "extra": d.extra,
-             "verdict": "stale" if d.stale else "different"} for d in found
+            {"view": d.view, "tenant_id": d.tenant_id, "missing": d.missing, "extra": d.extra, "verdict": d.verdict,
+             "error": d.error} for d in found
         ]  # fmt: skip
         if as_json:
-            console.print_json({"compared": compared, "differences": rows})
+            console.print_json({**counts, "differences": rows})
         elif found:
-            console.out.print(console.table(rows, rows[0]))
+            console.out.print(console.table(rows, [n for n in rows[0] if n != "error" or verdicts["failed"]]))
         if not as_json:
-            console.out.print(f"{compared} keys compared, {len(found)} differ")
+            told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("stale", "different", "failed"))
+            console.out.print(f"{console.count(counts['compared'], 'key')} compared, {told}")
         if found:
             raise typer.Exit(1)
 

@@ -12,8 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 from listener import dead_letters, errors, queries
-from listener.database_url import describe, libpq_url, session_options
+from listener.database_url import libpq_url, session_options
 from listener.settings import Settings, load
+from listener.startup import schema_facts
 
 
 class InReadingOrder(TyperGroup):
@@ -30,6 +31,7 @@ app = typer.Typer(
     cls=InReadingOrder,
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Keeps per-tenant dashboards on PostgreSQL fresh, within a moment of the write that made them stale.\n\n"
@@ -47,37 +49,54 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 @asynccontextmanager
 async def connected(settings: Settings) -> AsyncIterator[Connection]:
-    """An autocommit connection. Raises SetupError where the schema is missing."""
+    """An autocommit connection. Raises SetupError where the schema is missing, or of another release."""
     url = libpq_url(settings.database_url.get_secret_value())
     async with await psycopg.AsyncConnection.connect(
-        url, autocommit=True, application_name="listener cli", connect_timeout=10, options=session_options(url)
+        url,
+        autocommit=True,
+        application_name="listener cli",
+        connect_timeout=10,
+        client_encoding="utf8",
+        options=session_options(url),
     ) as connection:
-        facts = await queries.server_facts(connection)
-        if not facts.schema_installed:
-            raise errors.SetupError(
-                f"{describe(url)} has no schema listener that role {facts.role} may use.",
-                hint="Run: listener migrate",
-            )
+        await schema_facts(connection, url, settings)
         yield connection
 
 
-def with_connection(act: Callable[[Connection], Awaitable[None]]) -> None:
-    """Runs the command on a connection to LISTENER_DATABASE_URL, where the schema must be."""
+def with_connection(act: Callable[[Connection], Awaitable[None]], *, as_owner: bool = False) -> None:
+    """Runs the command on a connection to LISTENER_DATABASE_URL, where the schema must be.
+
+    `as_owner`: it is for the owner's members, not for the service's role; an error of privileges says so.
+    """
     settings = load()
+    needed = f"a member of {settings.owner_role}" if as_owner else settings.service_role
 
     async def go() -> None:
         async with connected(settings) as connection:
-            await act(connection)
+            try:
+                await act(connection)
+            except psycopg.Error as error:
+                raise errors.from_database(error, role=connection.info.user, needed=needed) from error
 
     anyio.run(go)
 
 
-async def recording_refusals(connection: Connection, view: str, tenant: str, act: Awaitable[Any]) -> Any:
-    """A call that named no valid tenant is refused, and stands in the dead letters as validation_error."""
+async def known_key(connection: Connection, view: str, tenant: str) -> tuple[str, str]:
+    """The names of a view and of one of its tenants. Raises SetupError where the view has no such tenant.
+
+    A call that named no valid tenant is refused, and stands in the dead letters as validation_error; a view or tenant
+    that is merely not there is a slip of the hand, and does not.
+    """
     try:
-        return await act
+        name, canonical, known = await queries.tenant_of_view(connection, view, tenant)
     except psycopg.Error as error:
-        known = errors.from_database(error)
-        if isinstance(known, errors.RefusedError) and known.is_validation:
-            await dead_letters.record_refusal(connection, view, tenant, str(known))
-        raise known from error
+        refused = errors.from_database(error)
+        if isinstance(refused, errors.RefusedError) and refused.is_validation:
+            await dead_letters.record_refusal(connection, view, tenant, f"validation_error: {refused}")
+        raise
+    if not known:
+        raise errors.SetupError(
+            f"{name} has no tenant {canonical}.",
+            hint="A view's tenants are those of its tenants query, its keys and its target.",
+        )
+    return name, canonical

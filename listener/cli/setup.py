@@ -19,7 +19,9 @@ from listener.settings import Settings, duration_text, load
 
 @app.command()
 def demo(
-    seconds: Annotated[float | None, typer.Option(help="end by itself after so many seconds, with a summary")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="end by itself after so many seconds, with a summary")
+    ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="feed a recorded ledger (CSV, may be .gz) instead of a live load")
     ] = None,

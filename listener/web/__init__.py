@@ -41,12 +41,16 @@ def application(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The listening socket, bound before anything else starts. Raises SetupError where the address is taken."""
+    """The listening socket, before anything else starts. Raises SetupError where the address is taken.
+
+    It listens at once: two sockets with SO_REUSEADDR may both bind an address that nobody listens on yet.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen()
     except OSError as error:
         bound.close()
         raise SetupError(
@@ -65,5 +69,5 @@ class _Server(uvicorn.Server):
 
 async def serve(app: Starlette, bound: socket.socket) -> None:
     """Serves until cancelled."""
-    server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    server = _Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     await server.serve(sockets=[bound])
