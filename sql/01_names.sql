@@ -17,7 +17,7 @@ BEGIN
     IF found.id IS NULL THEN
         SELECT v.* INTO found FROM listener.managed_view v
         WHERE view_name IN (v.target_schema || '.' || v.target_name,
-                            quote_ident(v.target_schema) || '.' || quote_ident(v.target_name));
+                            quote_ident(v.target_schema) || '.' || quote_ident(v.target_name), quote_ident(v.target_name));
     END IF;
     IF found.id IS NULL THEN
         RAISE EXCEPTION 'there is no managed view %', coalesce(quote_literal(view_name), 'NULL')
@@ -92,4 +92,10 @@ BEGIN
             USING ERRCODE = 'LSN05', HINT = 'BEGIN ISOLATION LEVEL READ COMMITTED.';
     END IF;
 END
+$function$;
+
+-- lock_key(view_id, tenant): the 64-bit advisory lock of a refresh key; lock_key(0, '') is the drain's.
+CREATE OR REPLACE FUNCTION listener.lock_key(view_id integer, tenant text) RETURNS bigint
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$
+    SELECT pg_catalog.hashtextextended('listener:' || view_id::text || ':' || tenant, 0)
 $function$;

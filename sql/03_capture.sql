@@ -44,7 +44,7 @@ BEGIN
         EXECUTE format('CREATE DOMAIN listener.%I AS %s', 'row_' || source.id, source.relid::regclass);
     END IF;
     FOR wanted IN
-        SELECT f.name, a.attname, format_type(coalesce(nullif(t.typbasetype, 0), t.oid), NULL) AS type
+        SELECT f.name, a.attname, format_type(coalesce(nullif(t.typbasetype, 0), t.oid), -1) AS type
         FROM (SELECT 'tenant_of_' || source.id, source.tenant_column WHERE source.tenant_column IS NOT NULL
               UNION ALL
               SELECT format('key_of_%s_%s', source.id, k.ord), k.name
@@ -56,8 +56,10 @@ BEGIN
             'CREATE OR REPLACE FUNCTION listener.%1$I(%2$s) RETURNS %3$s LANGUAGE sql STABLE PARALLEL SAFE
              BEGIN ATOMIC SELECT ($1).%4$I::%3$s; END',
             wanted.name, source.relid::regclass, wanted.type, wanted.attname);
+        -- The table may be one made anew, whose column is of another type.
+        EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(anyelement)', wanted.name);
         EXECUTE format(
-            'CREATE OR REPLACE FUNCTION listener.%1$I(anyelement) RETURNS %2$s LANGUAGE sql STABLE PARALLEL SAFE
+            'CREATE FUNCTION listener.%1$I(anyelement) RETURNS %2$s LANGUAGE sql STABLE PARALLEL SAFE
              AS %3$L', wanted.name, wanted.type, 'SELECT NULL::' || wanted.type);
         EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%1$I(%2$s), listener.%1$I(anyelement) FROM PUBLIC',
                        wanted.name, source.relid::regclass);

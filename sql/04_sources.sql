@@ -7,6 +7,13 @@ LANGUAGE sql VOLATILE AS $function$
     SELECT pg_catalog.pg_advisory_xact_lock(listener.lock_key(0, 'registration'))
 $function$;
 
+-- row_shape(relid): the names and types of a table's columns in their order.
+CREATE OR REPLACE FUNCTION listener.row_shape(relid oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT string_agg(a.attname || ' ' || a.atttypid, ',' ORDER BY a.attnum)
+    FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
+$function$;
+
 -- capture_tables(relid): the tables that need triggers for a source: the table, and every partition of it, since a
 -- trigger on the root does not see a statement that names a leaf. by_name: the columns stand in another order than
 -- the root's.
@@ -15,13 +22,6 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT t.oid::regclass, listener.row_shape(t.oid) IS DISTINCT FROM listener.row_shape($1)
     FROM (SELECT c.oid FROM pg_class c WHERE c.oid = $1 AND c.relkind IN ('r', 'p')
           UNION SELECT p.relid FROM pg_partition_tree($1) p) AS t (oid)
-$function$;
-
--- row_shape(relid): the names and types of a table's columns in their order.
-CREATE OR REPLACE FUNCTION listener.row_shape(relid oid) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT string_agg(a.attname || ' ' || a.atttypid, ',' ORDER BY a.attnum)
-    FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
 -- wanted_triggers(source_id): the triggers that a source should have. Those for each row are for tables that a
@@ -235,6 +235,7 @@ $function$;
 -- Generates what its triggers call; the triggers are attach_capture's. Raises LSN03 as check_source does.
 CREATE OR REPLACE FUNCTION listener.register_source(relation regclass, tenant_column name) RETURNS integer
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
 DECLARE
     found_id integer;
 BEGIN
@@ -268,11 +269,14 @@ CREATE OR REPLACE FUNCTION listener.add_source(
     relation regclass, tenant_column name DEFAULT NULL, through regclass DEFAULT NULL, columns name[] DEFAULT NULL,
     references_columns name[] DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql AS $function$
+#variable_conflict use_column
 DECLARE
     previous_role text := listener.become_owner();
-    link record;
+    link_columns name[];
+    link_references name[];
+    link_cascades boolean := false;
     added_id integer;
-    through_id integer;
+    via_id integer;
     readers integer[];
 BEGIN
     PERFORM listener.lock_registration();
@@ -280,9 +284,10 @@ BEGIN
         PERFORM listener.check_source(relation, tenant_column);
     ELSE
         PERFORM listener.check_source(relation, NULL);
-        SELECT l.* INTO link FROM listener.find_link(relation, through, columns, references_columns) l;
-        through_id := listener.register_source(through, coalesce(tenant_column, 'tenant_id'));
-        PERFORM listener.attach_capture(ARRAY[through_id]);
+        SELECT l.columns, l.references_columns, l.cascades INTO link_columns, link_references, link_cascades
+        FROM listener.find_link(relation, through, add_source.columns, add_source.references_columns) l;
+        via_id := listener.register_source(through, coalesce(tenant_column, 'tenant_id'));
+        PERFORM listener.attach_capture(ARRAY[via_id]);
     END IF;
     -- The views that read the table, however they found its tenants until now.
     SELECT coalesce(pg_catalog.array_agg(DISTINCT w.view_id), '{}') INTO readers
@@ -308,9 +313,8 @@ BEGIN
     PERFORM listener.drop_lookup(added_id);
     UPDATE listener.source s SET
         tenant_column = CASE WHEN through IS NULL THEN add_source.tenant_column END,
-        through_id = add_source.through_id, through_keys = link.columns, through_references = link.references_columns,
-        through_cascades = coalesce(link.cascades, false)
-    FROM (SELECT link.columns, link.references_columns, link.cascades) AS l
+        through_id = via_id, through_keys = link_columns, through_references = link_references,
+        through_cascades = link_cascades
     WHERE s.id = added_id;
     IF through IS NOT NULL THEN
         PERFORM listener.create_lookup(added_id);
@@ -339,20 +343,20 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     keys record;
 BEGIN
-    SELECT count(*) AS found, min(k.columns) AS columns, min(k.refs) AS refs, bool_and(k.cascades) AS cascades INTO keys
+    SELECT count(*) AS found, min(k.own) AS own, min(k.refs) AS refs, bool_and(k.cascades) AS cascades INTO keys
     FROM (SELECT ARRAY(SELECT a.attname FROM unnest(c.conkey) WITH ORDINALITY n (attnum, ord)
                        JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = n.attnum ORDER BY n.ord)::text[],
                  ARRAY(SELECT a.attname FROM unnest(c.confkey) WITH ORDINALITY n (attnum, ord)
                        JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = n.attnum ORDER BY n.ord)::text[],
                  c.confdeltype = 'c' AND NOT c.condeferrable AND c.convalidated
-          FROM pg_constraint c WHERE c.contype = 'f' AND c.conrelid = relation AND c.confrelid = through) AS k (columns, refs, cascades)
-    WHERE find_link.columns IS NULL OR (k.columns = find_link.columns::text[] AND k.refs = find_link.references_columns::text[]);
+          FROM pg_constraint c WHERE c.contype = 'f' AND c.conrelid = relation AND c.confrelid = through) AS k (own, refs, cascades)
+    WHERE find_link.columns IS NULL OR (k.own = find_link.columns::text[] AND k.refs = find_link.references_columns::text[]);
     IF columns IS NULL THEN
         IF keys.found <> 1 THEN
             RAISE EXCEPTION '% has % foreign keys to %', relation, CASE keys.found WHEN 0 THEN 'no' ELSE 'several' END, through
                 USING ERRCODE = 'LSN03', HINT = 'Say which columns: columns => ''{order_id}'', references_columns => ''{id}''.';
         END IF;
-        columns := keys.columns;
+        columns := keys.own;
         references_columns := keys.refs;
     ELSIF cardinality(columns) IS DISTINCT FROM cardinality(references_columns) OR cardinality(columns) = 0 THEN
         RAISE EXCEPTION 'columns and references_columns must name as many columns each' USING ERRCODE = 'LSN03';
@@ -491,18 +495,18 @@ BEGIN
 END
 $function$;
 
+-- ring_for_all(): rings the doorbell for something of our own, where notifying is allowed.
+CREATE OR REPLACE FUNCTION listener.ring_for_all() RETURNS void
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT pg_notify('listener_changes', '{"tenant_id": null, "source": "listener"}') WHERE NOT listener.must_poll()
+$function$;
+
 -- mark_all_dirty(view_id): logs "every tenant of this view", which the next drain picks up like any change.
 CREATE OR REPLACE FUNCTION listener.mark_all_dirty(view_id integer) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $function$
     INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
     VALUES (pg_current_xact_id(), clock_timestamp(), mark_all_dirty.view_id, '');
     SELECT listener.ring_for_all();
-$function$;
-
--- ring_for_all(): rings the doorbell for something of our own, where notifying is allowed.
-CREATE OR REPLACE FUNCTION listener.ring_for_all() RETURNS void
-LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT pg_notify('listener_changes', '{"tenant_id": null, "source": "listener"}') WHERE NOT listener.must_poll()
 $function$;
 
 -- repair_capture(): compares what the catalog says of every source with what was noted, and mends what is no longer

@@ -1,11 +1,5 @@
 -- Drain: change_log -> dirty_key, one drainer at a time.
 
--- lock_key(view_id, tenant): the 64-bit advisory lock of a refresh key; lock_key(0, '') is the drain's.
-CREATE OR REPLACE FUNCTION listener.lock_key(view_id integer, tenant text) RETURNS bigint
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$
-    SELECT pg_catalog.hashtextextended('listener:' || view_id::text || ':' || tenant, 0)
-$function$;
-
 -- new_changes(seen_below, unseen): what capture logged since, per source (or marked view) and tenant: the rows whose
 -- transaction id is at least seen_below, or one of `unseen`. Ages start at `not_before` at the earliest: a transaction
 -- that stayed open is not staleness of ours, the last drain could not see it.
@@ -29,11 +23,22 @@ BEGIN
 END
 $function$;
 
+-- canonical_or_null(tenant, tenant_type): canonical_tenant, NULL where it would raise.
+CREATE OR REPLACE FUNCTION listener.canonical_or_null(tenant text, tenant_type text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    RETURN listener.canonical_tenant(tenant, tenant_type);
+EXCEPTION WHEN OTHERS THEN
+    RETURN NULL;
+END
+$function$;
+
 -- drain(): folds every committed change that no drain has seen yet into dirty_key.
 --   outcome  'drained', one row per key touched; or one row 'nothing'; or one row 'busy': another session is draining
 --            and may have looked before your change, so ask again; never read it as "nothing new".
+--   restored: this database is a copy, or was restored, since the last drain
 --   ages and windows are in seconds by the server's clock.
--- Reads change_log, view_source, managed_view, refresh_state; writes dirty_key, drain_log, dead_letter.
+-- Reads change_log, view_source, managed_view, refresh_state; appends to dirty_key and drain_log; writes dead_letter.
 -- The cursor is the newest drain_log row. New is what was not visible in its snapshot, or what its own transaction
 -- wrote: no snapshot lists its own transaction, so a caller that drains and then writes would lose that write.
 -- Stored transaction ids of another cluster, another database, or of the future (a restored copy) mean nothing: then
@@ -45,7 +50,8 @@ RETURNS TABLE (
     view_id integer, view_name text, tenant text, version bigint,
     first_change_age double precision, last_change_age double precision,
     refresh_started_age double precision, retry_in double precision,
-    quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean)
+    quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean,
+    restored boolean)
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 -- Planning took half of a small drain. Every table here is reached by its key whatever its size, so the plan may be
@@ -64,8 +70,9 @@ DECLARE
     started timestamptz;
     seen_below xid8;
     unseen xid8[];
-    restored boolean;
+    is_copy boolean;
     batch text := gen_random_uuid()::text;
+    this_drain bigint;
 BEGIN
     PERFORM listener.require_read_committed('listener.drain()');
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, '')) THEN
@@ -79,10 +86,11 @@ BEGIN
     -- A statement of its own, after the lock: its snapshot includes the drain that held the lock before.
     SELECT l.* INTO last_drain FROM listener.drain_log l ORDER BY l.id DESC LIMIT 1;
     started := clock_timestamp();
-    restored := last_drain.id IS NOT NULL
+    this_drain := coalesce(last_drain.id, 0) + 1;
+    is_copy := last_drain.id IS NOT NULL
         AND (last_drain.system_identifier <> this_system OR last_drain.database_oid <> this_database
              OR pg_snapshot_xmax(last_drain.snapshot) > pg_snapshot_xmax(pg_current_snapshot()));
-    IF restored THEN
+    IF is_copy THEN
         RAISE WARNING 'listener: this database is a copy or was restored: every view is marked dirty';
         PERFORM listener.fold_restored_log();
         seen_below := '0';
@@ -96,49 +104,60 @@ BEGIN
     RETURN QUERY
     WITH per_source AS MATERIALIZED (
         SELECT n.* FROM listener.new_changes(seen_below, unseen, last_drain.drained_at) n
+    ), reached AS MATERIALIZED (
+        SELECT v.id AS view_id, p.tenant AS logged,
+               CASE WHEN p.tenant = '' OR s.same_form THEN p.tenant
+                    ELSE listener.canonical_or_null(p.tenant, v.tenant_type) END AS tenant,
+               p.first_change, p.last_change, p.tenant = '' AS bulk, p.app_correlation_id
+        FROM per_source p JOIN listener.view_source s ON s.source_id = p.source_id
+        JOIN listener.managed_view v ON v.id = s.view_id
+        UNION ALL
+        SELECT v.id, p.tenant, p.tenant, p.first_change, p.last_change, true, p.app_correlation_id
+        FROM per_source p JOIN listener.managed_view v ON v.id = p.view_id
     ), touched AS (
-        SELECT coalesce(p.view_id, s.view_id) AS view_id, p.tenant, min(p.first_change) AS first_change,
-               max(p.last_change) AS last_change, bool_and(p.source_id IS NULL OR p.tenant = '') AS bulk,
-               max(p.app_correlation_id) AS app_correlation_id
-        FROM per_source p LEFT JOIN listener.view_source s ON s.source_id = p.source_id
-        WHERE coalesce(p.view_id, s.view_id) IS NOT NULL AND octet_length(p.tenant) <= 1024
+        SELECT r.view_id, r.tenant, min(r.first_change) AS first_change, max(r.last_change) AS last_change,
+               bool_and(r.bulk) AS bulk, max(r.app_correlation_id) AS app_correlation_id
+        FROM reached r WHERE octet_length(r.tenant) <= 1024
         GROUP BY 1, 2
     ), refused AS (
-        INSERT INTO listener.dead_letter (tenant, error_type, exception_class, error_message, correlation_id)
-        SELECT left(p.tenant, 100), 'validation_error', 'TenantTooLong',
-               format('a tenant of %s bytes in %s.%s is longer than 1024', octet_length(p.tenant), o.schema_name, o.table_name),
-               batch
-        FROM per_source p JOIN listener.source o ON o.id = p.source_id WHERE octet_length(p.tenant) > 1024
+        INSERT INTO listener.dead_letter
+            (view_name, tenant, error_type, exception_class, error_message, correlation_id, app_correlation_id)
+        SELECT v.name, left(r.logged, 100), 'validation_error',
+               CASE WHEN octet_length(r.logged) > 1024 THEN 'TenantTooLong' ELSE 'TenantMalformed' END, m.message, batch,
+               r.app_correlation_id
+        FROM reached r JOIN listener.managed_view v ON v.id = r.view_id
+        CROSS JOIN LATERAL (SELECT CASE WHEN octet_length(r.logged) > 1024
+                THEN format('a tenant of %s bytes is longer than 1024', octet_length(r.logged))
+                ELSE format('%L is no tenant of type %s', left(r.logged, 100), v.tenant_type) END) AS m (message)
+        WHERE (r.tenant IS NULL OR octet_length(r.tenant) > 1024)
+          -- One open letter, however often such a tenant is written.
+          AND NOT EXISTS (SELECT FROM listener.dead_letter d
+                          WHERE d.status = 'open' AND d.view_id IS NULL AND d.view_name = v.name
+                            AND d.tenant = left(r.logged, 100) AND d.error_message = m.message)
     ), raised AS (
         INSERT INTO listener.dirty_key AS k
-            (view_id, tenant, version, dirty_since, last_change_at, bulk, correlation_id, app_correlation_id)
-        SELECT t.view_id, t.tenant, 1, t.first_change, t.last_change, t.bulk, batch, t.app_correlation_id FROM touched t
-        ON CONFLICT (view_id, tenant) DO UPDATE SET
-            version = k.version + 1,
-            last_change_at = greatest(k.last_change_at, excluded.last_change_at),
-            correlation_id = excluded.correlation_id,
-            app_correlation_id = coalesce(excluded.app_correlation_id, k.app_correlation_id),
-            (dirty_since, bulk) = (
-                SELECT CASE WHEN clean.yes THEN excluded.dirty_since
-                            ELSE least(k.dirty_since, excluded.dirty_since) END,
-                       excluded.bulk AND (clean.yes OR k.bulk)
-                FROM (SELECT EXISTS (SELECT FROM listener.refresh_state r
-                                     WHERE r.view_id = k.view_id AND r.tenant = k.tenant
-                                       AND r.refreshed_version >= k.version)) AS clean (yes))
+            (view_id, tenant, version, first_change_at, last_change_at, bulk, correlation_id, app_correlation_id)
+        SELECT t.view_id, t.tenant, this_drain, t.first_change, t.last_change, t.bulk, batch, t.app_correlation_id
+        FROM touched t
         RETURNING k.*
     ), logged AS (
         INSERT INTO listener.drain_log
-            (drained_at, snapshot, xid, changes, keys, correlation_id, system_identifier, database_oid)
-        SELECT started, pg_current_snapshot(), pg_current_xact_id(), sum(p.changes), (SELECT count(*) FROM touched),
-               batch, this_system, this_database
+            (id, drained_at, snapshot, xid, changes, keys, correlation_id, system_identifier, database_oid)
+        SELECT this_drain, started, pg_current_snapshot(), pg_current_xact_id(), sum(p.changes),
+               (SELECT count(*) FROM touched), batch, this_system, this_database
         FROM per_source p HAVING count(*) > 0
         RETURNING changes
     )
     SELECT 'drained', started, l.changes, batch, k.app_correlation_id, k.view_id, v.name, k.tenant, k.version,
-           extract(epoch FROM started - k.dirty_since)::float8, extract(epoch FROM started - k.last_change_at)::float8,
+           -- What an earlier drain found, and no refresh has shown yet, is older.
+           extract(epoch FROM started - least(k.first_change_at, (
+               SELECT e.first_change_at FROM listener.dirty_key e
+               WHERE e.view_id = k.view_id AND e.tenant = k.tenant AND e.version > coalesce(r.refreshed_version, -1)
+               ORDER BY e.version LIMIT 1)))::float8,
+           extract(epoch FROM started - k.last_change_at)::float8,
            extract(epoch FROM started - r.started_at)::float8, extract(epoch FROM r.retry_at - started)::float8,
            extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk,
-           v.paused_at IS NOT NULL
+           v.paused_at IS NOT NULL, is_copy
     FROM logged l
     LEFT JOIN (raised k JOIN listener.managed_view v ON v.id = k.view_id) ON true
     LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant;
@@ -147,6 +166,7 @@ BEGIN
         outcome := 'nothing';
         drained_at := started;
         changes := 0;
+        restored := is_copy;
         RETURN NEXT;
     END IF;
 END
@@ -157,6 +177,7 @@ $function$;
 -- every view is marked for all tenants.
 CREATE OR REPLACE FUNCTION listener.fold_restored_log() RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $function$
+    DELETE FROM listener.purge_mark;
     WITH emptied AS (
         DELETE FROM listener.change_log RETURNING source_id, view_id, tenant, changed_at, app_correlation_id
     )
@@ -167,37 +188,54 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $function$
     SELECT '0'::xid8, clock_timestamp(), NULL, v.id, '', NULL FROM listener.managed_view v
 $function$;
 
+-- dirty: the dirty keys, one row each: the newest version, the oldest change that no refresh has shown. Reads from the
+-- purge's mark on: with an index scan, rows deleted long ago are not crossed.
+CREATE OR REPLACE VIEW listener.dirty AS
+SELECT k.view_id, k.tenant, max(k.version) AS version, min(k.first_change_at) AS dirty_since,
+       max(k.last_change_at) AS last_change_at, bool_and(k.bulk) AS bulk,
+       (array_agg(k.correlation_id ORDER BY k.version DESC))[1] AS correlation_id,
+       (array_agg(k.app_correlation_id ORDER BY k.version DESC) FILTER (WHERE k.app_correlation_id IS NOT NULL))[1]
+           AS app_correlation_id
+FROM listener.dirty_key k
+JOIN listener.managed_view v ON v.id = k.view_id
+LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+WHERE k.version >= coalesce((SELECT m.dirty_from FROM listener.purge_mark m ORDER BY m.id DESC LIMIT 1), 0)
+  AND k.version > coalesce(r.refreshed_version, -1)
+GROUP BY k.view_id, k.tenant;
+
 -- pending_keys(overdue): the dirty keys, in the columns of drain(); all of them, or those that are past max_wait and
--- their retry; and every clean key whose view has a
--- max_age that has passed. The service rebuilds its debouncer from the first at start, and sweeps up the second.
+-- their retry; and every clean key whose view has a max_age that has passed. The service rebuilds its debouncer from
+-- the first at start, and sweeps up the second.
 CREATE OR REPLACE FUNCTION listener.pending_keys(overdue boolean)
 RETURNS TABLE (
     outcome text, drained_at timestamptz, changes bigint, correlation_id text, app_correlation_id text,
     view_id integer, view_name text, tenant text, version bigint,
     first_change_age double precision, last_change_age double precision,
     refresh_started_age double precision, retry_in double precision,
-    quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean,
+    restored boolean)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $function$
     SELECT 'dirty', n.now, 0::bigint, k.correlation_id, k.app_correlation_id, k.view_id, v.name, k.tenant, k.version,
            extract(epoch FROM n.now - k.dirty_since)::float8, extract(epoch FROM n.now - k.last_change_at)::float8,
            extract(epoch FROM n.now - r.started_at)::float8, extract(epoch FROM r.retry_at - n.now)::float8,
-           extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk, false
+           extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk, false,
+           false
     FROM (SELECT clock_timestamp()) AS n (now)
-    CROSS JOIN listener.dirty_key k
+    CROSS JOIN listener.dirty k
     JOIN listener.managed_view v ON v.id = k.view_id AND v.paused_at IS NULL
     LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
-    WHERE r.refreshed_version IS DISTINCT FROM k.version
-      AND (NOT overdue OR (k.dirty_since + v.max_wait < n.now AND coalesce(r.retry_at < n.now, true)))
+    WHERE NOT overdue OR (k.dirty_since + v.max_wait < n.now AND coalesce(r.retry_at < n.now, true))
     UNION ALL
-    SELECT 'aged', n.now, 0::bigint, gen_random_uuid()::text, NULL, r.view_id, v.name, r.tenant, k.version,
+    SELECT 'aged', n.now, 0::bigint, gen_random_uuid()::text, NULL, r.view_id, v.name, r.tenant, r.refreshed_version,
            extract(epoch FROM n.now - (r.refreshed_at + v.max_age))::float8,
            extract(epoch FROM n.now - (r.refreshed_at + v.max_age))::float8,
            extract(epoch FROM n.now - r.started_at)::float8, extract(epoch FROM r.retry_at - n.now)::float8,
-           extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, true, false
+           extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, true, false,
+           false
     FROM (SELECT clock_timestamp()) AS n (now)
     CROSS JOIN listener.refresh_state r
     JOIN listener.managed_view v ON v.id = r.view_id AND v.paused_at IS NULL AND v.max_age IS NOT NULL
-    LEFT JOIN listener.dirty_key k ON k.view_id = r.view_id AND k.tenant = r.tenant
-    WHERE r.tenant <> '' AND r.refreshed_at < n.now - v.max_age
-      AND r.refreshed_version = coalesce(k.version, 0)
+    WHERE r.tenant <> '' AND r.refreshed_at < n.now - v.max_age AND r.failures = 0
+      AND NOT EXISTS (SELECT FROM listener.dirty_key k
+                      WHERE k.view_id = r.view_id AND k.tenant = r.tenant AND k.version > r.refreshed_version)
 $function$;

@@ -1,10 +1,11 @@
 -- The difference: the statements that compare a tenant's rows with its target rows. Generated from the target's
 -- columns when a view is registered, and again after each migration.
 
--- images(view): how each target column is compared. A type whose equality means the same bytes is compared as it is;
+-- images(target, definition): how each target column is compared. A type whose equality means the same bytes is compared as it is;
 -- any other (numeric: 1.0 = 1.00; float: 0 = -0; json: no equality at all) by its text, and cast back when written.
--- One EXCEPT then serves all types, and it hashes.
-CREATE OR REPLACE FUNCTION listener.images(target regclass)
+-- One EXCEPT then serves all types, and it hashes. A column that somebody added
+-- to the target is none of ours.
+CREATE OR REPLACE FUNCTION listener.images(target regclass, definition regclass)
 RETURNS TABLE (attnum smallint, attname name, type text, as_is boolean)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -12,6 +13,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                '{bool,int2,int4,int8,oid,uuid,text,varchar,bpchar,name,date,time,timestamp,timestamptz,bytea}'::regtype[])
                AND (a.attcollation = 0 OR l.collisdeterministic)
     FROM pg_attribute a
+    JOIN pg_attribute d ON d.attrelid = definition AND d.attname = a.attname AND d.attnum > 0
     JOIN pg_type t ON t.oid = a.atttypid
     LEFT JOIN pg_collation l ON l.oid = a.attcollation
     WHERE a.attrelid = target AND a.attnum > 0 AND NOT a.attisdropped
@@ -26,7 +28,9 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target regclass := format('%I.%I', view.target_schema, view.target_name)::regclass;
     definition text := format('listener.%I', 'definition_' || view.id);
-    mine text := format('%I = $1::%s', view.tenant_column, view.tenant_type);
+    -- Everything is qualified: the statement runs with the creator's search_path, and whoever may create an operator
+    -- there must not come into it.
+    mine text := format('%I OPERATOR(pg_catalog.=) $1::pg_catalog.%s', view.tenant_column, view.tenant_type);
     keys text := (SELECT string_agg(quote_ident(k.name), ', ' ORDER BY k.ord)
                   FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord));
     columns text;
@@ -36,33 +40,35 @@ DECLARE
 BEGIN
     SELECT string_agg(quote_ident(i.attname), ', ' ORDER BY i.attnum),
            string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)
-                           ELSE format('%I::text COLLATE "C" AS %I', i.attname, i.attname) END, ', ' ORDER BY i.attnum),
+                           ELSE format('%I::pg_catalog.text COLLATE pg_catalog."C" AS %I', i.attname, i.attname) END, ', ' ORDER BY i.attnum),
            string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)
                            ELSE format('%I::%s', i.attname, i.type) END, ', ' ORDER BY i.attnum),
            string_agg(format('%I = excluded.%I', i.attname, i.attname), ', ' ORDER BY i.attnum)
     INTO columns, compared, written, updates
-    FROM listener.images(target) i;
+    FROM listener.images(target, definition::regclass) i;
     RETURN format($sql$
 WITH fresh AS MATERIALIZED (
     SELECT %2$s FROM %8$s WHERE %7$s
 ), twice AS MATERIALIZED (
-    SELECT to_json(f.*)::text AS key FROM (SELECT %1$s FROM fresh GROUP BY %1$s HAVING count(*) > 1 LIMIT 1) f
+    SELECT pg_catalog.to_json(f.*)::pg_catalog.text AS key
+    FROM (SELECT %1$s FROM fresh GROUP BY %1$s HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 1 LIMIT 1) f
 ), changed AS MATERIALIZED (
     SELECT %3$s FROM fresh EXCEPT SELECT %3$s FROM %6$s WHERE %7$s
 ), gone AS (
     SELECT %1$s FROM %6$s WHERE %7$s EXCEPT SELECT %1$s FROM fresh
 ), deleted AS (
     DELETE FROM %6$s t USING (SELECT %1$s FROM gone) g
-    WHERE t.%7$s AND ROW(%9$s)::record = ROW(%10$s)::record AND NOT EXISTS (SELECT FROM twice)
+    WHERE t.%7$s AND ROW(%9$s)::record OPERATOR(pg_catalog.=) ROW(%10$s)::record AND NOT EXISTS (SELECT FROM twice)
     RETURNING 1
 ), written AS (
     INSERT INTO %6$s AS t (%2$s)
     SELECT %4$s FROM changed WHERE NOT EXISTS (SELECT FROM twice)
     ON CONFLICT (%1$s) DO UPDATE SET %5$s
-    RETURNING t.xmax = 0 AS inserted
+    RETURNING t.xmax OPERATOR(pg_catalog.=) '0'::pg_catalog.xid AS inserted
 )
-SELECT (SELECT count(*) FROM written w WHERE w.inserted), (SELECT count(*) FROM written w WHERE NOT w.inserted),
-       (SELECT count(*) FROM deleted), (SELECT key FROM twice)$sql$,
+SELECT (SELECT pg_catalog.count(*) FROM written w WHERE w.inserted),
+       (SELECT pg_catalog.count(*) FROM written w WHERE NOT w.inserted),
+       (SELECT pg_catalog.count(*) FROM deleted), (SELECT key FROM twice)$sql$,
         keys, columns, compared, written, updates, target, mine, definition,
         (SELECT string_agg(format('t.%I', k.name), ', ' ORDER BY k.ord)
          FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord)),
@@ -78,20 +84,21 @@ CREATE OR REPLACE FUNCTION listener.comparison_statement(view listener.managed_v
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target regclass := format('%I.%I', view.target_schema, view.target_name)::regclass;
-    mine text := format('%I = $1::%s', view.tenant_column, view.tenant_type);
+    definition text := format('listener.%I', 'definition_' || view.id);
+    mine text := format('%I OPERATOR(pg_catalog.=) $1::pg_catalog.%s', view.tenant_column, view.tenant_type);
     compared text;
 BEGIN
     SELECT string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)
                            WHEN i.type IN ('double precision', 'real') THEN
-                               format('to_char(%I, ''9.99999999999EEEE'')', i.attname)
-                           ELSE format('%I::text COLLATE "C"', i.attname) END, ', ' ORDER BY i.attnum)
-    INTO compared FROM listener.images(target) i;
+                               format('pg_catalog.to_char(%I, ''9.99999999999EEEE'')', i.attname)
+                           ELSE format('%I::pg_catalog.text COLLATE pg_catalog."C"', i.attname) END, ', ' ORDER BY i.attnum)
+    INTO compared FROM listener.images(target, definition::regclass) i;
     RETURN format($sql$
 WITH fresh AS MATERIALIZED (SELECT %1$s FROM %2$s WHERE %4$s),
      held AS MATERIALIZED (SELECT %1$s FROM %3$s WHERE %4$s)
-SELECT (SELECT count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
-       (SELECT count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e),
-       (SELECT count(*) FROM held), $2 AND listener.is_stale(%5$s, $1)$sql$,
-        compared, format('listener.%I', 'definition_' || view.id), target, mine, view.id);
+SELECT (SELECT pg_catalog.count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
+       (SELECT pg_catalog.count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e),
+       (SELECT pg_catalog.count(*) FROM held), listener.is_stale(%5$s, $1)$sql$,
+        compared, definition, target, mine, view.id);
 END
 $function$;

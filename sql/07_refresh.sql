@@ -3,8 +3,8 @@
 -- The two steps of a refresh that touch the state. Their plans are kept: planning them anew took longer than running
 -- them. enable_seqscan is off so that a plan made while the tables were small is the right one later.
 
--- known_version(view_id, tenant): the dirty version that the drain has raised the key to, 0 where it never did, and
--- the correlation id of that drain.
+-- known_version(view_id, tenant): the dirty version of the key, that is, the newest drain that found it changed, 0 where
+-- none ever did; and the correlation id of that drain. The newest entry of the index, however many dead ones are below.
 CREATE OR REPLACE FUNCTION listener.known_version(
     view_id integer, tenant text, OUT version bigint, OUT correlation_id text)
 LANGUAGE plpgsql VOLATILE
@@ -12,8 +12,14 @@ SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan S
 #variable_conflict use_column
 BEGIN
     SELECT k.version, k.correlation_id INTO version, correlation_id
-    FROM listener.dirty_key k WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant;
-    version := coalesce(version, 0);
+    FROM listener.dirty_key k WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant
+    ORDER BY k.version DESC LIMIT 1;
+    -- What is clean may have been purged.
+    IF version IS NULL THEN
+        SELECT r.refreshed_version, r.correlation_id INTO version, correlation_id
+        FROM listener.refresh_state r WHERE r.view_id = known_version.view_id AND r.tenant = known_version.tenant;
+        version := greatest(version, 0);
+    END IF;
 END
 $function$;
 
@@ -63,6 +69,7 @@ SET TimeZone = 'UTC'
 SET DateStyle = 'ISO, YMD'
 SET IntervalStyle = 'postgres'
 SET extra_float_digits = 1
+SET bytea_output = 'hex'
 SET plan_cache_mode = force_custom_plan
 SET jit = off
 AS $function$
@@ -127,16 +134,22 @@ LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_na
 CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id bigint, view_name text) RETURNS text
 LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::text) $function$;
 
--- tenants(view): the tenants of a view as text: what its tenants query lists, the keys, and the target's own.
+-- tenants(view): the tenants of a view as text: what its tenants query lists, the keys, and the target's own. Those
+-- that can be no tenant (NULL, malformed, over 1 kB) are left out: the drain refuses them where they are written.
 CREATE OR REPLACE FUNCTION listener.tenants(view text) RETURNS SETOF text
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
 BEGIN
     RETURN QUERY EXECUTE format(
-        'SELECT t.tenant FROM listener.%I t WHERE t.tenant <> '''' UNION SELECT k.tenant FROM listener.dirty_key k
-         WHERE k.view_id = $1 AND k.tenant <> '''' UNION SELECT t.%I::text FROM %I.%I t',
-        'tenants_' || managed.id, managed.tenant_column, managed.target_schema, managed.target_name) USING managed.id;
+        'SELECT c.tenant
+         FROM (SELECT t.tenant FROM listener.%I t UNION SELECT k.tenant FROM listener.dirty_key k WHERE k.view_id = $1
+               UNION SELECT r.tenant FROM listener.refresh_state r WHERE r.view_id = $1
+               UNION SELECT t.%I::text FROM %I.%I t) AS known (tenant)
+         CROSS JOIN LATERAL listener.canonical_or_null(known.tenant, $2) AS c (tenant)
+         WHERE c.tenant IS NOT NULL GROUP BY c.tenant',
+        'tenants_' || managed.id, managed.tenant_column, managed.target_schema, managed.target_name)
+        USING managed.id, managed.tenant_type;
 END
 $function$;
 
@@ -151,7 +164,7 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
     started timestamptz := clock_timestamp();
     known record;
-    dirty_since timestamptz;
+    dirty record;
 BEGIN
     PERFORM listener.require_read_committed('listener.expand()');
     IF managed.paused_at IS NOT NULL THEN
@@ -163,9 +176,11 @@ BEGIN
         RETURN;
     END IF;
     SELECT k.* INTO known FROM listener.known_version(managed.id, '') k;
-    SELECT k.dirty_since INTO dirty_since FROM listener.dirty_key k WHERE k.view_id = managed.id AND k.tenant = '';
-    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
-    SELECT pg_current_xact_id(), coalesce(dirty_since, started), managed.id, t.tenant
+    SELECT min(k.first_change_at) AS since, max(k.app_correlation_id) AS app_correlation_id INTO dirty
+    FROM listener.dirty_key k LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+    WHERE k.view_id = managed.id AND k.tenant = '' AND k.version > coalesce(r.refreshed_version, -1);
+    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant, app_correlation_id)
+    SELECT pg_current_xact_id(), coalesce(dirty.since, started), managed.id, t.tenant, dirty.app_correlation_id
     FROM listener.tenants(managed.name) AS t (tenant);
     GET DIAGNOSTICS tenants = ROW_COUNT;
     PERFORM listener.record_refresh(managed.id, '', known.version, started, tenants, 0, 0, known.correlation_id);

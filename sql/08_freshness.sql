@@ -26,7 +26,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     SELECT EXISTS (
         SELECT FROM listener.dirty_key k
         LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
-        WHERE k.view_id = $1 AND k.tenant IN ($2, '') AND r.refreshed_version IS DISTINCT FROM k.version
+        WHERE k.view_id = $1 AND k.tenant IN ($2, '') AND k.version > coalesce(r.refreshed_version, -1)
     ) OR EXISTS (
         SELECT FROM listener.unconsumed() c
         WHERE c.tenant IN ($2, '')
@@ -40,27 +40,26 @@ SELECT v.name AS view_name, coalesce(k.tenant, r.tenant) AS tenant_id,
        CASE WHEN v.paused_at IS NOT NULL THEN 'paused'
             WHEN d.id IS NOT NULL THEN 'quarantined'
             WHEN r.failures > 0 THEN 'failing'
-            WHEN k.version IS DISTINCT FROM r.refreshed_version AND k.version IS NOT NULL THEN 'dirty'
+            WHEN k.version IS NOT NULL THEN 'dirty'
             ELSE 'fresh' END AS status,
-       k.version, r.refreshed_version,
-       CASE WHEN k.version IS DISTINCT FROM r.refreshed_version THEN k.dirty_since END AS dirty_since,
-       k.last_change_at, r.refreshed_at,
-       CASE WHEN k.version IS DISTINCT FROM r.refreshed_version
+       coalesce(k.version, r.refreshed_version) AS version, r.refreshed_version, k.dirty_since, k.last_change_at,
+       r.refreshed_at,
+       CASE WHEN k.version IS NOT NULL
             THEN greatest(CASE v.edge WHEN 'leading' THEN k.dirty_since
                           ELSE least(k.last_change_at + v.quiet_period, k.dirty_since + v.max_wait) END,
                           r.started_at + v.quiet_period, r.retry_at) END AS due_at,
        r.duration, r.inserted, r.updated, r.deleted, r.failures, r.retry_at, r.last_error,
        coalesce(k.correlation_id, r.correlation_id) AS correlation_id, k.app_correlation_id
-FROM listener.dirty_key k
+FROM listener.dirty k
 FULL JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
 JOIN listener.managed_view v ON v.id = coalesce(k.view_id, r.view_id)
 LEFT JOIN listener.dead_letter d ON d.view_id = v.id AND d.tenant = coalesce(k.tenant, r.tenant) AND d.status = 'open'
-WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS DISTINCT FROM r.refreshed_version;
+WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS NOT NULL;
 
 -- compare(view, tenant_id): the target against its definition for one tenant, exactly, in one snapshot.
 --   missing, extra: rows that only the definition, only the target has; held: rows of the target
 --   stale: whether a known change explains a difference
--- Runs as refresh() runs. Raises what refresh() raises, apart from LSN04.
+-- Runs as refresh() runs. Raises what refresh() raises, apart from LSN04 and LSN05.
 CREATE OR REPLACE FUNCTION listener.compare(
     view text, tenant_id text, OUT missing bigint, OUT extra bigint, OUT held bigint, OUT stale boolean)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -69,6 +68,7 @@ SET TimeZone = 'UTC'
 SET DateStyle = 'ISO, YMD'
 SET IntervalStyle = 'postgres'
 SET extra_float_digits = 1
+SET bytea_output = 'hex'
 SET plan_cache_mode = force_custom_plan
 SET jit = off
 AS $function$
@@ -83,7 +83,7 @@ BEGIN
             set_config('app.execution_context', 'worker', true),
             set_config('TimeZone', managed.time_zone, true),
             set_config('search_path', managed.search_path, true);
-    EXECUTE comparison INTO missing, extra, held, stale USING tenant_key, true;
+    EXECUTE comparison INTO missing, extra, held, stale USING tenant_key;
     PERFORM pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
             pg_catalog.set_config('app.execution_context', callers_context, true);
 END
@@ -96,7 +96,7 @@ CREATE OR REPLACE FUNCTION listener.explain_key(
     OUT version bigint, OUT refreshed_version bigint, OUT dirty_age float8, OUT due_in float8, OUT refreshed_age float8,
     OUT all_tenants_pending boolean, OUT failures integer, OUT retry_in float8, OUT last_error text,
     OUT letter_id uuid, OUT lock_holder integer, OUT lock_holder_query text, OUT drain_holder integer,
-    OUT correlation_id text, OUT oldest_transaction_age float8)
+    OUT correlation_id text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 DECLARE
@@ -130,7 +130,5 @@ BEGIN
     WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = (
               SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
       AND (l.classid::bigint << 32 | l.objid::bigint) = key LIMIT 1;
-    SELECT extract(epoch FROM now_at - min(a.xact_start)) INTO oldest_transaction_age
-    FROM pg_stat_activity a WHERE a.pid <> pg_backend_pid() AND a.backend_xid IS NOT NULL;
 END
 $function$;

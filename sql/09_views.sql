@@ -32,6 +32,7 @@ DECLARE
     keys name[];
 BEGIN
     previous_role := listener.become_owner();
+    PERFORM listener.lock_registration();
     IF name IS NULL OR query IS NULL OR key_columns IS NULL OR tenant_column IS NULL THEN
         RAISE EXCEPTION 'name, query, key_columns and tenant_column must be given' USING ERRCODE = 'LSN02';
     END IF;
@@ -46,13 +47,19 @@ BEGIN
     END IF;
     view.target_name := parts[pg_catalog.cardinality(parts)];
     view.target_schema := CASE WHEN pg_catalog.cardinality(parts) = 2 THEN parts[1] ELSE current_schema() END;
+    IF view.target_schema = 'listener' THEN
+        RAISE EXCEPTION 'a target does not belong into the schema listener' USING ERRCODE = 'LSN03',
+            HINT = 'Choose another schema: it goes when this one is uninstalled.';
+    END IF;
     IF pg_catalog.to_regclass(pg_catalog.format('%I.%I', view.target_schema, view.target_name)) IS NOT NULL THEN
         RAISE EXCEPTION '%.% already exists', view.target_schema, view.target_name
             USING ERRCODE = 'LSN03', HINT = 'Choose another name, or drop it first.';
     END IF;
     -- The short name where it is free, so that commands and metrics read as people speak of the view.
-    view.name := CASE WHEN EXISTS (SELECT FROM listener.managed_view v WHERE v.name = view.target_name::text)
-                      THEN view.target_schema || '.' || view.target_name ELSE view.target_name END;
+    SELECT n.free INTO view.name
+    FROM (VALUES (1, view.target_name::text), (2, view.target_schema || '.' || view.target_name),
+                 (3, pg_catalog.format('%I.%I', view.target_schema, view.target_name))) AS n (ord, free)
+    WHERE NOT EXISTS (SELECT FROM listener.managed_view v WHERE v.name = n.free) ORDER BY n.ord LIMIT 1;
     view.query := query;
     view.tenant_column := tenant_column;
     -- The tenant column belongs to the key: without it two tenants' rows could collide.
@@ -88,7 +95,8 @@ BEGIN
     view.fingerprint := listener.fingerprint(definition);
     view.created_at := pg_catalog.clock_timestamp();
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
-    INSERT INTO listener.view_source SELECT view.id, s FROM pg_catalog.unnest(source_ids) s;
+    INSERT INTO listener.view_source
+    SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM pg_catalog.unnest(source_ids) s;
     -- Last, so that writers wait for as little as can be.
     PERFORM listener.attach_capture(source_ids);
     PERFORM listener.mark_all_dirty(view.id);
@@ -106,6 +114,7 @@ DECLARE
         WHEN max_wait < quiet_period THEN format('max_wait (%s) must not be shorter than quiet_period (%s)', max_wait, quiet_period)
         WHEN edge NOT IN ('leading', 'trailing') THEN format('edge must be leading or trailing, not %s', edge)
         WHEN max_age <= '0' THEN 'max_age must be longer than 0'
+        WHEN greatest(quiet_period, max_wait, max_age) > '1 year' THEN 'no window is longer than a year'
         WHEN NOT EXISTS (SELECT FROM pg_timezone_names t WHERE lower(t.name) = lower(time_zone))
             THEN format('there is no time zone %L', time_zone) END;
 BEGIN
@@ -145,8 +154,11 @@ LANGUAGE plpgsql AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
-    orphan integer;
 BEGIN
+    PERFORM listener.lock_registration();
+    -- Taking locks from readers may take some tries: first what gives way.
+    DELETE FROM listener.view_source w WHERE w.view_id = managed.id;
+    PERFORM listener.drop_orphans();
     EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || managed.id);
     EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'definition_' || managed.id);
     IF NOT keep_target THEN
@@ -157,12 +169,6 @@ BEGIN
     DELETE FROM listener.refresh_state r WHERE r.view_id = managed.id;
     UPDATE listener.dead_letter d SET status = 'discarded', closed_at = pg_catalog.clock_timestamp()
     WHERE d.view_id = managed.id AND d.status = 'open';
-    FOR orphan IN SELECT s.id FROM listener.source s
-                  WHERE NOT s.explicit AND NOT EXISTS (SELECT FROM listener.view_source w WHERE w.source_id = s.id)
-    LOOP
-        PERFORM listener.detach_capture(orphan);
-        DELETE FROM listener.source s WHERE s.id = orphan;
-    END LOOP;
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;
@@ -199,16 +205,15 @@ DECLARE
 BEGIN
     INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
     SELECT pg_catalog.pg_current_xact_id(), k.dirty_since, k.view_id, k.tenant
-    FROM listener.dirty_key k
+    FROM listener.dirty k
     JOIN listener.managed_view v ON v.id = k.view_id AND v.paused_at IS NOT NULL
-    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
-    WHERE (managed_id IS NULL OR v.id = managed_id) AND r.refreshed_version IS DISTINCT FROM k.version;
+    WHERE managed_id IS NULL OR v.id = managed_id;
     UPDATE listener.managed_view v SET paused_at = NULL WHERE managed_id IS NULL OR v.id = managed_id;
     IF EXISTS (SELECT FROM listener.source s WHERE s.capture_paused) THEN
         PERFORM listener.switch_capture(true);
         PERFORM listener.mark_all_dirty(v.id) FROM listener.managed_view v;
     END IF;
-    PERFORM pg_catalog.pg_notify('listener_changes', '{"tenant_id": null, "source": "listener"}');
+    PERFORM listener.ring_for_all();
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;
@@ -223,13 +228,15 @@ BEGIN
     PERFORM set_config('lock_timeout', '2s', true);
     FOR attached IN
         SELECT g.tgrelid::regclass AS relation, g.tgname
-        FROM listener.source s JOIN pg_trigger g ON g.tgfoid = to_regproc('listener.capture_' || s.id)::oid
+        FROM listener.source s JOIN pg_trigger g ON g.tgname LIKE format('listener\_%s\_%%', s.id) AND NOT enable
         ORDER BY g.tgrelid, g.tgname
     LOOP
-        EXECUTE format(CASE WHEN enable THEN 'ALTER TABLE %s ENABLE ALWAYS TRIGGER %I' ELSE 'ALTER TABLE %s DISABLE TRIGGER %I' END,
-                       attached.relation, attached.tgname);
+        EXECUTE format('ALTER TABLE %s DISABLE TRIGGER %I', attached.relation, attached.tgname);
     END LOOP;
     UPDATE listener.source SET capture_paused = NOT enable;
+    IF enable THEN
+        PERFORM listener.attach_capture(ARRAY(SELECT s.id FROM listener.source s ORDER BY s.id));
+    END IF;
     PERFORM set_config('lock_timeout', previous_timeout, true);
 END
 $function$;

@@ -1,21 +1,66 @@
 -- The steps of create_view, each with what it refuses.
 
--- check_one_select(query): raises LSN03 where the text is more than one statement. EXECUTE would run them all, and
--- brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". A cursor takes one statement, and
--- opening it runs none. What else may be wrong with the query, CREATE VIEW says.
+-- check_one_select(query): raises LSN03 where the text is not one SELECT. EXECUTE would run every statement of it, and
+-- brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is looked at where it is data:
+-- as the body of a function that is never called, which is parsed and analysed and nothing more; then as a cursor's
+-- query, since a cursor takes one statement. That plans it, and planning may run functions that call themselves
+-- immutable, so it happens with the rights of the service's role, which refreshes with them.
 CREATE OR REPLACE FUNCTION listener.check_one_select(query text) RETURNS void
 LANGUAGE plpgsql AS $function$
 DECLARE
     opened refcursor;
+    service_role name := (SELECT i.service_role FROM listener.installation i);
+    previous_role text := pg_catalog.current_setting('role');
 BEGIN
-    OPEN opened FOR EXECUTE pg_catalog.format(E'(\n%s\n)', query);
-    CLOSE opened;
-EXCEPTION
-    WHEN syntax_error OR invalid_cursor_definition THEN
+    BEGIN
+        EXECUTE pg_catalog.format('CREATE FUNCTION listener.check_query() RETURNS SETOF record LANGUAGE sql AS %L',
+                                  pg_catalog.format(E'(\n%s\n)', query));
+        DROP FUNCTION listener.check_query();
+    EXCEPTION WHEN OTHERS THEN
         RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
-            HINT = 'It must be one SELECT that can stand in a view.';
-    WHEN OTHERS THEN
-        NULL;
+            HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
+                        ELSE 'It must be one SELECT that can stand in a view.' END;
+    END;
+    BEGIN
+        PERFORM pg_catalog.set_config('role', service_role, true);
+        OPEN opened FOR EXECUTE pg_catalog.format(E'(\n%s\n)', query);
+        CLOSE opened;
+    EXCEPTION
+        WHEN syntax_error OR invalid_cursor_definition THEN
+            RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
+                HINT = 'It must be one SELECT that can stand in a view.';
+        WHEN OTHERS THEN
+            NULL;  -- what else planning may raise, a policy without its setting say, is no fault of the text
+    END;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- check_listable(view_id): raises LSN03 where row-level security would hide tenants from the service, which lists them
+-- with no tenant set: filling and verify would silently leave them out.
+CREATE OR REPLACE FUNCTION listener.check_listable(view_id integer) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    service_role name := (SELECT i.service_role FROM listener.installation i);
+    hidden record;
+BEGIN
+    SELECT c.oid::regclass AS relation, c.relname INTO hidden
+    FROM listener.reads(to_regclass('listener.tenants_' || view_id)) r JOIN pg_class c ON c.oid = r.relid
+    WHERE c.relrowsecurity
+      AND NOT (SELECT o.rolbypassrls OR o.rolsuper FROM pg_roles o WHERE o.rolname = service_role)
+      AND (NOT EXISTS (SELECT FROM pg_policy p
+                       WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
+                         AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+                         AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
+                                     WHERE o.role = 0 OR pg_has_role(service_role, o.role, 'USAGE')))
+           OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
+    LIMIT 1;
+    IF hidden.relation IS NOT NULL THEN
+        RAISE EXCEPTION 'the tenants cannot be listed: row-level security hides the rows of %', hidden.relation
+            USING ERRCODE = 'LSN03',
+                  HINT = format('Let the service list them: CREATE POLICY listener_lists ON %s FOR SELECT TO %I USING (true);',
+                                hidden.relation, service_role);
+    END IF;
 END
 $function$;
 
@@ -45,30 +90,36 @@ CREATE OR REPLACE FUNCTION listener.create_definition(view_id integer, query tex
 RETURNS regclass
 LANGUAGE plpgsql AS $function$
 BEGIN
-    PERFORM listener.check_one_select(pg_catalog.rtrim(query, E'; \n\t'));
+    PERFORM listener.check_one_select(pg_catalog.rtrim(query, E'; \n\r\t'));
     BEGIN
         EXECUTE pg_catalog.format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
-                                  'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\t'));
+                                  'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\r\t'));
     EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR undefined_object
                 OR invalid_schema_name OR data_exception OR invalid_table_definition THEN
         RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
             HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
                         ELSE 'It must be one SELECT that can stand in a view.' END;
     END;
+    IF pg_catalog.pg_get_viewdef(pg_catalog.to_regclass('listener.definition_' || view_id))
+           OPERATOR(pg_catalog.~) '\mFOR (NO KEY )?(UPDATE|SHARE|KEY SHARE)( OF [^''()]+)?;?\s*$' THEN
+        RAISE EXCEPTION 'the query is refused: it locks rows' USING ERRCODE = 'LSN03',
+            HINT = 'Leave FOR UPDATE or FOR SHARE away.';
+    END IF;
     IF tenants_query IS NOT NULL THEN
-        PERFORM listener.check_one_select(pg_catalog.rtrim(tenants_query, E'; \n\t'));
+        PERFORM listener.check_one_select(pg_catalog.rtrim(tenants_query, E'; \n\r\t'));
         -- ARRAY() takes one column: a second one would be ignored below.
         PERFORM listener.check_one_select(
-            pg_catalog.format(E'SELECT ARRAY(\n%s\n)', pg_catalog.rtrim(tenants_query, E'; \n\t')));
+            pg_catalog.format(E'SELECT ARRAY(\n%s\n)', pg_catalog.rtrim(tenants_query, E'; \n\r\t')));
         BEGIN
             EXECUTE pg_catalog.format(
                 E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',
-                'tenants_' || view_id, pg_catalog.rtrim(tenants_query, E'; \n\t'));
+                'tenants_' || view_id, pg_catalog.rtrim(tenants_query, E'; \n\r\t'));
         EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported THEN
             RAISE EXCEPTION 'the tenants query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
                 HINT = 'It must be one SELECT of one column, for example SELECT id FROM tenants.';
         END;
         PERFORM listener.check_readable(('listener.tenants_' || view_id)::regclass);
+        PERFORM listener.check_listable(view_id);
     END IF;
     RETURN pg_catalog.to_regclass('listener.definition_' || view_id);
 END
@@ -81,7 +132,8 @@ RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     secured text := (SELECT string_agg(t.relation::text, ', ') FROM unnest(source_ids) s (id)
-                     CROSS JOIN LATERAL listener.capture_tables(s.id) t (relation)
+                     JOIN listener.source o ON o.id = s.id
+                     CROSS JOIN LATERAL listener.capture_tables(o.relid) t
                      JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity);
 BEGIN
     IF secured IS NOT NULL THEN
@@ -119,10 +171,12 @@ BEGIN
     END IF;
     SELECT string_agg(format('%I (%s)', a.attname, format_type(a.atttypid, a.atttypmod)), ', ') INTO missing
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-    WHERE a.attrelid = definition AND a.attname = ANY (key_columns) AND t.typtype = 'b' AND t.typcategory <> 'A'
+    CROSS JOIN LATERAL (SELECT CASE WHEN t.typcategory = 'A' THEN t.typelem ELSE t.oid END) AS e (id)
+    WHERE a.attrelid = definition AND a.attname = ANY (key_columns) AND t.typtype = 'b'
+      AND NOT EXISTS (SELECT FROM pg_type y WHERE y.oid = e.id AND y.typtype IN ('e', 'r', 'm', 'c', 'd'))
       AND NOT EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod AND m.amname = 'btree'
-                      WHERE o.opcdefault AND (o.opcintype = a.atttypid
-                            OR EXISTS (SELECT FROM pg_cast x WHERE x.castsource = a.atttypid
+                      WHERE o.opcdefault AND (o.opcintype = e.id
+                            OR EXISTS (SELECT FROM pg_cast x WHERE x.castsource = e.id
                                        AND x.casttarget = o.opcintype AND x.castmethod = 'b')));
     IF missing IS NOT NULL THEN
         RAISE EXCEPTION 'key columns must have an order: %', missing USING ERRCODE = 'LSN03',
@@ -150,21 +204,24 @@ BEGIN
                   HINT = 'Name them: depends_on => ''{table, …}'', or ''{}'' when it reads none.';
     END IF;
     PERFORM listener.check_readable(definition);
-    SELECT array_agg(listener.register_source(t.relid::regclass, t.tenant_column, false) ORDER BY t.relid),
-           coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL), false),
-           string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.tenant_column IS NULL)
+    SELECT array_agg(listener.register_source(t.relid::regclass, t.tenant_column) ORDER BY t.relid),
+           coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL OR t.through), false),
+           string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.tenant_column IS NULL AND NOT t.through)
     INTO source_ids, tenant_secured, shared
     FROM (
-        SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured,
-               CASE WHEN known.explicit THEN known.tenant_column ELSE a.attname END AS tenant_column
+        SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured, known.through_id IS NOT NULL AS through,
+               CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE a.attname END AS tenant_column
         FROM pg_class c
-        JOIN pg_namespace n ON n.oid = c.relnamespace
         LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = register_sources.tenant_column
                                 AND a.attnum > 0 AND NOT a.attisdropped
-        LEFT JOIN listener.source known ON known.schema_name = n.nspname AND known.table_name = c.relname
+        LEFT JOIN listener.source known ON known.relid = c.oid AND known.explicit
         WHERE c.oid IN (SELECT r.relid FROM listener.reads(definition) r WHERE r.relkind <> 'v'
                         UNION SELECT d FROM unnest(depends_on) d)
     ) t;
+    -- A look-up's rows are their parents': when those change tenant, or go, these do.
+    SELECT array_agg(DISTINCT i.id) INTO source_ids
+    FROM (SELECT s.id FROM unnest(source_ids) s (id)
+          UNION SELECT listener.through_sources(s.id) FROM unnest(source_ids) s (id)) i;
     IF shared IS NOT NULL THEN
         RAISE NOTICE '% has no column %: a change to it refreshes every tenant', shared, tenant_column;
     END IF;

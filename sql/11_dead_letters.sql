@@ -14,9 +14,11 @@ DECLARE
     now_at timestamptz := clock_timestamp();
     wait interval;
 BEGIN
+    -- Nothing is kept of a view that was dropped meanwhile.
     INSERT INTO listener.refresh_state AS r
         (view_id, tenant, refreshed_version, failures, failed_at, retry_at, last_error)
-    VALUES (record_failure.view_id, record_failure.tenant, -1, 1, now_at, now_at, record_failure.message)
+    SELECT v.id, record_failure.tenant, -1, 1, now_at, now_at, record_failure.message
+    FROM listener.managed_view v WHERE v.id = record_failure.view_id
     ON CONFLICT (view_id, tenant) DO UPDATE
         SET failures = r.failures + 1, failed_at = now_at, last_error = record_failure.message
     RETURNING r.failures INTO failures;
@@ -28,17 +30,21 @@ BEGIN
     IF failures >= attempts THEN
         INSERT INTO listener.dead_letter AS d
             (view_id, view_name, tenant, error_type, sqlstate, exception_class, error_message, traceback, worker,
-             retry_count, correlation_id, arguments)
+             retry_count, correlation_id, arguments, app_correlation_id)
         SELECT record_failure.view_id, v.name, record_failure.tenant, record_failure.error_type, state,
                record_failure.exception_class, message, record_failure.traceback, record_failure.worker, failures,
                coalesce(record_failure.correlation_id, gen_random_uuid()::text),
-               jsonb_build_object('view', v.name, 'tenant_id', record_failure.tenant)
+               jsonb_build_object('view', v.name, 'tenant_id', record_failure.tenant),
+               (SELECT k.app_correlation_id FROM listener.dirty_key k
+                WHERE k.view_id = record_failure.view_id AND k.tenant = record_failure.tenant
+                ORDER BY k.version DESC LIMIT 1)
         FROM listener.managed_view v WHERE v.id = record_failure.view_id
         ON CONFLICT (view_id, tenant) WHERE status = 'open' AND view_id IS NOT NULL AND tenant IS NOT NULL
         DO UPDATE SET retry_count = excluded.retry_count, error_type = excluded.error_type,
             sqlstate = excluded.sqlstate, exception_class = excluded.exception_class,
             error_message = excluded.error_message, traceback = excluded.traceback, worker = excluded.worker,
-            correlation_id = excluded.correlation_id, failed_at = now_at
+            correlation_id = excluded.correlation_id, app_correlation_id = excluded.app_correlation_id,
+            failed_at = now_at
         RETURNING d.id INTO letter_id;
     END IF;
 END

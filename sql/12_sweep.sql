@@ -1,25 +1,53 @@
 -- What the sweep does besides draining: housekeeping that any replica may do, and at most one does at a time.
 
--- purge(letters_kept): deletes consumed log rows, old drain records (all but the cursor and the last hour) and closed
--- dead letters older than `letters_kept`. Below the xmin of the cursor's snapshot everything has been seen; the
--- cursor is committed, or this statement could not see it. Returns the number of log rows deleted.
-CREATE OR REPLACE FUNCTION listener.purge(letters_kept interval DEFAULT '30 days') RETURNS bigint
+-- purge(letters_kept, batch): deletes what is consumed: up to `batch` log rows, the dirty_key rows that a refresh has
+-- shown, old drain records (all but the cursor and the last hour), closed dead letters older than `letters_kept`, and
+-- what dropped views left. Below the xmin of the cursor's snapshot everything has been seen; the cursor is committed,
+-- or this statement could not see it. Each starts from the last purge's mark, so that nothing deleted before is crossed.
+-- Returns the number of log rows deleted; where that is `batch`, there may be more.
+CREATE OR REPLACE FUNCTION listener.purge(letters_kept interval DEFAULT '30 days', batch bigint DEFAULT 500000)
+RETURNS bigint
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+AS $function$
 DECLARE
+    last_mark listener.purge_mark;
     consumed_below xid8;
     cursor_id bigint;
+    reached xid8;
     deleted bigint;
+    shown bigint;
+    dirty_from bigint;
 BEGIN
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'purge')) THEN
         RETURN 0;
     END IF;
     SELECT l.id, pg_snapshot_xmin(l.snapshot) INTO cursor_id, consumed_below
     FROM listener.drain_log l ORDER BY l.id DESC LIMIT 1;
-    DELETE FROM listener.change_log c WHERE c.xid < consumed_below;
-    GET DIAGNOSTICS deleted = ROW_COUNT;
+    SELECT m.* INTO last_mark FROM listener.purge_mark m ORDER BY m.id DESC LIMIT 1;
+    WITH gone AS (
+        DELETE FROM listener.change_log c WHERE c.ctid = ANY (ARRAY(
+            SELECT o.ctid FROM listener.change_log o
+            WHERE o.xid >= coalesce(last_mark.log_from, '0') AND o.xid < consumed_below ORDER BY o.xid LIMIT batch))
+        RETURNING c.xid)
+    SELECT count(*), max(g.xid) INTO deleted, reached FROM gone g;
+    -- Not above the cursor: what a later drain finds must stay until it is shown.
+    DELETE FROM listener.dirty_key k USING listener.refresh_state r
+    WHERE k.version >= coalesce(last_mark.dirty_from, 0) AND k.version <= cursor_id
+      AND r.view_id = k.view_id AND r.tenant = k.tenant AND k.version <= r.refreshed_version;
+    GET DIAGNOSTICS shown = ROW_COUNT;
+    IF deleted + shown > 0 THEN
+        SELECT coalesce(min(k.version), cursor_id + 1) INTO dirty_from
+        FROM listener.dirty_key k WHERE k.version >= coalesce(last_mark.dirty_from, 0);
+        INSERT INTO listener.purge_mark (log_from, dirty_from)
+        VALUES (CASE WHEN deleted = 0 THEN coalesce(last_mark.log_from, '0')
+                     WHEN deleted < batch THEN consumed_below ELSE reached END, dirty_from);
+        DELETE FROM listener.purge_mark m WHERE m.id <= last_mark.id;
+    END IF;
     DELETE FROM listener.drain_log l WHERE l.id < cursor_id AND l.drained_at < clock_timestamp() - interval '1 hour';
     DELETE FROM listener.dead_letter d WHERE d.status <> 'open' AND d.closed_at < clock_timestamp() - letters_kept;
+    DELETE FROM listener.refresh_state r
+    WHERE NOT EXISTS (SELECT FROM listener.managed_view v WHERE v.id = r.view_id);
     RETURN deleted;
 END
 $function$;
@@ -27,26 +55,36 @@ $function$;
 -- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
 -- they were registered; and takes note of it: finds their tables anew, puts triggers on those that are new, and marks
 -- every tenant dirty. Runs with the owner's rights, because only the owner may create triggers.
-CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS SETOF text
+--   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
+CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS TABLE (view text, trouble text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
 DECLARE
     managed listener.managed_view;
     definition regclass;
     found_ids integer[];
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'definitions')) THEN
+    IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'registration')) THEN
         RETURN;
     END IF;
     FOR managed IN SELECT v.* FROM listener.managed_view v ORDER BY v.id LOOP
         definition := to_regclass('listener.definition_' || managed.id);
         CONTINUE WHEN definition IS NULL OR listener.fingerprint(definition) = managed.fingerprint;
-        SELECT r.source_ids INTO found_ids
-        FROM listener.register_sources(definition, managed.tenant_column, coalesce(managed.depends_on, '{}')::regclass[]) r;
-        INSERT INTO listener.view_source SELECT managed.id, s FROM unnest(found_ids) s ON CONFLICT DO NOTHING;
-        PERFORM listener.attach_capture(found_ids);
-        UPDATE listener.managed_view v SET fingerprint = listener.fingerprint(definition) WHERE v.id = managed.id;
-        PERFORM listener.mark_all_dirty(managed.id);
-        RETURN NEXT managed.name;
+        view := managed.name;
+        trouble := NULL;
+        BEGIN
+            SELECT r.source_ids INTO found_ids
+            FROM listener.register_sources(definition, managed.tenant_column, coalesce(managed.depends_on, '{}')::regclass[]) r;
+            INSERT INTO listener.view_source (view_id, source_id, same_form)
+            SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s
+            ON CONFLICT DO NOTHING;
+            PERFORM listener.attach_capture(found_ids, 5);
+            UPDATE listener.managed_view v SET fingerprint = listener.fingerprint(definition) WHERE v.id = managed.id;
+            PERFORM listener.mark_all_dirty(managed.id);
+        EXCEPTION WHEN OTHERS THEN
+            trouble := SQLERRM;
+        END;
+        RETURN NEXT;
     END LOOP;
 END
 $function$;
@@ -58,28 +96,31 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
                   s.schema_name, s.table_name, string_agg(v.name, ', ' ORDER BY v.name))
     FROM listener.managed_view v
     JOIN listener.view_source w ON w.view_id = v.id
-    JOIN listener.source s ON s.id = w.source_id AND s.tenant_column IS NOT NULL
-    LEFT JOIN pg_namespace n ON n.nspname = s.schema_name
-    LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.table_name
-    WHERE v.tenant_secured AND c.oid IS NOT NULL AND NOT (c.relrowsecurity AND c.relforcerowsecurity)
+    JOIN listener.source s ON s.id = w.source_id AND (s.tenant_column IS NOT NULL OR s.through_id IS NOT NULL)
+    JOIN pg_class c ON c.oid = s.relid
+    WHERE v.tenant_secured AND NOT (c.relrowsecurity AND c.relforcerowsecurity)
     GROUP BY s.schema_name, s.table_name
     UNION ALL
     SELECT format('the source %I.%I is gone', s.schema_name, s.table_name) FROM listener.source s
-    WHERE to_regclass(format('%I.%I', s.schema_name, s.table_name)) IS NULL
+    WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid)
+      AND to_regclass(format('%I.%I', s.schema_name, s.table_name)) IS NULL
+    UNION ALL
+    SELECT format('the tenant column %I of %I.%I is gone: a write to it marks every tenant', s.tenant_column,
+                  s.schema_name, s.table_name) FROM listener.source s
+    WHERE s.tenant_column IS NOT NULL AND listener.tracked_column(s.id) IS NULL
+      AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid)
     UNION ALL
     SELECT format('the target %I.%I of %s is gone', v.target_schema, v.target_name, v.name)
     FROM listener.managed_view v
     WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NULL
-    UNION ALL
-    SELECT 'the setting app.current_tenant_id cannot be set'
-    WHERE set_config('app.current_tenant_id', '', true) IS DISTINCT FROM ''
 $function$;
 
 -- regenerate(): makes anew what is generated from the catalog, after a new release of these files was applied.
 CREATE OR REPLACE FUNCTION listener.regenerate() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    PERFORM listener.generate_capture(s.id) FROM listener.source s ORDER BY s.id;
+    PERFORM listener.generate_capture(s.id) FROM listener.source s
+    WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
     UPDATE listener.managed_view v SET difference = listener.difference_statement(v)
     WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL
       AND v.difference <> listener.difference_statement(v);
@@ -94,8 +135,12 @@ DECLARE
     previous_role text := listener.become_owner();
 BEGIN
     PERFORM listener.drop_view(v.name, NOT drop_targets) FROM listener.managed_view v;
-    PERFORM listener.detach_capture(s.id) FROM listener.source s;
-    DELETE FROM listener.source;
+    -- A look-up before the source that it goes through.
+    LOOP
+        PERFORM listener.detach_capture(s.id) FROM listener.source s
+        WHERE NOT EXISTS (SELECT FROM listener.source o WHERE o.through_id = s.id);
+        EXIT WHEN NOT FOUND;
+    END LOOP;
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;

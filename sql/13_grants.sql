@@ -15,15 +15,14 @@ BEGIN
     END IF;
     EXECUTE format('GRANT USAGE ON SCHEMA listener TO %I', installed.service_role);
     EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA listener TO %I', installed.service_role);
-    EXECUTE format('GRANT INSERT, UPDATE ON listener.dirty_key, listener.refresh_state, listener.dead_letter TO %I', installed.service_role);
-    EXECUTE format('GRANT INSERT ON listener.drain_log, listener.change_log TO %I', installed.service_role);
-    EXECUTE format('GRANT DELETE ON listener.drain_log, listener.change_log, listener.dead_letter TO %I', installed.service_role);
+    EXECUTE format('GRANT INSERT, UPDATE, DELETE ON listener.refresh_state, listener.dead_letter TO %I', installed.service_role);
+    EXECUTE format('GRANT INSERT, DELETE ON listener.change_log, listener.drain_log, listener.dirty_key, listener.purge_mark TO %I', installed.service_role);
     FOREACH routine IN ARRAY ARRAY[
-        'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.require_read_committed(text)',
+        'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)', 'listener.require_read_committed(text)',
         'listener.lock_key(integer, text)', 'listener.new_changes(xid8, xid8[], timestamptz)',
         'listener.known_version(integer, text)',
         'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drain()', 'listener.fold_restored_log()',
-        'listener.pending_keys(boolean)', 'listener.images(regclass)',
+        'listener.pending_keys(boolean)', 'listener.images(regclass, regclass)',
         'listener.comparison_statement(listener.managed_view)', 'listener.refresh(text, text)',
         'listener.refresh(text, uuid)', 'listener.refresh(text, bigint)',
         'listener.refresh_materialized_view_for_tenant(text, text)',
@@ -33,7 +32,9 @@ BEGIN
         'listener.compare(text, text)', 'listener.explain_key(text, text)',
         'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
-        'listener.purge(interval)', 'listener.changed_definitions()', 'listener.readiness()']::regprocedure[]
+        'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
+        'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)', 'listener.must_poll()',
+        'listener.readiness()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;
@@ -45,7 +46,7 @@ BEGIN
         'listener.expand(text)', 'listener.unconsumed()', 'listener.is_stale(integer, text)',
         'listener.compare(text, text)', 'listener.explain_key(text, text)', 'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
-        'listener.purge(interval)']::regprocedure[]
+        'listener.purge(interval, bigint)']::regprocedure[]
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
     END LOOP;

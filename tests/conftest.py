@@ -79,7 +79,7 @@ def server() -> Iterator[Server]:
         yield Server(url)
         return
     binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
-    settings = {"max_prepared_transactions": "10", "synchronous_commit": "on"}
+    settings = {"synchronous_commit": "on"}
     with EmbeddedServer.start(settings=settings, binaries=Path(binaries) if binaries else None) as embedded:
         yield Server(lambda user, database: embedded.url(user=user, database=database))
 

@@ -275,7 +275,7 @@ async def test_a_tenant_of_more_than_a_kilobyte_is_a_dead_letter_and_never_a_key
     assert await one(superuser, "SELECT count(*) FROM listener.dirty_key WHERE length(tenant) > 100") == 0
     assert await one(superuser, "SELECT count(*) FROM public.notes_of WHERE tenant_id = 'good'") == 1
     letters = await rows(superuser, "SELECT error_type, error_message FROM listener.dead_letter WHERE status = 'open'")
-    assert letters == [("validation_error", "a tenant of 1200 bytes in shop.notes is longer than 1024")]
+    assert letters == [("validation_error", "a tenant of 1200 bytes is longer than 1024")]
 
 
 async def test_the_correlation_id_of_the_application_arrives_at_the_key(

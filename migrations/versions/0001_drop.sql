@@ -7,7 +7,7 @@ BEGIN
     PERFORM listener.uninstall(current_setting('listener.drop_targets')::boolean);
     FOR name IN SELECT c.oid::regclass::text FROM pg_class c
                 WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'v' LOOP
-        EXECUTE format('DROP VIEW %s', name);
+        EXECUTE format('DROP VIEW IF EXISTS %s CASCADE', name);
     END LOOP;
     -- The tables before the functions: find_view() and others return the row type of a table.
     DROP TABLE listener.view_source, listener.source_table, listener.source, listener.managed_view, listener.change_log, listener.drain_log,
