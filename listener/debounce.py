@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from heapq import heappop, heappush
 
-from listener.views import Change, RefreshKey
+from listener.views import Change, RefreshKey, Window
 
 BULK_TURN = 4
 
@@ -115,7 +115,25 @@ class Debouncer:
     def again(self, change: Change, retry_at: float) -> None:
         """The key was not refreshed (busy, failed): it waits again, until `retry_at` at least."""
         self._running.discard(change.key)
+        newer = self._waiting.get(change.key)
         self.changed(replace(change, retry_at=retry_at))
+        if newer is not None:
+            # What came meanwhile knows better what window the key has, and which batch it belongs to.
+            merged = self._waiting[change.key]
+            self._wait(
+                replace(
+                    merged,
+                    window=newer.window,
+                    correlation_id=newer.correlation_id,
+                    app_correlation_id=newer.app_correlation_id,
+                )
+            )
+
+    def rewindow(self, key: RefreshKey, window: Window) -> None:
+        """The key's view has this window now."""
+        change = self._waiting.get(key)
+        if change is not None and change.window != window:
+            self._wait(replace(change, window=window))
 
     def forget_starts(self, before: float) -> None:
         """Forgets the starts of refreshes older than `before`, once no quiet period reaches back so far."""
@@ -123,11 +141,14 @@ class Debouncer:
 
     def _wait(self, change: Change) -> None:
         key = change.key
+        known = self._waiting.get(key)
         self._waiting[key] = change
         if key in self._running:
             return
         if key in self._is_ready:
-            self._push_ready(change)
+            # Its place in the heap stands, unless it would be another: or the heap would grow with every change.
+            if known is None or (known.bulk, _deadline(known)) != (change.bulk, _deadline(change)):
+                self._push_ready(change)
         elif key not in self._timer_at or due_at(change) < self._timer_at[key]:
             self._push_timer(change)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import psycopg
+from psycopg_pool import PoolTimeout
 
 
 class ListenerError(Exception):
@@ -80,3 +81,14 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
     if error.sqlstate in {"3F000", "42P01", "42883"} and "listener" in message:
         return SetupError(message, hint="Is the schema there? Run: listener migrate")
     return RefusedError(message, sqlstate=error.sqlstate, hint=hint)
+
+
+# What a background loop waits out: the database says no, or nothing at all.
+DATABASE_TROUBLE = (psycopg.Error, PoolTimeout)
+
+
+def reason(error: BaseException) -> str:
+    """Why something did not work, in one line."""
+    if isinstance(error, psycopg.Error):
+        return str(from_database(error))
+    return one_line(str(error)) or type(error).__name__

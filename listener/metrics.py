@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
@@ -36,8 +39,31 @@ class Metrics:
         )
         self.dead_letters = Gauge("listener_dead_letters", "Open dead letters.", ["view"], registry=r)
         self.sweep_recovered = Counter("listener_sweep_recovered", "Keys that only the sweep found.", registry=r)
+        self.capture_repaired = Counter(
+            "listener_capture_repaired",
+            "Sources whose triggers were not as they should be, and were mended.",
+            registry=r,
+        )
+        self.change_log_rows = Gauge("listener_change_log_rows", "Rows of the change log, an estimate.", registry=r)
+        self.oldest_transaction_age = Gauge(
+            "listener_oldest_transaction_age_seconds",
+            "Age of the oldest transaction that holds dead rows back, in any database.",
+            registry=r,
+        )
+        self.notification_queue_ratio = Gauge(
+            "listener_notification_queue_ratio", "How full the server's notification queue is, 0 to 1.", registry=r
+        )
         self.reconnects = Counter("listener_reconnects", "Reconnects of the listening connection.", registry=r)
         self.lock_busy = Counter("listener_lock_busy", "Refreshes that found their key locked.", registry=r)
         self.malformed_notifications = Counter(
             "listener_malformed_notifications", "Notifications that were not understood.", registry=r
         )
+
+    def show(self, views: Iterable[Mapping[str, Any]]) -> None:
+        """Takes queries.view_gauges over; a view that was dropped is no longer shown."""
+        gauges = (self.dirty_keys, self.oldest_dirty_age, self.dead_letters)
+        for gauge in gauges:
+            gauge.clear()
+        for view in views:
+            for gauge, value in zip(gauges, ("dirty_keys", "oldest_dirty_age", "dead_letters"), strict=True):
+                gauge.labels(view["view"]).set(view[value])

@@ -50,6 +50,7 @@ async def listen(
                 libpq_url(url),
                 autocommit=True,
                 application_name="listener listen",
+                client_encoding="utf8",
                 connect_timeout=max(2, int(probe_timeout)),
                 keepalives_idle=10,
                 keepalives_interval=5,
@@ -64,7 +65,7 @@ async def listen(
                 state.connected, state.trouble = True, None
                 ring()
                 await _receive(connection, ring, state, probe_interval, probe_timeout, backoff)
-        except (psycopg.Error, TimeoutError, OSError) as error:
+        except (psycopg.Error, OSError) as error:
             state.connected = state.probe_answered = False
             state.trouble = str(from_database(error)) if isinstance(error, psycopg.Error) else str(error)
             delay = backoff.next_delay()
@@ -83,8 +84,11 @@ async def _receive(
     """Alternates between waiting for notifications and probing. Raises TimeoutError when a probe is lost."""
     while True:
         token = uuid.uuid4().hex
-        with anyio.fail_after(probe_timeout, shield=False):
-            await connection.execute("SELECT pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),))
+        try:
+            with anyio.fail_after(probe_timeout):
+                await connection.execute("SELECT pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),))
+        except TimeoutError:
+            raise TimeoutError(f"a probe could not be sent within {probe_timeout:g} s") from None
         deadline = anyio.current_time() + probe_timeout
         answered = False
         while not answered and (left := deadline - anyio.current_time()) > 0:
@@ -103,7 +107,10 @@ def _heard(payload: str, token: str, ring: Callable[[], None], state: ListenStat
     try:
         message = json.loads(payload)
         probe = message.get("probe")
-        if probe is None and not isinstance(message["source"], str):
+        if probe is None:
+            if not (isinstance(message["source"], str) and isinstance(message["tenant_id"], str | None)):
+                raise TypeError
+        elif not isinstance(probe, str):
             raise TypeError
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         state.on_malformed()

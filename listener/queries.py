@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from psycopg import AsyncConnection, sql
 from psycopg.rows import DictRow, class_row, dict_row
 
+# Log rows deleted in one transaction: seconds, not minutes.
+PURGE_BATCH = 200_000
+
 
 class ServerFacts(NamedTuple):
     """What the first log line says of the server, and what refuses a start."""
@@ -92,10 +95,7 @@ async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
                     WHERE l.view_id = v.id AND l.status = 'open') AS dead_letters
             FROM listener.managed_view v
             LEFT JOIN (SELECT k.view_id, count(*) AS keys, min(k.dirty_since) AS since
-                       FROM listener.dirty_key k
-                       LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
-                       WHERE r.refreshed_version IS DISTINCT FROM k.version
-                       GROUP BY k.view_id) d ON d.view_id = v.id
+                       FROM listener.dirty k GROUP BY k.view_id) d ON d.view_id = v.id
             ORDER BY v.name
             """
         )
@@ -231,17 +231,92 @@ async def readiness(connection: AsyncConnection[Any]) -> list[str]:
     return [row[0] for row in await cursor.fetchall()]
 
 
-async def changed_definitions(connection: AsyncConnection[Any]) -> list[str]:
-    """The views whose nested views or functions changed; their tenants are marked dirty."""
-    cursor = await connection.execute("SELECT v FROM listener.changed_definitions() v")
-    return [row[0] for row in await cursor.fetchall()]
+async def set_a_tenant(connection: AsyncConnection[Any]) -> None:
+    """As a refresh does; raises psycopg.Error where that is not allowed."""
+    await connection.execute("SELECT set_config('app.current_tenant_id', '', true)")
+
+
+async def changed_definitions(connection: AsyncConnection[Any]) -> list[tuple[str, str | None]]:
+    """The views whose nested views or functions changed, and why their tables could not be found anew, if so."""
+    cursor = await connection.execute("SELECT view, trouble FROM listener.changed_definitions()")
+    return await cursor.fetchall()
+
+
+async def repair_capture(connection: AsyncConnection[Any]) -> list[tuple[str, str, str]]:
+    """Source, outcome (repaired, renamed, failed) and detail of each source whose triggers were not as noted."""
+    cursor = await connection.execute("SELECT source, outcome, detail FROM listener.repair_capture()")
+    return await cursor.fetchall()
+
+
+async def hold_lease(connection: AsyncConnection[Any]) -> None:
+    """Takes or extends the doorbell's lease, for doorbell.LEASE seconds."""
+    await connection.execute("SELECT listener.hold_lease()")
+
+
+async def end_lease(connection: AsyncConnection[Any]) -> None:
+    """Ends the doorbell's lease."""
+    await connection.execute("SELECT listener.end_lease()")
+
+
+async def take_mark(connection: AsyncConnection[Any]) -> str:
+    """A transaction id above those of all who saw the lease that has ended."""
+    row = await (await connection.execute("SELECT listener.take_mark()::text")).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+async def is_past(connection: AsyncConnection[Any], mark: str) -> bool:
+    """Whether every transaction below the mark has ended."""
+    row = await (await connection.execute("SELECT listener.is_past(%s::xid8)", (mark,))).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
+async def must_poll(connection: AsyncConnection[Any]) -> bool:
+    """Whether capture never notifies in this installation."""
+    row = await (await connection.execute("SELECT listener.must_poll()")).fetchone()
+    return bool(row and row[0])
+
+
+class DatabaseGauges(NamedTuple):
+    """What /metrics says of the database: log rows (an estimate), seconds, a share of 1."""
+
+    change_log_rows: float
+    oldest_transaction_age: float
+    notification_queue_ratio: float
+
+
+async def database_gauges(connection: AsyncConnection[Any]) -> DatabaseGauges:
+    """Other sessions' transactions are seen by a role that may read all statistics; see `listener roles`."""
+    async with connection.cursor(row_factory=class_row(DatabaseGauges)) as cursor:
+        await cursor.execute(
+            """
+            SELECT pg_stat_get_live_tuples('listener.change_log'::regclass)::float8 AS change_log_rows,
+                   pg_notification_queue_usage() AS notification_queue_ratio,
+                   (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(t.started)), 0)::float8
+                    FROM (SELECT a.xact_start FROM pg_stat_activity a
+                          WHERE (a.backend_xid IS NOT NULL OR a.backend_xmin IS NOT NULL) AND a.pid <> pg_backend_pid()
+                          UNION ALL SELECT p.prepared FROM pg_prepared_xacts p) AS t (started))
+                       AS oldest_transaction_age
+            """
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return row
 
 
 async def purge(connection: AsyncConnection[Any], letters_kept: float) -> int:
-    """Deletes consumed log rows and closed letters older than `letters_kept` seconds; the number of log rows."""
-    cursor = await connection.execute("SELECT listener.purge(make_interval(secs => %s))", (letters_kept,))
-    row = await cursor.fetchone()
-    return int(row[0]) if row else 0
+    """Deletes consumed rows, and closed letters older than `letters_kept` seconds; the number of log rows."""
+    total = 0
+    while True:
+        cursor = await connection.execute(
+            "SELECT listener.purge(make_interval(secs => %s), %s)", (letters_kept, PURGE_BATCH)
+        )
+        row = await cursor.fetchone()
+        deleted = int(row[0]) if row else 0
+        total += deleted
+        if deleted < PURGE_BATCH:
+            return total
 
 
 async def all_fresh(connection: AsyncConnection[Any]) -> bool:
@@ -250,9 +325,7 @@ async def all_fresh(connection: AsyncConnection[Any]) -> bool:
         await connection.execute(
             """
             SELECT NOT EXISTS (SELECT FROM listener.unconsumed())
-               AND NOT EXISTS (SELECT FROM listener.dirty_key k
-                               LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
-                               WHERE r.refreshed_version IS DISTINCT FROM k.version)
+               AND NOT EXISTS (SELECT FROM listener.dirty)
             """
         )
     ).fetchone()

@@ -12,9 +12,11 @@ The file is longer than the others so that the wiring is read in one place.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 import anyio
@@ -23,26 +25,20 @@ import structlog
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from listener import changes, dead_letters, queries, startup, sweep, web
-from listener.backoff import Backoff
 from listener.bell import Bell
 from listener.debounce import Debouncer
-from listener.errors import from_database
+from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, reason
 from listener.metrics import Metrics
 from listener.notifications import ListenState, listen
 from listener.refresh import Outcome, refresh
 from listener.settings import Settings
-from listener.views import EVERYBODY, Change
+from listener.views import Change
 
 log = structlog.get_logger("listener.service")
 
-# Seconds. A drain that found something is followed by another one no sooner, so that a stream of single writes is
-# drained in small batches instead of one by one.
-DRAIN_PAUSE = 0.005
-BUSY_PAUSE = 0.05
+BUSY_PAUSE = 0.05  # seconds
 CONNECTION_PAUSE = 0.5
 UNKNOWN_VIEW = "LSN01"
-# Lost connections are the service's trouble, not the key's.
-LOST = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
 
 
 async def run(settings: Settings) -> None:
@@ -71,41 +67,45 @@ class Service:
         self.policy = dead_letters.RetryPolicy(
             settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined
         )
-        self.changed = Bell()  # something may be in the change log
+        self.drainer = changes.Drainer(self._connection, self._drained, settings.poll_interval.total_seconds())
         self.due = Bell()  # something may be due, or sooner than was known
         self.port = 0
-        self._drain_lock = anyio.Lock()
-        self._looked_at: float | None = None
-        self._drain_trouble: str | None = None
-        # The refreshes under way: shielded from shutdown until the grace period is over.
-        self._under_way: dict[psycopg.AsyncConnection[Any], anyio.CancelScope] = {}
+        self._sweep_trouble: list[str] = []
+        # The refreshes under way are shielded from shutdown until the grace period is over; their connections, where
+        # they have one, can be told to cancel.
+        self._under_way: dict[anyio.CancelScope, psycopg.AsyncConnection[Any] | None] = {}
         self._stop = anyio.Event()
 
     async def run(self) -> None:
         """Start-up, main loop, shutdown. Raises SetupError where it cannot start."""
-        await self.startup()
-        try:
+        async with AsyncExitStack() as opened:
+            await self.startup(opened)
             await self.main_loop()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self.shutdown()
+        log.info("stopped")
 
     def stop(self) -> None:
         """Ends the main loop: the refreshes under way finish within the grace period, the rest stays dirty."""
         self._stop.set()
 
-    async def startup(self) -> None:
-        """Checks everything that can refuse a start, opens the pool and the HTTP socket, reads the state."""
+    async def startup(self, opened: AsyncExitStack) -> None:
+        """Checks everything that can refuse a start, opens the HTTP socket and the pool, reads the state."""
         url = self.settings.database_url.get_secret_value()
         await startup.check(url, self.settings)
         self._socket: socket.socket = web.bind(self.settings.http_host, self.settings.http_port)
+        opened.callback(self._socket.close)
         self.port = self._socket.getsockname()[1]
         self.pool = AsyncConnectionPool(
             **startup.pool_options(url, self.settings), open=False, timeout=10, name="listener"
         )
+        opened.push_async_callback(self._close_pool)
         await self.pool.open()
-        async with self.pool.connection() as connection:
-            dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=False)
+        try:
+            await self.drainer.heed_installation()
+            async with self.pool.connection() as connection:
+                await self._look_after(connection)
+                dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=False)
+        except DATABASE_TROUBLE as error:
+            raise SetupError(f"cannot read the state: {reason(error)}") from error
         for change in dirty + aged:
             self.debouncer.changed(change)
         log.info("serving", http=f"{self.settings.http_host}:{self.port}", dirty_keys=len(dirty))
@@ -120,14 +120,14 @@ class Service:
                 async def listen_stage() -> None:
                     await listen(
                         listen_url.get_secret_value(),
-                        self.changed.ring,
+                        self.drainer.bell.ring,
                         self.listening,
                         probe_interval=settings.probe_interval.total_seconds(),
                         probe_timeout=settings.probe_timeout.total_seconds(),
                     )
 
                 stages.start_soon(listen_stage)
-                stages.start_soon(self._drain_loop)
+                stages.start_soon(self.drainer.run)
                 stages.start_soon(sweep.run, self._sweep_once, settings.sweep_interval.total_seconds())
                 stages.start_soon(
                     web.serve,
@@ -143,54 +143,18 @@ class Service:
                 stages.cancel_scope.cancel()
             outer.cancel_scope.cancel()
 
-    async def shutdown(self) -> None:
-        """Closes what startup opened."""
-        self._socket.close()
-        await self.pool.close(timeout=1)
-        log.info("stopped")
+    async def _close_pool(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.pool.close(timeout=1)
 
-    # -- drain ---------------------------------------------------------------------------------------------------
+    def _connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
+        return self.pool.connection()
 
-    async def _drain_loop(self) -> None:
-        backoff = Backoff(base=0.1, cap=10)
-        while True:
-            await self.changed.wait()
-            try:
-                drained = await self._drain()
-                backoff.reset()
-            except LOST as error:
-                delay = backoff.next_delay()
-                self._drain_trouble = _reason(error)
-                log.warning("not draining; trying again", reason=self._drain_trouble, retry_in=round(delay, 2))
-                await anyio.sleep(delay)
-                self.changed.ring()
-                continue
-            if drained.outcome == "busy":
-                # Whoever drains now may have looked before the change that rang for us.
-                await anyio.sleep(BUSY_PAUSE)
-                self.changed.ring()
-            else:
-                await anyio.sleep(DRAIN_PAUSE)
-
-    async def _drain(self) -> changes.Drained:
-        async with self._drain_lock, self.pool.connection() as connection:
-            now = anyio.current_time()
-            drained = await changes.drain(connection, now, self._looked_at)
-        self._drain_trouble = None
-        if drained.outcome != "busy":
-            self._looked_at = now
-        if drained.outcome == "drained":
-            self.metrics.changes_drained.inc(drained.changes)
-            log.info(
-                "drained",
-                changes=drained.changes,
-                keys=len(drained.keys),
-                correlation_id=drained.correlation_id,
-            )
-            for change in drained.keys:
-                self.debouncer.changed(change)
-            self.due.ring()
-        return drained
+    def _drained(self, drained: changes.Drained) -> None:
+        self.metrics.changes_drained.inc(drained.changes)
+        for change in drained.keys:
+            self.debouncer.changed(change)
+        self.due.ring()
 
     # -- refresh -------------------------------------------------------------------------------------------------
 
@@ -205,27 +169,31 @@ class Service:
             # Another worker may be asleep while more is due.
             self.due.ring()
             with anyio.CancelScope(shield=True) as scope:
-                await self._refresh(change, scope)
+                self._under_way[scope] = None
+                try:
+                    await self._refresh(change, scope)
+                finally:
+                    del self._under_way[scope]
 
     async def _refresh(self, change: Change, scope: anyio.CancelScope) -> None:
         retry_at: float | None = None
         try:
             async with self.pool.connection() as connection:
-                self._under_way[connection] = scope
-                try:
-                    outcome = await self._refresh_on(connection, change)
-                finally:
-                    del self._under_way[connection]
-            if outcome is None or outcome.outcome == "busy":
+                self._under_way[scope] = connection
+                outcome = await self._refresh_on(connection, change)
+            if outcome.outcome == "busy":
                 retry_at = anyio.current_time() + BUSY_PAUSE
+        except PoolTimeout:
+            retry_at = anyio.current_time() + CONNECTION_PAUSE
         except psycopg.Error as error:
+            self._under_way[scope] = None
             retry_at = await self._failed(change, error)
         finally:
             if retry_at is not None:
                 self.debouncer.again(change, retry_at)
             self.due.ring()
 
-    async def _refresh_on(self, connection: psycopg.AsyncConnection[Any], change: Change) -> Outcome | None:
+    async def _refresh_on(self, connection: psycopg.AsyncConnection[Any], change: Change) -> Outcome:
         key = change.key
         started = anyio.current_time()
         outcome = await refresh(connection, key, change.version)
@@ -234,13 +202,14 @@ class Service:
         if outcome.outcome == "busy":
             self.metrics.lock_busy.inc()
             return outcome
-        # A paused view's keys stay dirty in the database; resume() rings and the sweep finds them.
+        # A paused view's keys stay dirty in the database; resume() logs them anew.
         self.debouncer.finished(key, outcome.version)
         if outcome.outcome == "expanded":
-            self.changed.ring()
+            self.drainer.bell.ring()
         if outcome.outcome == "refreshed":
             self.metrics.refresh_duration.labels(key.view).observe(ended - started)
-            self.metrics.staleness.labels(key.view).observe(ended - change.first_change)
+            if not change.aged:
+                self.metrics.staleness.labels(key.view).observe(ended - change.first_change)
         log.info(
             outcome.outcome,
             view=key.view,
@@ -263,21 +232,22 @@ class Service:
             log.info("the view was dropped", view=key.view)
             return None
         # Lost, or cancelled by our own shutdown: no fault of the key's.
-        if self._stop.is_set() or error.sqlstate is None or error.sqlstate[:3] in {"080", "08P", "57P"}:
+        if self._stop.is_set() or is_lost(error):
             return anyio.current_time() + CONNECTION_PAUSE
         self.metrics.refreshes.labels(key.view, "failed").inc()
         try:
             async with self.pool.connection() as connection:
                 failure = await dead_letters.record_failure(connection, change, error, self.policy)
-        except LOST as lost:
-            log.warning("a failure could not be recorded", view=key.view, reason=_reason(lost))
+        except DATABASE_TROUBLE as trouble:
+            log.warning("a failure could not be recorded", view=key.view, reason=reason(trouble))
             return anyio.current_time() + CONNECTION_PAUSE
         log.warning(
             "refresh failed" if failure.letter_id is None else "refresh failed; the key is quarantined",
             view=key.view,
             tenant_id=key.tenant,
             correlation_id=change.correlation_id,
-            error=_reason(error),
+            app_correlation_id=change.app_correlation_id,
+            error=reason(error),
             failures=failure.failures,
             retry_in=round(failure.retry_in, 2),
             dead_letter=failure.letter_id,
@@ -286,37 +256,49 @@ class Service:
 
     async def _enforce_grace(self) -> None:
         await anyio.sleep(self.settings.grace_period.total_seconds())
-        for connection in list(self._under_way):
-            log.warning("the grace period is over: a refresh is cancelled and stays dirty")
-            with anyio.move_on_after(1):
-                await connection.cancel_safe(timeout=1)
-        # A server that does not even answer a cancel: give the connection up.
-        await anyio.sleep(1)
-        for scope in list(self._under_way.values()):
+        log.warning("the grace period is over: refreshes are cancelled and stay dirty", refreshes=len(self._under_way))
+        with anyio.move_on_after(1):
+            async with anyio.create_task_group() as cancelling:
+                for connection in self._under_way.values():
+                    if connection is not None:
+                        cancelling.start_soon(_cancel, connection)
+                # Those that were cancelled say so, and their workers end.
+                await anyio.sleep_forever()
+        # A server that does not even answer a cancel: give the connections up.
+        for scope in list(self._under_way):
             scope.cancel()
 
     # -- sweep ---------------------------------------------------------------------------------------------------
 
     async def _sweep_once(self) -> None:
         try:
-            drained = await self._drain()
-            recovered = 0 if self.changed.is_rung else len(drained.keys)
+            rung = self.drainer.bell.is_rung
+            drained = await self.drainer.look()
             async with self.pool.connection() as connection:
                 dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=True)
-                missed = [change for change in dirty if change.key not in self.debouncer]
-                for change in missed + [change for change in aged if change.key not in self.debouncer]:
-                    self.debouncer.changed(change)
-                if await sweep.housekeeping(connection, self.settings.letters_kept.total_seconds()):
-                    self.changed.ring()
-        except LOST as error:
-            log.warning("sweep failed; the next one tries again", reason=_reason(error))
-            return
-        except psycopg.Error as error:
-            log.warning("sweep failed", reason=_reason(error))
-            return
-        self.debouncer.forget_starts(anyio.current_time() - 600)
-        self.metrics.sweep_recovered.inc(recovered + sum(c.key.tenant != EVERYBODY for c in missed))
-        self.due.ring()
+            missed = [change for change in dirty if change.key not in self.debouncer]
+            for change in missed + [change for change in aged if change.key not in self.debouncer]:
+                self.debouncer.changed(change)
+            # A window that was changed is taken over by the keys that wait.
+            for change in dirty:
+                self.debouncer.rewindow(change.key, change.window)
+            self.due.ring()
+            recovered = 0 if rung or self.drainer.doorbell.state != "resting" else len(drained.keys)
+            self.metrics.sweep_recovered.inc(recovered + len(missed))
+            self.debouncer.forget_starts(anyio.current_time() - 600)
+            await self.drainer.heed_installation()
+            async with self.pool.connection() as connection:
+                await self._look_after(connection)
+        except DATABASE_TROUBLE as error:
+            self._sweep_trouble = [f"the last sweep failed: {reason(error)}"]
+            log.warning("sweep failed; the next one tries again", reason=reason(error))
+
+    async def _look_after(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        done = await sweep.upkeep(connection, self.settings.letters_kept.total_seconds())
+        self._sweep_trouble = done.troubles
+        self.metrics.capture_repaired.inc(done.repaired)
+        if done.marked:
+            self.drainer.bell.ring()
 
     # -- web -----------------------------------------------------------------------------------------------------
 
@@ -327,36 +309,43 @@ class Service:
             with anyio.fail_after(2):
                 async with self.pool.connection(timeout=2) as connection:
                     reasons += await queries.readiness(connection)
-        except (TimeoutError, *LOST) as error:
-            reasons.append(f"the database does not answer: {_reason(error)}")
+                    await queries.set_a_tenant(connection)
+        except (TimeoutError, *DATABASE_TROUBLE) as error:
+            reasons.append(f"the database cannot be asked: {reason(error)}")
         if not self.listening.connected:
             reasons.append(f"not listening: {self.listening.trouble or 'connecting'}")
         elif not self.listening.probe_answered:
             reasons.append("the first probe of the listening connection has not come back yet")
         patience = 3 * self.settings.sweep_interval.total_seconds() + 5
-        if self._drain_trouble:
-            reasons.append(f"not draining: {self._drain_trouble}")
-        elif self._looked_at is None or anyio.current_time() - self._looked_at > patience:
-            reasons.append("draining makes no progress: another session holds its lock")
-        return reasons
+        looked_at = self.drainer.looked_at
+        if self.drainer.trouble:
+            reasons.append(f"not draining: {self.drainer.trouble}")
+        elif looked_at is None:
+            reasons.append("the first drain is not over yet")
+        elif anyio.current_time() - looked_at > patience:
+            reasons.append(
+                f"draining makes no progress: the last look was {anyio.current_time() - looked_at:.0f} s ago"
+            )
+        return reasons + self._sweep_trouble
 
     async def _update_gauges(self) -> None:
         try:
             with anyio.fail_after(2):
                 async with self.pool.connection(timeout=2) as connection:
                     rows = await queries.view_gauges(connection)
-        except (TimeoutError, *LOST):
+                    database = await queries.database_gauges(connection)
+        except (TimeoutError, *DATABASE_TROUBLE):
             return  # /health/ready says why; the last values stand
-        for row in rows:
-            self.metrics.dirty_keys.labels(row["view"]).set(row["dirty_keys"])
-            self.metrics.oldest_dirty_age.labels(row["view"]).set(row["oldest_dirty_age"])
-            self.metrics.dead_letters.labels(row["view"]).set(row["dead_letters"])
+        self.metrics.show(rows)
+        self.metrics.change_log_rows.set(database.change_log_rows)
+        self.metrics.oldest_transaction_age.set(database.oldest_transaction_age)
+        self.metrics.notification_queue_ratio.set(database.notification_queue_ratio)
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, psycopg.Error):
-        return str(from_database(error))
-    return str(error) or type(error).__name__
+async def _cancel(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Asks the server to cancel what the connection runs; a server that does not answer is not waited for."""
+    with contextlib.suppress(psycopg.Error):
+        await connection.cancel_safe(timeout=1)
 
 
 async def _stop_on_signal(service: Service) -> None:

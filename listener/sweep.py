@@ -1,9 +1,10 @@
-"""Sweep: the fallback for what no notification brought, on every replica, with jitter."""
+"""Sweep: the fallback for what no notification brought, on every replica, with jitter; and upkeep."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger("listener.sweep")
 
 
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """What one round found: sources whose capture was mended, whether keys were marked, what could not be mended."""
+
+    repaired: int = 0
+    marked: bool = False
+    troubles: list[str] = field(default_factory=list)
+
+
 async def run(once: Callable[[], Awaitable[None]], interval: float) -> None:
     """Calls `once` every `interval` seconds, give or take a fifth, so that replicas do not sweep in step."""
     while True:
@@ -24,10 +34,26 @@ async def run(once: Callable[[], Awaitable[None]], interval: float) -> None:
         await once()
 
 
-async def housekeeping(connection: AsyncConnection[Any], letters_kept: float) -> list[str]:
-    """Deletes what is consumed, notices definitions that changed; returns the views whose definition did."""
-    await queries.purge(connection, letters_kept)
+async def upkeep(connection: AsyncConnection[Any], letters_kept: float) -> Upkeep:
+    """Mends capture, notices definitions that changed, deletes what is consumed. Raises psycopg.Error."""
+    repaired = 0
+    troubles = []
+    for source, outcome, detail in await queries.repair_capture(connection):
+        if outcome == "failed":
+            troubles.append(f"capture of {source} is not as it should be, and could not be mended: {detail}")
+        else:
+            repaired += outcome == "repaired"
+            what = (
+                "capture was mended: every tenant is marked dirty" if outcome == "repaired" else "a source was renamed"
+            )
+            log.warning(what, source=source, now=detail)
     changed = await queries.changed_definitions(connection)
-    for view in changed:
-        log.info("a definition changed: every tenant is marked dirty", view=view)
-    return changed
+    for view, trouble in changed:
+        if trouble is None:
+            log.info("a definition changed: every tenant is marked dirty", view=view)
+        else:
+            troubles.append(f"the definition of {view} changed, and its tables could not be found anew: {trouble}")
+    for trouble in troubles:
+        log.warning(trouble)
+    await queries.purge(connection, letters_kept)
+    return Upkeep(repaired, bool(repaired or changed), troubles)

@@ -45,3 +45,5 @@ class Change:
     refresh_started: float | None = None
     retry_at: float | None = None
     bulk: bool = False
+    # nothing changed: the key is older than its view's max_age
+    aged: bool = False

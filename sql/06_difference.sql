@@ -30,7 +30,8 @@ DECLARE
     definition text := format('listener.%I', 'definition_' || view.id);
     -- Everything is qualified: the statement runs with the creator's search_path, and whoever may create an operator
     -- there must not come into it.
-    mine text := format('%I OPERATOR(pg_catalog.=) $1::pg_catalog.%s', view.tenant_column, view.tenant_type);
+    mine text := format('%I OPERATOR(pg_catalog.=) $1::%s', view.tenant_column,
+                        CASE WHEN view.tenant_type IN ('text', 'uuid') THEN 'pg_catalog.' ELSE '' END || view.tenant_type);
     keys text := (SELECT string_agg(quote_ident(k.name), ', ' ORDER BY k.ord)
                   FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord));
     columns text;
@@ -85,7 +86,8 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target regclass := format('%I.%I', view.target_schema, view.target_name)::regclass;
     definition text := format('listener.%I', 'definition_' || view.id);
-    mine text := format('%I OPERATOR(pg_catalog.=) $1::pg_catalog.%s', view.tenant_column, view.tenant_type);
+    mine text := format('%I OPERATOR(pg_catalog.=) $1::%s', view.tenant_column,
+                        CASE WHEN view.tenant_type IN ('text', 'uuid') THEN 'pg_catalog.' ELSE '' END || view.tenant_type);
     compared text;
 BEGIN
     SELECT string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)

@@ -1,11 +1,11 @@
 -- The steps of create_view, each with what it refuses.
 
--- check_one_select(query): raises LSN03 where the text is not one SELECT. EXECUTE would run every statement of it, and
+-- check_one_select(query, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run every statement of it, and
 -- brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is looked at where it is data:
 -- as the body of a function that is never called, which is parsed and analysed and nothing more; then as a cursor's
 -- query, since a cursor takes one statement. That plans it, and planning may run functions that call themselves
 -- immutable, so it happens with the rights of the service's role, which refreshes with them.
-CREATE OR REPLACE FUNCTION listener.check_one_select(query text) RETURNS void
+CREATE OR REPLACE FUNCTION listener.check_one_select(query text, what text, hint text) RETURNS void
 LANGUAGE plpgsql AS $function$
 DECLARE
     opened refcursor;
@@ -17,9 +17,9 @@ BEGIN
                                   pg_catalog.format(E'(\n%s\n)', query));
         DROP FUNCTION listener.check_query();
     EXCEPTION WHEN OTHERS THEN
-        RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
+        RAISE EXCEPTION 'the % is refused: %', what, SQLERRM USING ERRCODE = 'LSN03',
             HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
-                        ELSE 'It must be one SELECT that can stand in a view.' END;
+                        ELSE hint END;
     END;
     BEGIN
         PERFORM pg_catalog.set_config('role', service_role, true);
@@ -27,8 +27,7 @@ BEGIN
         CLOSE opened;
     EXCEPTION
         WHEN syntax_error OR invalid_cursor_definition THEN
-            RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
-                HINT = 'It must be one SELECT that can stand in a view.';
+            RAISE EXCEPTION 'the % is refused: %', what, SQLERRM USING ERRCODE = 'LSN03', HINT = hint;
         WHEN OTHERS THEN
             NULL;  -- what else planning may raise, a policy without its setting say, is no fault of the text
     END;
@@ -90,7 +89,8 @@ CREATE OR REPLACE FUNCTION listener.create_definition(view_id integer, query tex
 RETURNS regclass
 LANGUAGE plpgsql AS $function$
 BEGIN
-    PERFORM listener.check_one_select(pg_catalog.rtrim(query, E'; \n\r\t'));
+    PERFORM listener.check_one_select(pg_catalog.rtrim(query, E'; \n\r\t'), 'query',
+                                      'It must be one SELECT that can stand in a view.');
     BEGIN
         EXECUTE pg_catalog.format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
                                   'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\r\t'));
@@ -106,10 +106,11 @@ BEGIN
             HINT = 'Leave FOR UPDATE or FOR SHARE away.';
     END IF;
     IF tenants_query IS NOT NULL THEN
-        PERFORM listener.check_one_select(pg_catalog.rtrim(tenants_query, E'; \n\r\t'));
         -- ARRAY() takes one column: a second one would be ignored below.
         PERFORM listener.check_one_select(
-            pg_catalog.format(E'SELECT ARRAY(\n%s\n)', pg_catalog.rtrim(tenants_query, E'; \n\r\t')));
+            pg_catalog.format(wrapped, pg_catalog.rtrim(tenants_query, E'; \n\r\t')), 'tenants query',
+            'It must be one SELECT of one column, for example SELECT id FROM tenants.')
+        FROM pg_catalog.unnest(ARRAY['%s', E'SELECT ARRAY(\n%s\n)']) AS w (wrapped);
         BEGIN
             EXECUTE pg_catalog.format(
                 E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',

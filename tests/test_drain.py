@@ -199,9 +199,9 @@ async def test_a_cursor_of_the_future_or_of_another_cluster_means_nothing(
     async with shop.connect() as superuser, application(shop, CLEO) as app:
         await order(app, CLEO, "a")
         await superuser.execute(
-            """INSERT INTO listener.drain_log (drained_at, snapshot, xid, changes, keys, correlation_id,
+            """INSERT INTO listener.drain_log (id, drained_at, snapshot, xid, changes, keys, correlation_id,
                                                system_identifier, database_oid)
-               SELECT drained_at, coalesce(%s::pg_snapshot, snapshot), xid, 0, 0, 'x',
+               SELECT id + 1, drained_at, coalesce(%s::pg_snapshot, snapshot), xid, 0, 0, 'x',
                       system_identifier + %s, database_oid
                FROM listener.drain_log ORDER BY id DESC LIMIT 1""",
             (future, int(column == "system_identifier")),
@@ -225,7 +225,7 @@ async def test_a_drain_needs_read_committed(shop: Database, level: psycopg.Isola
         assert raised.value.sqlstate == "LSN05"
 
 
-async def test_each_drain_raises_the_version_by_one(shop: Database, service: AsyncConnection[Any]) -> None:
+async def test_each_drain_that_finds_a_change_raises_the_version_once(shop: Database, service: AsyncConnection[Any]) -> None:
     version = "SELECT version FROM listener.freshness WHERE view_name = 'sales' AND tenant_id = %s"
     async with application(shop, ANNA) as app:
         await order(app, ANNA, "a")

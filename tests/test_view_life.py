@@ -119,10 +119,10 @@ async def test_a_nested_view_or_function_that_reads_another_table_is_noticed(
     query = "SELECT tenant_id, id, shop.price_of(product) AS cents FROM shop.busy_orders"
     await create_view(shop, "nested", query, ["id"], depends_on="{shop.prices}")
     await settle(service)
-    assert await rows(service, "SELECT listener.changed_definitions()") == []
+    assert await rows(service, "SELECT view FROM listener.changed_definitions()") == []
     await define(superuser, replacement)
-    assert await rows(service, "SELECT listener.changed_definitions()") == [("nested",)]
-    assert await rows(service, "SELECT listener.changed_definitions()") == []
+    assert await rows(service, "SELECT view FROM listener.changed_definitions()") == [("nested",)]
+    assert await rows(service, "SELECT view FROM listener.changed_definitions()") == []
     assert await settle(service) == len(TENANTS)
     if "VIEW" in replacement:
         await superuser.execute("INSERT INTO shop.spots VALUES (%s, '(1,1)')", (BERT,))
