@@ -167,8 +167,9 @@ async def replay(ledger: Ledger, url: str, counters: ReplayCounters | None = Non
     counters = counters if counters is not None else ReplayCounters()
     counters.total = len(ledger.invoices)
     started = time.perf_counter()
-    async with await AsyncConnection.connect(url, autocommit=True) as connection:
-        await create_tenants(connection, list(ledger.tenants.items()))
+    with anyio.CancelScope(shield=True):
+        async with await AsyncConnection.connect(url, autocommit=True) as connection:
+            await create_tenants(connection, list(ledger.tenants.items()))
     pending = with_runs(shifted(ledger.invoices, datetime.now(UTC)))
     async with anyio.create_task_group() as tasks:
         for _ in range(connections):
