@@ -28,6 +28,7 @@ from listener.sample import load_sample
 from listener.service import Service
 from listener.settings import Settings
 from listener.views import Change
+from shop import EXTRAS, define, open_shop
 
 # A generous bound on events that come within milliseconds: reached only when something is broken.
 DEADLINE = 30.0
@@ -235,7 +236,13 @@ def recorded_ledger() -> Path:
     return path
 
 
-# For the modules that define a fixture `shop`, the database that they arrange.
+@pytest.fixture
+async def shop(database: Database) -> Database:
+    """A database with the shop's tables and no view; modules arrange more in a fixture `shop` of their own."""
+    await open_shop(database)
+    async with database.connect() as superuser:
+        await define(superuser, EXTRAS)
+    return database
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from datetime import date
 from decimal import Decimal
@@ -35,6 +36,7 @@ async def books(sample: Database) -> Database:
 
 
 async def test_realtime_revenue_counts_the_seconds_at_the_moment_of_reading(books: Database) -> None:
+    started = time.monotonic()
     async with transaction(books) as application:
         await book(application, ANNA, 150)
         await book(application, ANNA, -25)
@@ -43,7 +45,7 @@ async def test_realtime_revenue_counts_the_seconds_at_the_moment_of_reading(book
         books, "SELECT total_revenue, verified, data_freshness_seconds FROM mv_realtime_revenue"
     )
     assert (total, verified) == (Decimal("1.25"), True)
-    assert 90 <= seconds < 120
+    assert 90 <= seconds <= 90 + (time.monotonic() - started)
     # The target is not written again: only reading it later makes the number larger.
     ((later,),) = await shown(
         books,
