@@ -42,9 +42,10 @@ def anyio_backend() -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """Where databases are made; `url` gives a libpq URL for a user and a database."""
+    """Where databases are made; `url` gives a libpq URL for a user and a database, `psql` is the program."""
 
     url: Callable[[str, str], str]
+    psql: str
 
     def execute(self, statement: sql.Composed, database: str = "postgres") -> None:
         """As the superuser, autocommitted."""
@@ -76,12 +77,12 @@ def server() -> Iterator[Server]:
             return psycopg.conninfo.make_conninfo(given, **overrides)
 
         assert superuser, "LISTENER_TEST_DATABASE_URL must name a superuser"
-        yield Server(url)
+        yield Server(url, "psql")
         return
     binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
     settings = {"max_prepared_transactions": "10", "synchronous_commit": "on"}
     with EmbeddedServer.start(settings=settings, binaries=Path(binaries) if binaries else None) as embedded:
-        yield Server(lambda user, database: embedded.url(user=user, database=database))
+        yield Server(lambda user, database: embedded.url(user=user, database=database), str(embedded.bin("psql")))
 
 
 def settings_for(url: str, **given: Any) -> Settings:
