@@ -4,6 +4,10 @@ PYTHON = python3
 VENV = .venv
 UV_VERSION = 0.13.9
 ARGS =
+# A recorded ledger, which two tests replay: UCI Online Retail, summed per invoice.
+LISTENER_REPLAY_FILE ?= ../shared/data/online_retail_invoices.csv.gz
+HAS_LEDGER := $(shell test -f "$(LISTENER_REPLAY_FILE)" && echo yes)
+TESTS = $(if $(HAS_LEDGER),not debian,not debian and not ledger)
 
 PIP = $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED = $(VENV)/.installed
@@ -24,7 +28,9 @@ demo: $(INSTALLED) ## the whole way of a change, on a PostgreSQL of its own: mak
 	@$(VENV)/bin/listener demo $(ARGS)
 
 test: $(INSTALLED) ## the tests, on a PostgreSQL of their own: make test ARGS="-k debounce"
-	$(VENV)/bin/pytest -m "not debian" $(ARGS)
+	@$(if $(findstring not ledger,$(TESTS)),echo "without the tests of a recorded ledger: \
+	$(LISTENER_REPLAY_FILE) (UCI Online Retail, summed per invoice) is not there; LISTENER_REPLAY_FILE names another")
+	$(VENV)/bin/pytest -m "$(TESTS)" $(ARGS)
 
 test-debian: $(INSTALLED) ## the tests that need packages from Debian (.ci/run installs them)
 	$(VENV)/bin/pytest -m debian $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import signal
 import socket
@@ -26,7 +27,7 @@ from listener.embedded import EmbeddedServer
 from listener.load import LoadCounters, write_load
 from listener.migrate import roles_script, upgrade
 from listener.refresh import Outcome
-from listener.replay import ReplayCounters, read_ledger, replay, tenant_of
+from listener.replay import Ledger, ReplayCounters, read_ledger, replay, tenant_of
 from listener.sample import create_tenants, load_sample
 from listener.service import Service
 from listener.settings import Settings
@@ -63,9 +64,10 @@ class Seen:
 class Demo:
     """The running parts, and what is shown of them."""
 
-    def __init__(self, server: EmbeddedServer, options: Options) -> None:
+    def __init__(self, server: EmbeddedServer, options: Options, ledger: Ledger | None) -> None:
         self.server = server
         self.options = options
+        self.ledger = ledger
         self.seen: dict[str, Seen] = {}
         self.seed = random.randrange(2**31) if options.seed is None else options.seed
         self.replayed = ReplayCounters()
@@ -93,6 +95,14 @@ class Demo:
         if not change.bulk:
             seen.staleness.append(now - change.first_change)
 
+    def invitation(self) -> str:
+        """Commands to paste into another terminal: a target, and a source, whose policy wants to know the tenant."""
+        tenant = tenant_of("tenant 1") if self.ledger is None else self.ledger.invoices[0].tenant
+        psql = f"{self.server.bin('psql')} '{self._url('listener_service')}'"
+        target = "-c 'TABLE dashboard.mv_realtime_revenue'"
+        source = f"""-c "SET app.current_tenant_id = '{tenant}'" -c 'TABLE public.revenue_ledger LIMIT 5'"""
+        return f"look around: {psql} {target}\na source:    {psql} {source}"
+
     def set_up(self) -> None:
         """Database, roles, schema, sample: as an administrator and as the owner would do by hand."""
         with psycopg.connect(self.server.url(), autocommit=True) as administrator:
@@ -104,25 +114,27 @@ class Demo:
 
     async def run(self) -> None:
         """Writes and serves until the time is over, the replay has ended, or Ctrl-C; then until all is fresh."""
-        async with anyio.create_task_group() as everything:
-            everything.start_soon(self._watch_signals)
-            everything.start_soon(self.service.run)
-            await self.service.started.wait()
-            self.started = anyio.current_time()
-            everything.start_soon(self._show)
-            async with anyio.create_task_group() as writing:
-                writing.start_soon(self._write)
-                if self.options.seconds is not None:
-                    await anyio.sleep_until(self.started + self.options.seconds)
-                    self.stop.set()
+        async with anyio.create_task_group() as watching:
+            watching.start_soon(self._watch_signals)
+            async with anyio.create_task_group() as serving:
+                serving.start_soon(self.service.run)
+                await self.service.started.wait()
+                self.started = anyio.current_time()
+                watching.start_soon(self._show)
+                await self._write_until_told()
+                if not self.interrupted:
+                    with anyio.move_on_after(PATIENCE):
+                        await self._until_fresh()
+                self.service.stop()
+            watching.cancel_scope.cancel()
+
+    async def _write_until_told(self) -> None:
+        async with anyio.create_task_group() as writing:
+            writing.start_soon(self._write)
+            with anyio.move_on_after(self.options.seconds):
                 await self.stop.wait()
-                self.written_seconds = anyio.current_time() - self.started
-                writing.cancel_scope.cancel()
-            if not self.interrupted:
-                with anyio.move_on_after(PATIENCE):
-                    await self._until_fresh()
-            self.service.stop()
-            everything.cancel_scope.cancel()
+            self.written_seconds = anyio.current_time() - self.started
+            writing.cancel_scope.cancel()
 
     async def _watch_signals(self) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -132,22 +144,23 @@ class Demo:
 
     async def _write(self) -> None:
         application = self._url("listener_app")
-        if self.options.replay is not None:
-            summary = await replay(self.options.replay, application, self.replayed)
+        if self.ledger is not None:
+            summary = await replay(self.ledger, application, self.replayed)
             self.replay_seconds = summary.seconds
             self.stop.set()
             return
         tenants = [(tenant_of(name), name) for name in (f"tenant {n + 1}" for n in range(self.options.tenants))]
-        async with await psycopg.AsyncConnection.connect(application, autocommit=True) as connection:
-            await create_tenants(connection, tenants)
+        with anyio.CancelScope(shield=True):
+            async with await psycopg.AsyncConnection.connect(application, autocommit=True) as connection:
+                await create_tenants(connection, tenants)
         ids = [tenant for tenant, _ in tenants]
         await write_load(application, ids, self.load, random.Random(self.seed), rate=self.options.rate)
 
     async def _until_fresh(self) -> None:
-        """Until no change is unconsumed or dirty."""
+        """Until no change is unconsumed or dirty, or Ctrl-C."""
         async with await psycopg.AsyncConnection.connect(self._url("postgres"), autocommit=True) as connection:
             while True:
-                if await queries.all_fresh(connection):
+                if self.interrupted or await queries.all_fresh(connection):
                     return
                 await anyio.sleep(0.1)
 
@@ -155,7 +168,9 @@ class Demo:
         async with await psycopg.AsyncConnection.connect(self._url("postgres"), autocommit=True) as connection:
             with Live(console=console.out, auto_refresh=False, transient=True) as live:
                 while True:
-                    live.update(Group(*await self.picture(connection)), refresh=True)
+                    # Cancelled between two pictures, not in the middle of a query.
+                    with anyio.CancelScope(shield=True):
+                        live.update(Group(*await self.picture(connection)), refresh=True)
                     await anyio.sleep(0.5)
 
     async def picture(self, connection: psycopg.AsyncConnection[Any]) -> list[RenderableType]:
@@ -183,7 +198,7 @@ class Demo:
     def what(self) -> str:
         """What was written so far, and how fast."""
         seconds = max(anyio.current_time() - self.started, 0.001)
-        if self.options.replay is not None:
+        if self.ledger is not None:
             done = self.replayed.committed
             rate = done / (self.replay_seconds or seconds)
             return f"{done} of {self.replayed.total} invoices replayed, {rate:.0f} a second"
@@ -192,7 +207,10 @@ class Demo:
         return f"{done} transactions, {done / (self.written_seconds or seconds):.0f} a second, {of}"
 
     async def summary(self) -> bool:
-        """Prints the last table and what `verify` finds; whether every target is exact."""
+        """Prints the last table and what `verify` finds; whether every target is exact.
+
+        Ctrl-C is the way out of a demo without an end of its own: nothing is verified, and nothing is wrong.
+        """
         differences = []
         compared = 0
         async with await psycopg.AsyncConnection.connect(self._url("listener_service"), autocommit=True) as connection:
@@ -200,8 +218,8 @@ class Demo:
                 for part in await self.picture(administrator):
                     console.out.print(part)
             if self.interrupted:
-                console.out.print("interrupted; not verified")
-                return False
+                console.out.print("interrupted: not verified")
+                return self.options.seconds is None and self.ledger is None
             names = [row["view"] for row in await queries.views(connection)]
             async for done, _, difference in operations.verify(connection, names):
                 compared = done
@@ -233,13 +251,14 @@ def _is_free(port: int) -> bool:
 async def run(options: Options) -> bool:
     """Runs the demo; whether every target was exact at the end. Raises ReplayError before anything is started."""
     logs.configure("error", "console")
-    if options.replay is not None:
-        await anyio.to_thread.run_sync(read_ledger, options.replay)
+    # Where the service stops in the middle of a query, psycopg warns that it closes the connection.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
+    ledger = None if options.replay is None else await anyio.to_thread.run_sync(read_ledger, options.replay)
     with Status("starting PostgreSQL", console=console.err) as status:
         _step("starting PostgreSQL")
         server = await anyio.to_thread.run_sync(EmbeddedServer.start)
         try:
-            demo = Demo(server, options)
+            demo = Demo(server, options, ledger)
             status.update("creating roles, schema and sample")
             _step("creating roles, the schema listener and the sample schema with its five views")
             await anyio.to_thread.run_sync(demo.set_up)
@@ -247,7 +266,7 @@ async def run(options: Options) -> bool:
             server.stop()
             raise
     with server:
-        console.out.print(f"look around: psql '{demo._url('listener_service')}'", soft_wrap=True)  # noqa: SLF001
+        console.out.print(demo.invitation(), soft_wrap=True)
         await demo.run()
         return await demo.summary()
 

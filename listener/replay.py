@@ -80,7 +80,9 @@ def read_ledger(path: Path) -> Ledger:
         reason = getattr(error, "strerror", None) or str(error)
         raise ReplayError(f"cannot read {path}: {reason}") from error
     except UnicodeDecodeError as error:
-        raise ReplayError(f"cannot read {path}: it is not UTF-8") from error
+        # What is no gzip is read as text: its name tells what it was meant to be.
+        reason = "it is neither gzip nor UTF-8 text" if path.suffix == ".gz" else "it is not UTF-8"
+        raise ReplayError(f"cannot read {path}: {reason}") from error
 
 
 def _open(path: Path) -> IO[str]:
@@ -160,14 +162,14 @@ def with_runs(invoices: Iterable[Invoice]) -> Iterator[tuple[Invoice, bool]]:
         yield invoice, count % INVOICES_PER_RUN == 0
 
 
-async def replay(path: Path, url: str, counters: ReplayCounters | None = None, *, connections: int = 4) -> Summary:
-    """Reads the whole file, then writes it as fast as it goes; `url` is listener_app's."""
+async def replay(ledger: Ledger, url: str, counters: ReplayCounters | None = None, *, connections: int = 4) -> Summary:
+    """Writes the ledger as fast as it goes; `url` is listener_app's."""
     counters = counters if counters is not None else ReplayCounters()
-    ledger = await anyio.to_thread.run_sync(read_ledger, path)
     counters.total = len(ledger.invoices)
     started = time.perf_counter()
-    async with await AsyncConnection.connect(url, autocommit=True) as connection:
-        await create_tenants(connection, list(ledger.tenants.items()))
+    with anyio.CancelScope(shield=True):
+        async with await AsyncConnection.connect(url, autocommit=True) as connection:
+            await create_tenants(connection, list(ledger.tenants.items()))
     pending = with_runs(shifted(ledger.invoices, datetime.now(UTC)))
     async with anyio.create_task_group() as tasks:
         for _ in range(connections):

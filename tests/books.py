@@ -60,3 +60,8 @@ async def revenue(sample: Database, tenant: uuid.UUID = ANNA) -> float | None:
             await superuser.execute("SELECT total_revenue FROM mv_realtime_revenue WHERE tenant_id = %s", (tenant,))
         ).fetchone()
     return None if row is None else float(row[0])
+
+
+def value(running: RunningService, metric: str, **labels: str) -> float:
+    """A metric of the service; 0 where it was never counted."""
+    return running.service.metrics.registry.get_sample_value(metric, labels) or 0.0

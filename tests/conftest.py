@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import psycopg
 import pytest
 from psycopg import sql
@@ -29,6 +28,7 @@ from listener.sample import load_sample
 from listener.service import Service
 from listener.settings import Settings
 from listener.views import Change
+from shop import EXTRAS, define, open_shop
 
 # A generous bound on events that come within milliseconds: reached only when something is broken.
 DEADLINE = 30.0
@@ -42,9 +42,10 @@ def anyio_backend() -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """Where databases are made; `url` gives a libpq URL for a user and a database."""
+    """Where databases are made; `url` gives a libpq URL for a user and a database, `psql` is the program."""
 
     url: Callable[[str, str], str]
+    psql: str
 
     def execute(self, statement: sql.Composed, database: str = "postgres") -> None:
         """As the superuser, autocommitted."""
@@ -76,12 +77,12 @@ def server() -> Iterator[Server]:
             return psycopg.conninfo.make_conninfo(given, **overrides)
 
         assert superuser, "LISTENER_TEST_DATABASE_URL must name a superuser"
-        yield Server(url)
+        yield Server(url, "psql")
         return
     binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
     settings = {"synchronous_commit": "on"}
     with EmbeddedServer.start(settings=settings, binaries=Path(binaries) if binaries else None) as embedded:
-        yield Server(lambda user, database: embedded.url(user=user, database=database))
+        yield Server(lambda user, database: embedded.url(user=user, database=database), str(embedded.bin("psql")))
 
 
 def settings_for(url: str, **given: Any) -> Settings:
@@ -165,7 +166,8 @@ async def eventually(is_so: Callable[[], Any]) -> None:
                 answer = await answer
             if answer:
                 return
-            await anyio.lowlevel.checkpoint()
+            # An outside state tells nobody when it changes; the service under test runs on this event loop, too.
+            await anyio.sleep(0.005)
 
 
 @dataclass
@@ -226,7 +228,22 @@ def sample(server: Server, sample_template: str) -> Iterator[Database]:
     server.drop(name)
 
 
-# For the modules that define a fixture `shop`, the database that they arrange.
+@pytest.fixture
+def recorded_ledger() -> Path:
+    """The real ledger, for tests marked `ledger`. Missing, they fail; `make test` leaves them out."""
+    beside = Path(__file__).parents[2] / "shared" / "data" / "online_retail_invoices.csv.gz"
+    path = Path(os.environ.get("LISTENER_REPLAY_FILE") or beside)
+    assert path.exists(), f"{path} is missing: set LISTENER_REPLAY_FILE to the recorded ledger"
+    return path
+
+
+@pytest.fixture
+async def shop(database: Database) -> Database:
+    """A database with the shop's tables and no view; modules arrange more in a fixture `shop` of their own."""
+    await open_shop(database)
+    async with database.connect() as superuser:
+        await define(superuser, EXTRAS)
+    return database
 
 
 @pytest.fixture

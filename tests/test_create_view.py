@@ -13,7 +13,6 @@ from shop import (
     ANNA,
     BERT,
     CLEO,
-    EXTRAS,
     SALES,
     TENANTS,
     TRACES,
@@ -22,21 +21,12 @@ from shop import (
     define,
     differences,
     one,
-    open_shop,
     order,
     rows,
     settle,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def shop(database: Database) -> Database:
-    await open_shop(database)
-    async with database.connect() as superuser:
-        await define(superuser, EXTRAS)
-    return database
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {

@@ -21,7 +21,6 @@ from shop import (
     define,
     differences,
     one,
-    open_shop,
     order,
     rows,
     settle,
@@ -36,15 +35,14 @@ VERSIONS = "SELECT ctid, xmin, xmax, s.*::text FROM public.sales s WHERE (tenant
 
 
 @pytest.fixture
-async def shop(database: Database) -> Database:
-    await open_shop(database)
-    await create_view(database, "sales", SALES, ["product"])
-    async with database.connect() as superuser, database.connect("listener_service") as service:
+async def shop(shop: Database) -> Database:
+    await create_view(shop, "sales", SALES, ["product"])
+    async with shop.connect() as superuser, shop.connect("listener_service") as service:
         for tenant in (ANNA, BERT):
             for product in ("apple", "bread", "cheese"):
                 await order(superuser, tenant, product)
         await settle(service)
-    return database
+    return shop
 
 
 async def test_only_what_differs_is_written(

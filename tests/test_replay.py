@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from listener.sample import Invoice, entries
 HEADER_LINE = ",".join(HEADER)
 ROW = "536365,2010-12-01T08:26:00,United Kingdom,17850,13912,7"
 REFUND = "C536379,2010-12-01T09:41:00,France,,-2750,1"
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "online_retail_invoices.csv.gz"
 
 Write = Callable[..., Path]
 times = st.datetimes(datetime(1990, 1, 1), datetime(2030, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - its bounds
@@ -132,6 +130,12 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert refusal(path) == f"cannot read {path}: it is not UTF-8"
 
 
+def test_a_file_that_is_named_as_gzip_and_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.csv.gz"
+    path.write_bytes(b"\xff\xfe garbage")
+    assert refusal(path) == f"cannot read {path}: it is neither gzip nor UTF-8 text"
+
+
 @given(st.lists(st.text(), max_size=8))
 def test_any_row_is_an_invoice_or_refused_in_one_line(row: list[str]) -> None:
     assert row_refusal(row).isprintable()
@@ -166,11 +170,9 @@ def test_every_tenant_is_reconciled_at_its_first_invoice_and_each_hundredth(invo
     assert runs == {tenant: (count + 99) // 100 for tenant, count in written.items()}
 
 
-def test_the_recorded_ledger_is_read_whole() -> None:
-    path = Path(os.environ.get("LISTENER_REPLAY_FILE", SHARED))
-    if not path.exists():
-        pytest.fail(f"{path} is missing: set LISTENER_REPLAY_FILE to the recorded ledger")
-    ledger = read_ledger(path)
+@pytest.mark.ledger
+def test_the_recorded_ledger_is_read_whole(recorded_ledger: Path) -> None:
+    ledger = read_ledger(recorded_ledger)
     assert len(ledger.invoices) == 25_900
     assert len(ledger.tenants) == 38
     assert sum(entries(invoice).state == "refunded" for invoice in ledger.invoices) == 3_836

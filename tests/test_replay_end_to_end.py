@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import anyio
@@ -11,28 +10,17 @@ from psycopg import sql
 
 from conftest import Database, eventually
 from listener import operations, queries
-from listener.replay import replay
+from listener.replay import read_ledger, replay
 
-pytestmark = pytest.mark.anyio
-
-LEDGER = Path(
-    os.environ.get("LISTENER_REPLAY_FILE")
-    or Path(__file__).parents[2] / "shared" / "data" / "online_retail_invoices.csv.gz"
-)
-
-
-@pytest.fixture
-def ledger() -> Path:
-    assert LEDGER.exists(), f"{LEDGER} is missing: set LISTENER_REPLAY_FILE to the ledger"
-    return LEDGER
+pytestmark = [pytest.mark.anyio, pytest.mark.ledger]
 
 
 async def test_after_the_replay_every_view_has_rows_and_is_exact_for_all_tenants(
-    sample: Database, ledger: Path
+    sample: Database, recorded_ledger: Path
 ) -> None:
     async with sample.service() as running, sample.connect() as superuser:
         with anyio.fail_after(600):
-            summary = await replay(ledger, sample.url("listener_app"))
+            summary = await replay(read_ledger(recorded_ledger), sample.url("listener_app"))
         assert (summary.invoices, summary.tenants) == (25_900, 38)
         await eventually(lambda: queries.all_fresh(superuser))
         assert running.outcomes

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 
 from books import ANNA, BEN, book, open_books, transaction
@@ -77,6 +78,17 @@ async def slow(sample: Database) -> Database:
     return sample
 
 
+async def waits_for_the_test(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether a refresh of `slow` is under way: it waits for the lock."""
+    cursor = await connection.execute(
+        """
+        SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 7
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        """
+    )
+    return cursor.rowcount > 0
+
+
 def test_the_first_log_line_says_what_runs_and_where(sample: Database) -> None:
     with running(sample) as service:
         line = service.until("starting")
@@ -96,7 +108,7 @@ async def test_a_refresh_under_way_is_finished_when_it_can_be_within_the_grace_t
             service.until("serving")
             async with transaction(slow) as application:
                 await book(application, ANNA, 100)
-            service.until("refreshed", view="mv_realtime_revenue")
+            await eventually(lambda: waits_for_the_test(holder))
             service.process.send_signal(signal.SIGTERM)
             service.until("stopping")
             await holder.execute("SELECT pg_advisory_unlock(7)")
@@ -114,7 +126,7 @@ async def test_a_service_ended_in_mid_refresh_loses_nothing(slow: Database, end:
             service.until("serving")
             async with transaction(slow, BEN) as application:
                 await book(application, BEN, 300)
-            service.until("refreshed", view="mv_realtime_revenue")
+            await eventually(lambda: waits_for_the_test(holder))
             service.process.send_signal(end)
             ended = service.process.wait(30)
             assert ended == (0 if end == signal.SIGTERM else -end)
