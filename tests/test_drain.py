@@ -225,7 +225,9 @@ async def test_a_drain_needs_read_committed(shop: Database, level: psycopg.Isola
         assert raised.value.sqlstate == "LSN05"
 
 
-async def test_each_drain_that_finds_a_change_raises_the_version_once(shop: Database, service: AsyncConnection[Any]) -> None:
+async def test_each_drain_that_finds_a_change_raises_the_version_once(
+    shop: Database, service: AsyncConnection[Any]
+) -> None:
     version = "SELECT version FROM listener.freshness WHERE view_name = 'sales' AND tenant_id = %s"
     async with application(shop, ANNA) as app:
         await order(app, ANNA, "a")

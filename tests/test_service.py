@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from contextlib import AsyncExitStack
 from typing import Any, LiteralString
 
 import anyio
@@ -343,7 +344,6 @@ async def test_a_view_dropped_while_its_keys_wait_stops_nothing(books: Database)
 
 async def test_a_superuser_is_refused_unless_it_is_allowed(books: Database) -> None:
     with pytest.raises(SetupError, match="superuser or has BYPASSRLS"):
-        await Service(settings_for(books.url("postgres"))).startup()
-    service = Service(settings_for(books.url("postgres"), allow_superuser=True))
-    await service.startup()
-    await service.shutdown()
+        await Service(settings_for(books.url("postgres"))).run()
+    async with AsyncExitStack() as opened:
+        await Service(settings_for(books.url("postgres"), allow_superuser=True)).startup(opened)
