@@ -25,7 +25,7 @@ from typing import Literal
 LEASE = 0.5  # seconds, as in listener.hold_lease(); extended when half of it is over
 BUSY_WITHIN = 0.05  # two drains that found something within so many seconds: changes keep coming
 SHORTEST_PAUSE = 0.005
-LONGEST_PAUSE = 0.05
+LONGEST_PAUSE = 0.1
 # A poll is followed by a pause of so many times what it took, so that polling takes a fifth of a core at the most.
 PAUSE_PER_DRAIN = 4.0
 CLOSING_PAUSES = (0.02, 0.25)
