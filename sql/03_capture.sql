@@ -61,7 +61,9 @@ BEGIN
              BEGIN ATOMIC SELECT ($1).%4$I::%3$s; END',
             wanted.name, source.relid::regclass, wanted.type, wanted.attname);
         -- The table may be one made anew, whose column is of another type.
-        EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(anyelement)', wanted.name);
+        IF to_regprocedure(format('listener.%I(anyelement)', wanted.name)) IS NOT NULL THEN
+            EXECUTE format('DROP FUNCTION listener.%I(anyelement)', wanted.name);
+        END IF;
         EXECUTE format(
             'CREATE FUNCTION listener.%1$I(anyelement) RETURNS %2$s LANGUAGE sql STABLE PARALLEL SAFE
              AS %3$L', wanted.name, wanted.type, 'SELECT NULL::' || wanted.type);

@@ -167,7 +167,9 @@ BEGIN
     LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
     END LOOP;
-    EXECUTE format('DROP DOMAIN IF EXISTS listener.%I', 'row_' || detach_capture.source_id);
+    IF to_regtype(format('listener.%I', 'row_' || detach_capture.source_id)) IS NOT NULL THEN
+        EXECUTE format('DROP DOMAIN listener.%I', 'row_' || detach_capture.source_id);
+    END IF;
     DELETE FROM listener.source s WHERE s.id = detach_capture.source_id;
 END
 $function$;
@@ -442,7 +444,9 @@ DECLARE
     through regclass := (SELECT t.relid::regclass FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                          WHERE s.id = drop_lookup.source_id);
 BEGIN
-    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'lookup_' || drop_lookup.source_id);
+    IF to_regclass(format('listener.%I', 'lookup_' || drop_lookup.source_id)) IS NOT NULL THEN
+        EXECUTE format('DROP VIEW listener.%I', 'lookup_' || drop_lookup.source_id);
+    END IF;
     IF EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = through AND p.polname = 'listener_lookup')
        AND NOT EXISTS (SELECT FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                        WHERE t.relid = through AND s.id <> drop_lookup.source_id) THEN
@@ -619,8 +623,11 @@ BEGIN
              FROM listener.source_table t WHERE t.source_id = source.id);
     detail := format('%I.%I', source.schema_name, source.table_name)
               || coalesce(', tenant column ' || quote_ident(source.tenant_column), '');
-    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND column_now IS NOT NULL THEN
-        outcome := 'renamed';
+    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND (column_now IS NOT NULL OR source.tenant_column IS NULL) THEN
+        IF (source.schema_name, source.table_name, source.tenant_column)
+               IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column) THEN
+            outcome := 'renamed';
+        END IF;
         RETURN;
     END IF;
     outcome := 'repaired';

@@ -34,6 +34,8 @@ async def books(sample: Database) -> Database:
 async def test_the_sweep_brings_a_change_whose_notification_was_suppressed(books: Database) -> None:
     async with books.service(sweep_interval="300ms") as running:
         await settled(books, running)
+        # While it polls, no notification is missed.
+        await eventually(lambda: running.service.drainer.doorbell.state == "resting")
         seen = len(running.outcomes)
         async with transaction(books) as application:
             await application.execute("SET LOCAL listener.notify = 'off'")
