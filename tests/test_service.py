@@ -226,7 +226,7 @@ async def test_a_row_leaves_the_ninety_days_at_midnight_with_no_write(books: Dat
             return await (await superuser.execute(query)).fetchall()
 
         days: LiteralString = "SELECT allocation_date::text FROM mv_channel_performance ORDER BY 1"
-        changes: LiteralString = "SELECT view_id, tenant, version FROM listener.dirty_key ORDER BY 1, 2"
+        changes: LiteralString = "SELECT view_id, tenant, refreshed_version FROM listener.refresh_state ORDER BY 1, 2"
         async with books.service(sweep_interval="200ms") as running:
             await settled(books, running)
             assert await answer(days) == [("2026-04-02",), ("2026-04-03",)]
