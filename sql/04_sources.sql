@@ -538,7 +538,8 @@ BEGIN
             system_identifier = (SELECT c.system_identifier FROM pg_control_system() c),
             database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());
         UPDATE listener.source s SET relid = coalesce(to_regclass(format('%I.%I', s.schema_name, s.table_name)), 0);
-        UPDATE listener.source_table t SET relid = coalesce(to_regclass(format('%I.%I', t.schema_name, t.table_name)), 0);
+        -- What was noted there means nothing here, and its numbers may be those of other tables.
+        DELETE FROM listener.source_table;
     END IF;
     FOR known IN
         SELECT s.* FROM listener.source s WHERE NOT s.capture_paused AND (
