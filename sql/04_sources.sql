@@ -280,6 +280,7 @@ DECLARE
     added_id integer;
     via_id integer;
     readers integer[];
+    dependents integer[];
 BEGIN
     PERFORM listener.lock_registration();
     IF through IS NULL THEN
@@ -288,8 +289,6 @@ BEGIN
         PERFORM listener.check_source(relation, NULL);
         SELECT l.columns, l.references_columns, l.cascades INTO link_columns, link_references, link_cascades
         FROM listener.find_link(relation, through, add_source.columns, add_source.references_columns) l;
-        via_id := listener.register_source(through, coalesce(tenant_column, 'tenant_id'));
-        PERFORM listener.attach_capture(ARRAY[via_id]);
     END IF;
     -- The views that read the table, however they found its tenants until now.
     SELECT coalesce(pg_catalog.array_agg(DISTINCT w.view_id), '{}') INTO readers
@@ -312,7 +311,15 @@ BEGIN
     UPDATE listener.source s SET through_id = added_id WHERE s.through_id IN (
         SELECT o.id FROM listener.source o WHERE o.relid = relation AND o.id <> added_id);
     PERFORM listener.drop_orphans();
-    PERFORM listener.drop_lookup(added_id);
+    -- Look-ups of other tables that go through this one read it, and are made anew.
+    dependents := ARRAY(SELECT d.id FROM listener.looking_through(added_id) d ORDER BY d.depth);
+    PERFORM listener.drop_lookup(d.id)
+    FROM (SELECT u.id FROM pg_catalog.unnest(added_id || dependents) WITH ORDINALITY AS u (id, ord) ORDER BY u.ord DESC) d;
+    IF through IS NOT NULL THEN
+        -- Not before: as long as no look-up goes through it, it is an orphan.
+        via_id := listener.register_source(through, coalesce(tenant_column, 'tenant_id'));
+        PERFORM listener.attach_capture(ARRAY[via_id]);
+    END IF;
     UPDATE listener.source s SET
         tenant_column = CASE WHEN through IS NULL THEN add_source.tenant_column END,
         through_id = via_id, through_keys = link_columns, through_references = link_references,
@@ -327,10 +334,13 @@ BEGIN
         CROSS JOIN LATERAL listener.through_sources(added_id) AS o (source_id)
         ON CONFLICT DO NOTHING;
     END IF;
-    UPDATE listener.view_source w SET same_form = listener.same_form(added_id, v.tenant_type)
-    FROM listener.managed_view v WHERE v.id = w.view_id AND w.source_id = added_id;
+    PERFORM listener.create_lookup(d.id)
+    FROM (SELECT u.id FROM pg_catalog.unnest(dependents) WITH ORDINALITY AS u (id, ord) ORDER BY u.ord) d;
+    UPDATE listener.view_source w SET same_form = listener.same_form(w.source_id, v.tenant_type)
+    FROM listener.managed_view v WHERE v.id = w.view_id AND w.source_id = ANY (added_id || dependents);
     PERFORM listener.generate_capture(added_id);
     PERFORM listener.attach_capture(ARRAY[added_id]);
+    PERFORM listener.drop_orphans();
     -- What was captured before in another way may have named the wrong tenants.
     PERFORM listener.mark_all_dirty(r.view_id) FROM pg_catalog.unnest(readers) AS r (view_id);
     PERFORM pg_catalog.set_config('role', previous_role, true);
@@ -390,6 +400,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         SELECT s.through_id FROM way w JOIN listener.source s ON s.id = w.id WHERE s.through_id IS NOT NULL
     )
     SELECT w.id FROM way w
+$function$;
+
+-- looking_through(source_id): the sources whose look-ups go through this one, with the number of steps from it.
+CREATE OR REPLACE FUNCTION listener.looking_through(source_id integer) RETURNS TABLE (id integer, depth integer)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH RECURSIVE way (id, depth) AS (
+        SELECT s.id, 1 FROM listener.source s WHERE s.through_id = $1
+        UNION ALL
+        SELECT s.id, w.depth + 1 FROM way w JOIN listener.source s ON s.through_id = w.id
+    )
+    SELECT w.id, w.depth FROM way w
 $function$;
 
 -- create_lookup(source_id): the view listener.lookup_<id>, the tenants of the rows that the source's rows belong to, by
