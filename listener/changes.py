@@ -97,9 +97,10 @@ class Drainer:
                 self.doorbell.closed()
             deed = self.doorbell.drained(now, found=drained.outcome == "drained", took=now - started)
             if deed == "hold":
-                await queries.hold_lease(connection)
+                # Before it is taken: the lease would stand unwatched if the answer were lost. A writer that finds none
+                # rings.
                 self.doorbell.held(now)
-                # A writer that looked before found no lease, and rang.
+                await queries.hold_lease(connection)
             elif deed == "end":
                 await self._close(connection)
         if drained.restored:
