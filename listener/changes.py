@@ -98,9 +98,10 @@ class Drainer:
             now = anyio.current_time()
             deed = self.doorbell.drained(now, found=drained.outcome == "drained", took=now - started)
             if deed == "hold":
-                # A writer that looked before this found no lease, and rang.
-                await queries.hold_lease(connection)
+                # Before it is taken: the lease would stand unwatched if the answer were lost. A writer that finds none
+                # rings.
                 self.doorbell.held(now)
+                await queries.hold_lease(connection)
             elif deed == "end":
                 await self._close(connection)
         return drained

@@ -59,7 +59,8 @@ class Doorbell:
         if found:
             self._found_at = now
         if self.must_poll:
-            return None
+            # A lease is of no use where nobody notifies; it may be left from before.
+            return None if self._held_at is None else "end"
         if self._held_at is None:
             return "hold" if busy else None
         if found:
@@ -67,7 +68,7 @@ class Doorbell:
         return "end" if now - self._found_at > LEASE else None
 
     def held(self, now: float) -> None:
-        """The lease was taken or extended."""
+        """The lease is about to be taken or extended: if the answer is lost, it may have been."""
         self._held_at, self.mark = now, None
 
     def ended(self, mark: str, now: float) -> None:
