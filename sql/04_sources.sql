@@ -610,6 +610,7 @@ LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     source listener.source := known;
     column_now name;
+    followed boolean;
     before text := (SELECT string_agg(concat(t.relid, t.fingerprint), ' ' ORDER BY t.relid)
                     FROM listener.source_table t WHERE t.source_id = known.id);
     seen text;
@@ -624,6 +625,7 @@ BEGIN
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = source.relid;
     SELECT a.attname INTO column_now FROM pg_attribute a
     WHERE a.attrelid = source.relid AND a.attnum = listener.tracked_column(source.id) AND NOT a.attisdropped;
+    followed := column_now IS NOT NULL OR source.tenant_column IS NULL;
     IF column_now IS NULL AND source.tenant_column IS NOT NULL THEN
         SELECT a.attname INTO column_now FROM pg_attribute a
         WHERE a.attrelid = source.relid AND a.attname = source.tenant_column AND NOT a.attisdropped;
@@ -645,7 +647,7 @@ BEGIN
              FROM listener.source_table t WHERE t.source_id = source.id);
     detail := format('%I.%I', source.schema_name, source.table_name)
               || coalesce(', tenant column ' || quote_ident(source.tenant_column), '');
-    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND (column_now IS NOT NULL OR source.tenant_column IS NULL) THEN
+    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND followed THEN
         IF (source.schema_name, source.table_name, source.tenant_column)
                IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column) THEN
             outcome := 'renamed';

@@ -91,7 +91,7 @@ BEGIN
         PERFORM listener.create_default_tenants(view.id, tenant_column, source_ids);
     END IF;
     target := listener.create_target(view, definition);
-    view.difference := listener.difference_statement(view);
+    PERFORM listener.generate_difference(view);
     view.fingerprint := listener.fingerprint(definition);
     view.created_at := pg_catalog.clock_timestamp();
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
@@ -161,6 +161,7 @@ BEGIN
     PERFORM listener.drop_orphans();
     EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || managed.id);
     EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'definition_' || managed.id);
+    EXECUTE pg_catalog.format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || managed.id);
     IF NOT keep_target THEN
         EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);
     END IF;

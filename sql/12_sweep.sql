@@ -121,9 +121,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     PERFORM listener.generate_capture(s.id) FROM listener.source s
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
-    UPDATE listener.managed_view v SET difference = listener.difference_statement(v)
-    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL
-      AND v.difference <> listener.difference_statement(v);
+    PERFORM listener.generate_difference(v) FROM listener.managed_view v
+    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL;
 END
 $function$;
 
