@@ -546,6 +546,7 @@ DECLARE
     here listener.installation;
     elsewhere boolean;
     known listener.source;
+    attempts integer := 5;
 BEGIN
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'registration')) THEN
         RETURN;
@@ -583,13 +584,19 @@ BEGIN
     LOOP
         source := format('%s.%s', known.schema_name, known.table_name);
         BEGIN
-            SELECT r.outcome, r.detail INTO outcome, detail FROM listener.repair_source(known) r;
+            SELECT r.outcome, r.detail INTO outcome, detail FROM listener.repair_source(known, attempts) r;
             CONTINUE WHEN outcome IS NULL;
         EXCEPTION WHEN OTHERS THEN
             outcome := 'failed';
             detail := SQLERRM;
         END;
         RETURN NEXT;
+        -- The locks on the tables of a mended source are held to the end. A writer may wait for one of them and hold
+        -- what the next source needs: do not wait for him long, or he is the victim of a deadlock. There is a next sweep.
+        EXIT WHEN outcome = 'failed' AND attempts = 1;
+        IF outcome = 'repaired' THEN
+            attempts := 1;
+        END IF;
     END LOOP;
 END
 $function$;
@@ -604,8 +611,10 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = 'tenant_of_' || $1
 $function$;
 
--- repair_source(known): mends one source; the outcome is NULL where there is nothing to mend it with.
-CREATE OR REPLACE FUNCTION listener.repair_source(known listener.source, OUT outcome text, OUT detail text)
+-- repair_source(known, attempts): mends one source, trying so many times to get the locks on its tables; the outcome is
+-- NULL where there is nothing to mend it with.
+CREATE OR REPLACE FUNCTION listener.repair_source(
+    known listener.source, attempts integer, OUT outcome text, OUT detail text)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     source listener.source := known;
@@ -642,7 +651,7 @@ BEGIN
         PERFORM listener.check_source(source.relid::regclass, source.tenant_column);
     END IF;
     PERFORM listener.generate_capture(source.id);
-    PERFORM listener.attach_capture(ARRAY[source.id], 5);
+    PERFORM listener.attach_capture(ARRAY[source.id], attempts);
     seen := (SELECT string_agg(concat(t.relid, t.fingerprint), ' ' ORDER BY t.relid)
              FROM listener.source_table t WHERE t.source_id = source.id);
     detail := format('%I.%I', source.schema_name, source.table_name)

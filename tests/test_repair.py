@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, LiteralString
 
+import anyio
 import httpx
 import psycopg
 import pytest
@@ -389,6 +390,35 @@ async def test_what_a_session_of_the_owner_disabled_in_an_open_transaction_is_wa
         assert failed[0] == "failed"
         assert "no lock" in failed[1]
     await mended_and_exact(superuser, service)
+
+
+async def test_a_repair_of_two_sources_never_makes_a_writer_of_both_the_victim_of_a_deadlock(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    await emptied(superuser, service)
+    await superuser.execute(
+        "ALTER TABLE shop.orders DISABLE TRIGGER ALL; ALTER TABLE shop.payments DISABLE TRIGGER ALL"
+    )
+    held = "SELECT count(*) FROM pg_locks WHERE relation = 'shop.orders'::regclass AND mode = 'ShareRowExclusiveLock'"
+    found: list[Any] = []
+
+    async def repair() -> None:
+        found.extend(await repaired(service))
+
+    async def orders_are_locked() -> bool:
+        return bool(found) or await one(superuser, held) > 0
+
+    async with application(shop, ANNA, autocommit=False) as writer, anyio.create_task_group() as tasks:
+        await writer.execute("INSERT INTO shop.payments (tenant_id, product, cents) VALUES (%s, 'a', 5)", (ANNA,))
+        tasks.start_soon(repair)
+        await eventually(orders_are_locked)
+        await order(writer, ANNA, "a")
+        await writer.commit()
+    assert found == [("shop.orders", "repaired"), ("shop.payments", "failed")]
+    assert await repaired(service) == [("shop.payments", "repaired")]
+    assert await repaired(service) == []
+    await settle(service)
+    assert await differences(superuser, "sales") == await differences(superuser, "paid") == []
 
 
 async def ready(running: RunningService) -> httpx.Response:
