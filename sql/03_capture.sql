@@ -70,6 +70,50 @@ BEGIN
         EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%1$I(%2$s), listener.%1$I(anyelement) FROM PUBLIC',
                        wanted.name, source.relid::regclass);
     END LOOP;
+    IF source.through_id IS NOT NULL THEN
+        PERFORM listener.generate_tenants_by(source.id);
+    END IF;
+END
+$function$;
+
+-- key_type(source_id, ord): the type of a look-up's key as capture reads it.
+CREATE OR REPLACE FUNCTION listener.key_type(source_id integer, ord bigint) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT min(format_type(p.prorettype, -1)) FROM pg_proc p
+    WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = format('key_of_%s_%s', $1, $2)
+$function$;
+
+-- generate_tenants_by(source_id): the functions tenants_by_<id>, from the keys of a look-up to the tenants. The one
+-- that reads listener.lookup_<id> is inlined, and goes with the view where a table or a column of it is dropped with
+-- CASCADE; then the one that takes anything for `looking`, true, is called, and its NULL means all tenants.
+CREATE OR REPLACE FUNCTION listener.generate_tenants_by(source_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    name text := 'tenants_by_' || source_id;
+    types text;
+    matches text;
+    other regprocedure;
+BEGIN
+    SELECT string_agg(listener.key_type(source_id, k.ord), ', ' ORDER BY k.ord),
+           string_agg(format('l.k%s = $%s', k.ord, k.ord + 1), ' AND ' ORDER BY k.ord)
+    INTO types, matches
+    FROM listener.source s CROSS JOIN unnest(s.through_keys) WITH ORDINALITY AS k (name, ord) WHERE s.id = source_id;
+    IF to_regclass('listener.lookup_' || source_id) IS NULL OR types IS NULL THEN
+        RETURN;
+    END IF;
+    EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(looking boolean, %s) RETURNS SETOF text LANGUAGE sql STABLE
+                    BEGIN ATOMIC SELECT l.tenant FROM listener.%I l WHERE %s; END',
+                   name, types, 'lookup_' || source_id, matches);
+    -- The table may be one made anew, whose key is of another type.
+    FOR other IN SELECT p.oid FROM pg_proc p
+                 WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = name
+                   AND p.proargtypes[0] = 'anyelement'::regtype LOOP
+        EXECUTE format('DROP FUNCTION %s', other);
+    END LOOP;
+    EXECUTE format('CREATE FUNCTION listener.%I(looking anyelement, %s) RETURNS SETOF text LANGUAGE sql STABLE
+                    AS ''SELECT NULL::text''', name, types);
+    EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%1$I(boolean, %2$s), listener.%1$I(anyelement, %2$s) FROM PUBLIC',
+                   name, types);
 END
 $function$;
 
@@ -81,7 +125,8 @@ RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     keys text;
-    matches text;
+    names text;
+    unnamed text;
 BEGIN
     IF source.tenant_column IS NOT NULL THEN
         RETURN format('SELECT DISTINCT %s FROM %s r',
@@ -93,17 +138,22 @@ BEGIN
     END IF;
     SELECT string_agg(CASE WHEN by_name
                THEN format('(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L)::%s AS k%s', k.name,
-                           format_type(a.atttypid, a.atttypmod), k.ord)
+                           listener.key_type(source.id, k.ord), k.ord)
                ELSE format('listener.key_of_%1$s_%2$s(ROW(r.*)::listener.row_%1$s) AS k%2$s', source.id, k.ord) END,
                ', ' ORDER BY k.ord),
-           string_agg(format('l.k%1$s = k.k%1$s', k.ord), ' AND ' ORDER BY k.ord)
-    INTO keys, matches
-    FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord)
-    LEFT JOIN pg_attribute a ON a.attrelid = source.relid AND a.attname = k.name AND NOT a.attisdropped;
-    -- A row that finds nothing may be anybody's. But where a foreign key cascades, a deleted row that finds nothing
-    -- lost its parent in this transaction, whose own capture logs the tenant.
-    RETURN format('SELECT DISTINCT l.tenant FROM (SELECT DISTINCT %s FROM %s r) k %s JOIN listener.lookup_%s l ON %s',
-                  keys, rows, CASE WHEN deleted AND source.through_cascades THEN '' ELSE 'LEFT' END, source.id, matches);
+           string_agg(format('k.k%s', k.ord), ', ' ORDER BY k.ord), string_agg(format('k.k%s IS NULL', k.ord), ' OR ')
+    INTO keys, names, unnamed
+    FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord);
+    -- A row that finds nothing may be anybody's. But where a foreign key cascades, a deleted row that names a parent
+    -- and does not find it lost it in this transaction, and the parent's own capture logs the tenant.
+    IF deleted AND source.through_cascades THEN
+        RETURN format('SELECT DISTINCT l.tenant FROM (SELECT DISTINCT %1$s FROM %2$s r) k
+                       JOIN LATERAL listener.tenants_by_%3$s(true, %4$s) l (tenant) ON true
+                       UNION (SELECT NULL FROM (SELECT %1$s FROM %2$s r) k WHERE %5$s LIMIT 1)',
+                      keys, rows, source.id, names, unnamed);
+    END IF;
+    RETURN format('SELECT DISTINCT l.tenant FROM (SELECT DISTINCT %s FROM %s r) k
+                   LEFT JOIN LATERAL listener.tenants_by_%s(true, %s) l (tenant) ON true', keys, rows, source.id, names);
 END
 $function$;
 
@@ -217,7 +267,8 @@ BEGIN
             USING ERRCODE = 'LSN02';
     END IF;
     UPDATE listener.installation SET notify = mode;
-    PERFORM listener.generate_capture(s.id) FROM listener.source s;
+    PERFORM listener.generate_capture(s.id) FROM listener.source s
+    WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = s.relid);
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;

@@ -163,7 +163,7 @@ BEGIN
     FOR routine IN
         SELECT p.oid::regprocedure FROM pg_proc p
         WHERE p.pronamespace = 'listener'::regnamespace
-          AND p.proname ~ format('^(capture|tenant_of|key_of)_%s(_[a-z0-9_]+)?$', detach_capture.source_id)
+          AND p.proname ~ format('^(capture|tenant_of|key_of|tenants_by)_%s(_[a-z0-9_]+)?$', detach_capture.source_id)
     LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
     END LOOP;
@@ -285,6 +285,8 @@ BEGIN
     PERFORM listener.lock_registration();
     IF through IS NULL THEN
         PERFORM listener.check_source(relation, tenant_column);
+    ELSIF through = relation THEN
+        RAISE EXCEPTION '% would look its tenant up through itself', relation USING ERRCODE = 'LSN03';
     ELSE
         PERFORM listener.check_source(relation, NULL);
         SELECT l.columns, l.references_columns, l.cascades INTO link_columns, link_references, link_cascades
@@ -326,6 +328,7 @@ BEGIN
         through_cascades = link_cascades
     WHERE s.id = added_id;
     IF through IS NOT NULL THEN
+        PERFORM listener.generate_tenant_of(added_id);
         PERFORM listener.create_lookup(added_id);
         -- Whoever reads the lines depends on the orders, too: a deleted order takes its lines with it.
         INSERT INTO listener.view_source (view_id, source_id, same_form)
@@ -454,6 +457,7 @@ BEGIN
                    CASE WHEN chain IS NULL THEN format('p.%I::text', through.tenant_column) ELSE 'l.tenant' END,
                    through.relid::regclass,
                    CASE WHEN chain IS NOT NULL THEN format('LEFT JOIN listener.%I l ON %s', 'lookup_' || through.id, chain) END);
+    PERFORM listener.generate_tenants_by(source.id);
 END
 $function$;
 
@@ -464,10 +468,19 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     through regclass := (SELECT t.relid::regclass FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                          WHERE s.id = drop_lookup.source_id);
+    routine regprocedure;
 BEGIN
+<<<<<<< HEAD
     IF to_regclass(format('listener.%I', 'lookup_' || drop_lookup.source_id)) IS NOT NULL THEN
         EXECUTE format('DROP VIEW listener.%I', 'lookup_' || drop_lookup.source_id);
     END IF;
+=======
+    FOR routine IN SELECT p.oid FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace
+                   AND p.proname = 'tenants_by_' || drop_lookup.source_id LOOP
+        EXECUTE format('DROP FUNCTION %s', routine);
+    END LOOP;
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'lookup_' || drop_lookup.source_id);
+>>>>>>> tests-e
     IF EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = through AND p.polname = 'listener_lookup')
        AND NOT EXISTS (SELECT FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                        WHERE t.relid = through AND s.id <> drop_lookup.source_id) THEN
@@ -571,6 +584,9 @@ BEGIN
             OR (s.tenant_column IS NOT NULL AND NOT EXISTS (
                     SELECT FROM pg_attribute a WHERE a.attrelid = s.relid AND a.attname = s.tenant_column
                       AND a.attnum = listener.tracked_column(s.id)))
+            OR (s.through_id IS NOT NULL AND (
+                    s.through_keys::text[] IS DISTINCT FROM listener.tracked_keys(s.id)::text[]
+                    OR to_regclass('listener.lookup_' || s.id) IS NULL))
             OR EXISTS (
                 SELECT FROM listener.capture_tables(s.relid) w
                 FULL JOIN (SELECT t.* FROM listener.source_table t WHERE t.source_id = s.id) t ON t.relid = w.relation
@@ -611,10 +627,28 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = 'tenant_of_' || $1
 $function$;
 
+<<<<<<< HEAD
 -- repair_source(known, attempts): mends one source, trying so many times to get the locks on its tables; the outcome is
 -- NULL where there is nothing to mend it with.
 CREATE OR REPLACE FUNCTION listener.repair_source(
     known listener.source, attempts integer, OUT outcome text, OUT detail text)
+=======
+-- tracked_keys(source_id): the columns that a look-up reads, by the names that they have now; a dropped one's stays.
+CREATE OR REPLACE FUNCTION listener.tracked_keys(source_id integer) RETURNS name[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT array_agg(coalesce(t.attname, k.name) ORDER BY k.ord)
+    FROM listener.source s CROSS JOIN unnest(s.through_keys) WITH ORDINALITY AS k (name, ord)
+    LEFT JOIN (SELECT p.proname, a.attname FROM pg_proc p
+               JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
+                               AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0
+               JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+               WHERE p.pronamespace = 'listener'::regnamespace) t ON t.proname = format('key_of_%s_%s', s.id, k.ord)
+    WHERE s.id = $1
+$function$;
+
+-- repair_source(known): mends one source; the outcome is NULL where there is nothing to mend it with.
+CREATE OR REPLACE FUNCTION listener.repair_source(known listener.source, OUT outcome text, OUT detail text)
+>>>>>>> tests-e
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     source listener.source := known;
@@ -645,10 +679,15 @@ BEGIN
         RETURN;  -- the column is gone, and readiness() says so
     END IF;
     source.tenant_column := coalesce(column_now, source.tenant_column);
-    UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column) = (
-        SELECT source.schema_name, source.table_name, source.relid, source.tenant_column) WHERE s.id = source.id;
+    source.through_keys := listener.tracked_keys(source.id);
+    UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column, through_keys) = (
+        SELECT source.schema_name, source.table_name, source.relid, source.tenant_column, source.through_keys)
+    WHERE s.id = source.id;
     IF source.relid <> known.relid THEN
         PERFORM listener.check_source(source.relid::regclass, source.tenant_column);
+    END IF;
+    IF source.through_id IS NOT NULL AND to_regclass('listener.lookup_' || source.id) IS NULL THEN
+        PERFORM listener.create_lookup(source.id);
     END IF;
     PERFORM listener.generate_capture(source.id);
     PERFORM listener.attach_capture(ARRAY[source.id], attempts);
@@ -656,11 +695,17 @@ BEGIN
              FROM listener.source_table t WHERE t.source_id = source.id);
     detail := format('%I.%I', source.schema_name, source.table_name)
               || coalesce(', tenant column ' || quote_ident(source.tenant_column), '');
+<<<<<<< HEAD
     IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND followed THEN
         IF (source.schema_name, source.table_name, source.tenant_column)
                IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column) THEN
             outcome := 'renamed';
         END IF;
+=======
+    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid
+       AND (column_now IS NOT NULL OR source.through_id IS NOT NULL) THEN
+        outcome := 'renamed';
+>>>>>>> tests-e
         RETURN;
     END IF;
     outcome := 'repaired';

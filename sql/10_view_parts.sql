@@ -215,7 +215,12 @@ BEGIN
         FROM pg_class c
         LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = register_sources.tenant_column
                                 AND a.attnum > 0 AND NOT a.attisdropped
-        LEFT JOIN listener.source known ON known.relid = c.oid AND known.explicit
+        -- One that a look-up goes through was told its column there; it counts where the table has none of this name.
+        LEFT JOIN LATERAL (
+            SELECT s.* FROM listener.source s
+            WHERE s.relid = c.oid AND (s.explicit OR (a.attname IS NULL AND EXISTS (
+                SELECT FROM listener.source o WHERE o.through_id = s.id)))
+            ORDER BY s.explicit DESC, s.id LIMIT 1) known ON true
         WHERE c.oid IN (SELECT r.relid FROM listener.reads(definition) r WHERE r.relkind <> 'v'
                         UNION SELECT d FROM unnest(depends_on) d)
     ) t;

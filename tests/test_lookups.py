@@ -140,6 +140,11 @@ async def test_a_line_without_an_order_dirties_all_tenants(
     assert await dirtied(service) == {"totals": [""]}
     await superuser.execute("UPDATE shop.order_lines SET order_id = 1 WHERE order_id IS NULL")
     assert await dirtied(service) == {"totals": ["", ANNA]}
+    await line(superuser, None)
+    await dirtied(service)
+    # Though the foreign key cascades: nobody's order was deleted.
+    await superuser.execute("DELETE FROM shop.order_lines WHERE order_id IS NULL OR order_id = 2")
+    assert await dirtied(service) == {"totals": ["", BERT]}
     await is_exact(superuser, service)
 
 
@@ -251,9 +256,9 @@ async def test_the_application_sees_no_more_than_before_and_cannot_read_the_look
     shop: Database, superuser: AsyncConnection[Any]
 ) -> None:
     lookup = await one(superuser, "SELECT relname FROM pg_class WHERE relname LIKE 'lookup\\_%'")
-    assert await one(superuser, "SELECT polroles::regrole[]::text FROM pg_policy WHERE polname = 'listener_lookup'") == (
-        "{listener_owner}"
-    )
+    assert await one(
+        superuser, "SELECT polroles::regrole[]::text FROM pg_policy WHERE polname = 'listener_lookup'"
+    ) == ("{listener_owner}")
     # Even where somebody lets it look into the schema.
     await superuser.execute("GRANT USAGE ON SCHEMA listener TO shop_app")
     for role in ("shop_app", "listener_service"):
