@@ -470,17 +470,13 @@ DECLARE
                          WHERE s.id = drop_lookup.source_id);
     routine regprocedure;
 BEGIN
-<<<<<<< HEAD
-    IF to_regclass(format('listener.%I', 'lookup_' || drop_lookup.source_id)) IS NOT NULL THEN
-        EXECUTE format('DROP VIEW listener.%I', 'lookup_' || drop_lookup.source_id);
-    END IF;
-=======
     FOR routine IN SELECT p.oid FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace
                    AND p.proname = 'tenants_by_' || drop_lookup.source_id LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
     END LOOP;
-    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'lookup_' || drop_lookup.source_id);
->>>>>>> tests-e
+    IF to_regclass(format('listener.%I', 'lookup_' || drop_lookup.source_id)) IS NOT NULL THEN
+        EXECUTE format('DROP VIEW listener.%I', 'lookup_' || drop_lookup.source_id);
+    END IF;
     IF EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = through AND p.polname = 'listener_lookup')
        AND NOT EXISTS (SELECT FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                        WHERE t.relid = through AND s.id <> drop_lookup.source_id) THEN
@@ -627,12 +623,6 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = 'tenant_of_' || $1
 $function$;
 
-<<<<<<< HEAD
--- repair_source(known, attempts): mends one source, trying so many times to get the locks on its tables; the outcome is
--- NULL where there is nothing to mend it with.
-CREATE OR REPLACE FUNCTION listener.repair_source(
-    known listener.source, attempts integer, OUT outcome text, OUT detail text)
-=======
 -- tracked_keys(source_id): the columns that a look-up reads, by the names that they have now; a dropped one's stays.
 CREATE OR REPLACE FUNCTION listener.tracked_keys(source_id integer) RETURNS name[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -646,9 +636,10 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE s.id = $1
 $function$;
 
--- repair_source(known): mends one source; the outcome is NULL where there is nothing to mend it with.
-CREATE OR REPLACE FUNCTION listener.repair_source(known listener.source, OUT outcome text, OUT detail text)
->>>>>>> tests-e
+-- repair_source(known, attempts): mends one source, trying so many times to get the locks on its tables; the outcome is
+-- NULL where there is nothing to mend it with.
+CREATE OR REPLACE FUNCTION listener.repair_source(
+    known listener.source, attempts integer, OUT outcome text, OUT detail text)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     source listener.source := known;
@@ -695,17 +686,11 @@ BEGIN
              FROM listener.source_table t WHERE t.source_id = source.id);
     detail := format('%I.%I', source.schema_name, source.table_name)
               || coalesce(', tenant column ' || quote_ident(source.tenant_column), '');
-<<<<<<< HEAD
     IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND followed THEN
-        IF (source.schema_name, source.table_name, source.tenant_column)
-               IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column) THEN
+        IF (source.schema_name, source.table_name, source.tenant_column, source.through_keys)
+               IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column, known.through_keys) THEN
             outcome := 'renamed';
         END IF;
-=======
-    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid
-       AND (column_now IS NOT NULL OR source.through_id IS NOT NULL) THEN
-        outcome := 'renamed';
->>>>>>> tests-e
         RETURN;
     END IF;
     outcome := 'repaired';

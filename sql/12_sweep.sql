@@ -119,6 +119,11 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.regenerate() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
+    -- A later difference means a copy, which repair_capture() and drain() have to see.
+    UPDATE listener.installation i SET
+        system_identifier = (SELECT c.system_identifier FROM pg_control_system() c),
+        database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+    WHERE i.system_identifier IS NULL;
     PERFORM listener.generate_capture(s.id) FROM listener.source s
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
     PERFORM listener.generate_difference(v) FROM listener.managed_view v
