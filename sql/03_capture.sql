@@ -85,7 +85,7 @@ $function$;
 
 -- generate_tenants_by(source_id): the functions tenants_by_<id>, from the keys of a look-up to the tenants. The one
 -- that reads listener.lookup_<id> is inlined, and goes with the view where a table or a column of it is dropped with
--- CASCADE; then the one that takes anything for `looking`, true, is called, and its NULL means all tenants.
+-- CASCADE; then the one that takes anything where this one takes a boolean is called, and its NULL means all tenants.
 CREATE OR REPLACE FUNCTION listener.generate_tenants_by(source_id integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -101,7 +101,7 @@ BEGIN
     IF to_regclass('listener.lookup_' || source_id) IS NULL OR types IS NULL THEN
         RETURN;
     END IF;
-    EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(looking boolean, %s) RETURNS SETOF text LANGUAGE sql STABLE
+    EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(boolean, %s) RETURNS SETOF text LANGUAGE sql STABLE
                     BEGIN ATOMIC SELECT l.tenant FROM listener.%I l WHERE %s; END',
                    name, types, 'lookup_' || source_id, matches);
     -- The table may be one made anew, whose key is of another type.
@@ -110,7 +110,7 @@ BEGIN
                    AND p.proargtypes[0] = 'anyelement'::regtype LOOP
         EXECUTE format('DROP FUNCTION %s', other);
     END LOOP;
-    EXECUTE format('CREATE FUNCTION listener.%I(looking anyelement, %s) RETURNS SETOF text LANGUAGE sql STABLE
+    EXECUTE format('CREATE FUNCTION listener.%I(anyelement, %s) RETURNS SETOF text LANGUAGE sql STABLE
                     AS ''SELECT NULL::text''', name, types);
     EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%1$I(boolean, %2$s), listener.%1$I(anyelement, %2$s) FROM PUBLIC',
                    name, types);

@@ -81,10 +81,20 @@ def server() -> Iterator[Server]:
 
         yield Server(url, "psql")
         return
+    with start_embedded() as embedded:
+        yield server_of(embedded)
+
+
+def start_embedded(**settings: str) -> EmbeddedServer:
+    """One more embedded server, of the binaries of this run."""
     binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
-    settings = {"synchronous_commit": "on"}
-    with EmbeddedServer.start(settings=settings, binaries=Path(binaries) if binaries else None) as embedded:
-        yield Server(lambda user, database: embedded.url(user=user, database=database), str(embedded.bin("psql")))
+    given = {"synchronous_commit": "on"} | settings
+    return EmbeddedServer.start(settings=given, binaries=Path(binaries) if binaries else None)
+
+
+def server_of(embedded: EmbeddedServer) -> Server:
+    """The same, as tests use it."""
+    return Server(lambda user, database: embedded.url(user=user, database=database), str(embedded.bin("psql")))
 
 
 def settings_for(url: str, **given: Any) -> Settings:
@@ -96,6 +106,13 @@ def settings_for(url: str, **given: Any) -> Settings:
 def template(server: Server) -> Iterator[str]:
     """A database with the roles and the schema listener, made by an owner who is no superuser."""
     name = server.clone("template0")
+    install(server, name)
+    yield name
+    server.drop(name)
+
+
+def install(server: Server, name: str) -> None:
+    """The roles and the schema listener, made by an owner who is no superuser."""
     with psycopg.connect(server.url("postgres", name), autocommit=True) as connection:
         settings = settings_for(server.url("listener_migrator", name))
         connection.execute(roles_script(settings, name).encode())
@@ -110,8 +127,6 @@ def template(server: Server) -> Iterator[str]:
             """
         )
     upgrade(settings)
-    yield name
-    server.drop(name)
 
 
 @pytest.fixture(scope="session")
