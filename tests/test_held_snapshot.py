@@ -13,7 +13,7 @@ from shop import ANNA, BERT, SALES, application, create_view, differences, one, 
 
 pytestmark = pytest.mark.anyio
 
-ROUNDS = 150
+ROUNDS = 400
 
 
 @pytest.fixture
@@ -59,12 +59,24 @@ async def test_a_hot_key_is_read_as_cheaply_as_at_the_start(shop: Database) -> N
             await order(app, ANNA, "a")
             await service.execute("SELECT count(*) FROM listener.drain()")
             await service.execute("SELECT listener.refresh('sales', %s::text)", (ANNA,))
+            if number % 40 == 0:
+                # As many writers' rows; they are the hot tenant's, too.
+                await superuser.execute(
+                    """INSERT INTO listener.change_log (xid, changed_at, source_id, tenant)
+                       SELECT pg_current_xact_id(), clock_timestamp(), s.id, %s
+                       FROM listener.source s, generate_series(1, 2000)""",
+                    (ANNA,),
+                )
             if number % 10 == 9:
                 await service.execute("SELECT listener.purge()")
         assert await one(superuser, "SELECT count(*) FROM listener.dirty_key") < 10
+        await service.execute("SELECT count(*) FROM listener.drain()")
+        await service.execute("SELECT listener.refresh('sales', %s::text)", (ANNA,))
+        await service.execute("SELECT listener.purge()")
         after = {name: await blocks(service, query) for name, query in reads.items()}
+        print(before, after)
         for name in reads:
-            assert after[name] <= 2 * before[name] + 10, (name, before, after)
+            assert after[name] <= 1.5 * before[name] + 8, (name, before, after)
         assert await differences(superuser, "sales") == []
 
 
