@@ -4,21 +4,26 @@
 -- them. enable_seqscan is off so that a plan made while the tables were small is the right one later.
 
 -- known_version(view_id, tenant): the dirty version of the key, that is, the newest drain that found it changed, 0 where
--- none ever did; and the correlation id of that drain. The newest entry of the index, however many dead ones are below.
+-- none ever did; and the correlation id of that drain. What is shown already is looked up first: dirty_key is read above
+-- it, where nothing was deleted yet, and so crosses no dead rows.
 CREATE OR REPLACE FUNCTION listener.known_version(
     view_id integer, tenant text, OUT version bigint, OUT correlation_id text)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $function$
 #variable_conflict use_column
+DECLARE
+    shown record;
 BEGIN
+    SELECT r.refreshed_version AS version, r.correlation_id INTO shown
+    FROM listener.refresh_state r WHERE r.view_id = known_version.view_id AND r.tenant = known_version.tenant;
     SELECT k.version, k.correlation_id INTO version, correlation_id
-    FROM listener.dirty_key k WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant
+    FROM listener.dirty_key k
+    WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant
+      AND k.version > coalesce(shown.version, -1)
     ORDER BY k.version DESC LIMIT 1;
-    -- What is clean may have been purged.
     IF version IS NULL THEN
-        SELECT r.refreshed_version, r.correlation_id INTO version, correlation_id
-        FROM listener.refresh_state r WHERE r.view_id = known_version.view_id AND r.tenant = known_version.tenant;
-        version := greatest(version, 0);
+        version := greatest(shown.version, 0);
+        correlation_id := shown.correlation_id;
     END IF;
 END
 $function$;
