@@ -46,8 +46,15 @@ BEGIN
     END IF;
     DELETE FROM listener.drain_log l WHERE l.id < cursor_id AND l.drained_at < clock_timestamp() - interval '1 hour';
     DELETE FROM listener.dead_letter d WHERE d.status <> 'open' AND d.closed_at < clock_timestamp() - letters_kept;
-    DELETE FROM listener.refresh_state r
-    WHERE NOT EXISTS (SELECT FROM listener.managed_view v WHERE v.id = r.view_id);
+    -- From one view to the next through the index: the rows of those that are there are not read.
+    DELETE FROM listener.refresh_state r WHERE r.view_id IN (
+        WITH RECURSIVE seen (view_id) AS (
+            SELECT min(s.view_id) FROM listener.refresh_state s
+            UNION ALL
+            SELECT (SELECT min(s.view_id) FROM listener.refresh_state s WHERE s.view_id > seen.view_id)
+            FROM seen WHERE seen.view_id IS NOT NULL
+        )
+        SELECT seen.view_id FROM seen EXCEPT SELECT v.id FROM listener.managed_view v);
     RETURN deleted;
 END
 $function$;
