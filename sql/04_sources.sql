@@ -620,6 +620,10 @@ BEGIN
         RETURN;  -- the column is gone, and readiness() says so
     END IF;
     source.tenant_column := coalesce(column_now, source.tenant_column);
+    -- Two tables may have exchanged their names; the other source's turn comes.
+    UPDATE listener.source s SET table_name = s.relid::text
+    WHERE s.relid <> source.relid AND s.schema_name = source.schema_name AND s.table_name = source.table_name
+      AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid);
     UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column) = (
         SELECT source.schema_name, source.table_name, source.relid, source.tenant_column) WHERE s.id = source.id;
     IF source.relid <> known.relid THEN

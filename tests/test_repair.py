@@ -361,6 +361,24 @@ async def test_a_table_replaced_by_another_of_its_name_is_captured_after_a_repai
         await app.execute("INSERT INTO shop.stock VALUES (2, %s, 5)", (BERT,))
 
 
+async def test_two_tables_that_exchanged_their_names_are_followed(
+    superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
+) -> None:
+    await emptied(superuser, service)
+    await define(
+        superuser,
+        """ALTER TABLE shop.orders RENAME TO parked;
+           ALTER TABLE shop.payments RENAME TO orders;
+           ALTER TABLE shop.parked RENAME TO payments""",
+    )
+    assert await repaired(service) == [("shop.orders", "renamed"), ("shop.payments", "renamed")]
+    assert await repaired(service) == []
+    async with reaches(superuser, service, "sales", {"payments of anna"}):
+        await app.execute("INSERT INTO shop.payments (tenant_id, product) VALUES (%s, 'a')", (ANNA,))
+    async with reaches(superuser, service, "paid", {"orders of anna"}):
+        await app.execute("INSERT INTO shop.orders (tenant_id, product, cents) VALUES (%s, 'a', 5)", (ANNA,))
+
+
 async def test_paused_capture_is_not_repaired(
     shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
 ) -> None:
