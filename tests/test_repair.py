@@ -379,6 +379,26 @@ async def test_two_tables_that_exchanged_their_names_are_followed(
         await app.execute("INSERT INTO shop.orders (tenant_id, product, cents) VALUES (%s, 'a', 5)", (ANNA,))
 
 
+async def test_a_table_that_took_the_name_that_a_function_reads_is_captured_after_a_sweep(
+    superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
+) -> None:
+    await emptied(superuser, service)
+    await define(
+        superuser,
+        """CREATE TABLE shop.stock_new (LIKE shop.stock);
+           GRANT ALL ON shop.stock_new TO shop_app; GRANT SELECT ON shop.stock_new TO listener_service;
+           ALTER TABLE shop.stock RENAME TO stock_old; ALTER TABLE shop.stock_new RENAME TO stock""",
+    )
+    assert await repaired(service) == [("shop.stock", "renamed")]
+    changed = "SELECT * FROM listener.changed_definitions()"
+    assert await rows(service, changed) == [("inventory", None)]
+    assert await repaired(service) == await rows(service, changed) == []
+    await settle(service)
+    assert await differences(superuser, "inventory") == []
+    async with reaches(superuser, service, "inventory", {"stock of anna"}):
+        await app.execute("INSERT INTO shop.stock VALUES (1, %s, 5)", (ANNA,))
+
+
 async def test_paused_capture_is_not_repaired(
     shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
 ) -> None:
