@@ -399,6 +399,27 @@ async def test_a_table_that_took_the_name_that_a_function_reads_is_captured_afte
         await app.execute("INSERT INTO shop.stock VALUES (1, %s, 5)", (ANNA,))
 
 
+async def test_a_changed_function_that_reads_a_table_of_the_schema_public_is_noticed(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    await superuser.execute(
+        """CREATE TABLE public.rates (rate int); INSERT INTO public.rates VALUES (7);
+           ALTER TABLE public.rates OWNER TO shop_owner;
+           GRANT SELECT ON public.rates TO listener_service;
+           CREATE FUNCTION public.rate_now() RETURNS int LANGUAGE sql STABLE AS 'SELECT rate FROM public.rates'"""
+    )
+    rates = "SELECT t.id AS tenant_id, public.rate_now() AS rate FROM shop.tenants t"
+    await create_view(shop, "rated", rates, [], depends_on="{rates}")
+    await emptied(superuser, service)
+    await superuser.execute(
+        """CREATE OR REPLACE FUNCTION public.rate_now() RETURNS int LANGUAGE sql STABLE
+             AS 'SELECT rate + 1 FROM public.rates'"""
+    )
+    assert await rows(service, "SELECT * FROM listener.changed_definitions()") == [("rated", None)]
+    await settle(service)
+    assert await differences(superuser, "rated") == []
+
+
 async def test_paused_capture_is_not_repaired(
     shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
 ) -> None:
