@@ -192,12 +192,13 @@ END
 $function$;
 
 -- check_source(relation, tenant_column): raises LSN03 for a table that triggers cannot cover, and for a tenant column
--- that is missing or of a type that another role could give code of its own to.
+-- that is missing, is computed only when read, or is of a type that another role could give code of its own to.
 CREATE OR REPLACE FUNCTION listener.check_source(relation regclass, tenant_column name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     class record;
     column_type oid;
+    column_generated "char";
     refusal text;
 BEGIN
     SELECT c.relname, n.nspname, c.relkind, c.relpersistence,
@@ -220,11 +221,16 @@ BEGIN
     IF tenant_column IS NULL THEN
         RETURN;
     END IF;
-    SELECT coalesce(nullif(t.typbasetype, 0), t.oid) INTO column_type
+    SELECT coalesce(nullif(t.typbasetype, 0), t.oid), a.attgenerated INTO column_type, column_generated
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
     WHERE a.attrelid = relation AND a.attname = tenant_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF column_type IS NULL THEN
         RAISE EXCEPTION '% has no column %', relation, tenant_column USING ERRCODE = 'LSN03';
+    END IF;
+    IF column_generated = 'v' THEN
+        RAISE EXCEPTION 'tenant column % of % is a virtual generated column: a trigger cannot read it', tenant_column, relation
+            USING ERRCODE = 'LSN03',
+                  HINT = format('Make it STORED, or let a change refresh every tenant: listener.add_source(%L).', relation);
     END IF;
     IF column_type <> ALL ('{uuid,text,varchar,bpchar,name,int2,int4,int8}'::regtype[]) THEN
         RAISE EXCEPTION 'tenant column % of % is of type %', tenant_column, relation, column_type::regtype
@@ -378,6 +384,10 @@ BEGIN
     END IF;
     cascades := keys.found = 1 AND keys.cascades;
     PERFORM listener.check_source_columns(relation, columns), listener.check_source_columns(through, references_columns);
+    IF EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = relation AND a.attname = ANY (columns) AND a.attgenerated = 'v') THEN
+        RAISE EXCEPTION 'a column of % that names its row of % is a virtual generated column: a trigger cannot read it',
+            relation, through USING ERRCODE = 'LSN03', HINT = 'Make it STORED.';
+    END IF;
 END
 $function$;
 
@@ -670,6 +680,10 @@ BEGIN
         RETURN;  -- the column is gone, and readiness() says so
     END IF;
     source.tenant_column := coalesce(column_now, source.tenant_column);
+    -- Two tables may have exchanged their names; the other source's turn comes.
+    UPDATE listener.source s SET table_name = s.relid::text
+    WHERE s.relid <> source.relid AND s.schema_name = source.schema_name AND s.table_name = source.table_name
+      AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid);
     source.through_keys := listener.tracked_keys(source.id);
     UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column, through_keys) = (
         SELECT source.schema_name, source.table_name, source.relid, source.tenant_column, source.through_keys)

@@ -69,7 +69,10 @@ BEGIN
           ORDER BY u.key, u.ord) k;
     view.key_columns := keys;
     view.tenants_query := tenants_query;
-    view.depends_on := depends_on::text[];
+    -- With their schemas: they are read again under another search_path.
+    view.depends_on := CASE WHEN depends_on IS NOT NULL THEN ARRAY(
+        SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) FROM pg_catalog.unnest(depends_on) AS d (relid)
+        JOIN pg_catalog.pg_class c ON c.oid = d.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace) END;
     view.quiet_period := coalesce(quiet_period, '250 ms');
     view.max_wait := coalesce(max_wait, greatest('2 s', view.quiet_period));
     view.edge := coalesce(edge, 'leading');

@@ -60,7 +60,7 @@ END
 $function$;
 
 -- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
--- they were registered; and takes note of it: finds their tables anew, puts triggers on those that are new, and marks
+-- they were registered, or where a table of depends_on is another; and takes note of it: finds their tables anew, puts triggers on those that are new, and marks
 -- every tenant dirty. Runs with the owner's rights, because only the owner may create triggers.
 --   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
 CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS TABLE (view text, trouble text)
@@ -76,7 +76,13 @@ BEGIN
     END IF;
     FOR managed IN SELECT v.* FROM listener.managed_view v ORDER BY v.id LOOP
         definition := to_regclass('listener.definition_' || managed.id);
-        CONTINUE WHEN definition IS NULL OR listener.fingerprint(definition) = managed.fingerprint;
+        -- A function finds its tables by name: another table may bear it now.
+        CONTINUE WHEN definition IS NULL OR (
+            listener.fingerprint(definition) = managed.fingerprint
+            AND NOT EXISTS (SELECT FROM unnest(managed.depends_on) d (name)
+                            WHERE to_regclass(d.name) NOT IN (
+                                SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
+                                WHERE w.view_id = managed.id)));
         view := managed.name;
         trouble := NULL;
         BEGIN

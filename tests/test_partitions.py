@@ -19,7 +19,7 @@ VISITS: LiteralString = """
     CREATE TABLE shop.visits (day int NOT NULL, tenant_id uuid, place text) PARTITION BY RANGE (day);
     CREATE TABLE shop.early PARTITION OF shop.visits FOR VALUES FROM (0) TO (10);
     CREATE TABLE shop.late PARTITION OF shop.visits FOR VALUES FROM (10) TO (20);
-    CREATE TABLE shop.odd (place text, gone int, tenant_id uuid, day int NOT NULL);
+    CREATE TABLE shop.odd (place text, gone int, day int NOT NULL, tenant_id uuid);
     ALTER TABLE shop.odd DROP COLUMN gone;
     ALTER TABLE shop.visits ATTACH PARTITION shop.odd FOR VALUES FROM (20) TO (30);
     CREATE TABLE shop.deep PARTITION OF shop.visits FOR VALUES FROM (30) TO (40) PARTITION BY LIST (tenant_id);
@@ -279,6 +279,23 @@ async def test_a_renamed_tenant_column_is_followed_into_the_leaves(
     assert await repaired(service) == []
     async with reaches(superuser, service, "footfall", {"visits of bert"}):
         await app.execute("INSERT INTO shop.odd (day, customer) VALUES (26, %s)", (BERT,))
+
+
+async def test_columns_dropped_and_added_on_the_root_change_nothing_for_the_leaves(
+    superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
+) -> None:
+    await define(
+        superuser, "ALTER TABLE shop.visits ADD COLUMN first int DEFAULT 1, ADD COLUMN second text DEFAULT 'x'"
+    )
+    await app.execute("UPDATE shop.visits SET second = 'y'")
+    await define(superuser, "ALTER TABLE shop.visits DROP COLUMN first, ADD COLUMN third int")
+    for table, day in (("visits", 6), ("early", 7), ("odd", 26), ("deep_rest", 36)):
+        name = sql.Identifier("shop", table)
+        async with reaches(superuser, service, "footfall", {"visits of bert"}):
+            await app.execute(sql.SQL("INSERT INTO {} (day, tenant_id) VALUES (%s, %s)").format(name), (day, BERT))
+        async with reaches(superuser, service, "footfall", {"visits of bert"}):
+            await app.execute(sql.SQL("UPDATE {} SET place = 'z', third = 3 WHERE day = %s").format(name), (day,))
+    assert await repaired(service) == []
 
 
 async def test_nothing_is_repaired_while_nothing_changed(

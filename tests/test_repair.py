@@ -361,6 +361,65 @@ async def test_a_table_replaced_by_another_of_its_name_is_captured_after_a_repai
         await app.execute("INSERT INTO shop.stock VALUES (2, %s, 5)", (BERT,))
 
 
+async def test_two_tables_that_exchanged_their_names_are_followed(
+    superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
+) -> None:
+    await emptied(superuser, service)
+    await define(
+        superuser,
+        """ALTER TABLE shop.orders RENAME TO parked;
+           ALTER TABLE shop.payments RENAME TO orders;
+           ALTER TABLE shop.parked RENAME TO payments""",
+    )
+    assert await repaired(service) == [("shop.orders", "renamed"), ("shop.payments", "renamed")]
+    assert await repaired(service) == []
+    async with reaches(superuser, service, "sales", {"payments of anna"}):
+        await app.execute("INSERT INTO shop.payments (tenant_id, product) VALUES (%s, 'a')", (ANNA,))
+    async with reaches(superuser, service, "paid", {"orders of anna"}):
+        await app.execute("INSERT INTO shop.orders (tenant_id, product, cents) VALUES (%s, 'a', 5)", (ANNA,))
+
+
+async def test_a_table_that_took_the_name_that_a_function_reads_is_captured_after_a_sweep(
+    superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
+) -> None:
+    await emptied(superuser, service)
+    await define(
+        superuser,
+        """CREATE TABLE shop.stock_new (LIKE shop.stock);
+           GRANT ALL ON shop.stock_new TO shop_app; GRANT SELECT ON shop.stock_new TO listener_service;
+           ALTER TABLE shop.stock RENAME TO stock_old; ALTER TABLE shop.stock_new RENAME TO stock""",
+    )
+    assert await repaired(service) == [("shop.stock", "renamed")]
+    changed = "SELECT * FROM listener.changed_definitions()"
+    assert await rows(service, changed) == [("inventory", None)]
+    assert await repaired(service) == await rows(service, changed) == []
+    await settle(service)
+    assert await differences(superuser, "inventory") == []
+    async with reaches(superuser, service, "inventory", {"stock of anna"}):
+        await app.execute("INSERT INTO shop.stock VALUES (1, %s, 5)", (ANNA,))
+
+
+async def test_a_changed_function_that_reads_a_table_of_the_schema_public_is_noticed(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    await superuser.execute(
+        """CREATE TABLE public.rates (rate int); INSERT INTO public.rates VALUES (7);
+           ALTER TABLE public.rates OWNER TO shop_owner;
+           GRANT SELECT ON public.rates TO listener_service;
+           CREATE FUNCTION public.rate_now() RETURNS int LANGUAGE sql STABLE AS 'SELECT rate FROM public.rates'"""
+    )
+    rates = "SELECT t.id AS tenant_id, public.rate_now() AS rate FROM shop.tenants t"
+    await create_view(shop, "rated", rates, [], depends_on="{rates}")
+    await emptied(superuser, service)
+    await superuser.execute(
+        """CREATE OR REPLACE FUNCTION public.rate_now() RETURNS int LANGUAGE sql STABLE
+             AS 'SELECT rate + 1 FROM public.rates'"""
+    )
+    assert await rows(service, "SELECT * FROM listener.changed_definitions()") == [("rated", None)]
+    await settle(service)
+    assert await differences(superuser, "rated") == []
+
+
 async def test_paused_capture_is_not_repaired(
     shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], app: AsyncConnection[Any]
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from captured import OFFICE, emptied, logged, reaches, statement
 from conftest import Database
@@ -296,6 +296,51 @@ async def test_a_session_that_applies_a_replicas_writes(
         await applying.execute("SET session_replication_role = replica")
         await applying.execute("INSERT INTO shop.orders (tenant_id, product) VALUES (%s, 'b')", (ANNA,))
         await applying.execute("DELETE FROM shop.orders WHERE tenant_id = %s", (BERT,))
+
+
+@pytest.mark.parametrize(
+    ("tenant", "other", "through"),
+    [("VIRTUAL", "STORED", None), ("STORED", "VIRTUAL", None), ("STORED", "VIRTUAL", "shop.baskets")],
+    ids=["of the tenant", "of another column", "of a look-up"],
+)
+async def test_a_table_with_virtual_generated_columns_is_captured_unless_a_trigger_would_have_to_read_them(
+    shop: Database,
+    superuser: AsyncConnection[Any],
+    service: AsyncConnection[Any],
+    office: AsyncConnection[Any],
+    tenant: LiteralString,
+    other: LiteralString,
+    through: str | None,
+) -> None:
+    if superuser.info.server_version < 18_00_00:
+        return  # it has no such columns
+    await define(
+        superuser,
+        sql.SQL(
+            """CREATE TABLE shop.docs (
+                   doc jsonb,
+                   tenant_id uuid GENERATED ALWAYS AS ((doc ->> 'tenant')::uuid) {},
+                   basket_id int GENERATED ALWAYS AS ((doc ->> 'basket')::int) {});
+               GRANT ALL ON shop.docs TO shop_app; GRANT SELECT ON shop.docs TO listener_service"""
+        ).format(sql.SQL(tenant), sql.SQL(other)),
+    )
+    if tenant == "VIRTUAL" or through:
+        with pytest.raises(psycopg.Error, match="virtual generated column") as raised:
+            await superuser.execute(
+                """SELECT listener.add_source('shop.docs', 'tenant_id', through => %s::regclass,
+                     columns => CASE WHEN %s::text IS NULL THEN NULL ELSE '{basket_id}'::name[] END,
+                     references_columns => '{id}')""",
+                (through, through),
+            )
+        assert raised.value.sqlstate == "LSN03"
+        await superuser.execute("SELECT listener.add_source('shop.docs')")
+    await create_view(shop, "docs_of", "SELECT tenant_id, count(*) FROM shop.docs GROUP BY 1", [])
+    by_name = tenant == "STORED" and not through
+    async with reaches(superuser, service, "docs_of", {"docs of anna"} if by_name else {"docs of all"}):
+        await office.execute("INSERT INTO shop.docs VALUES (jsonb_build_object('tenant', %s::text))", (ANNA,))
+    both = {"docs of anna", "docs of bert"}
+    async with reaches(superuser, service, "docs_of", both if by_name else {"docs of all"}):
+        await office.execute("UPDATE shop.docs SET doc = jsonb_build_object('tenant', %s::text)", (BERT,))
 
 
 async def test_a_publication_for_all_tables_beside_us(
