@@ -121,9 +121,7 @@ async def test_an_operator_who_wants_notifications_gives_prepared_transactions_u
     assert await one(service, "SELECT listener.must_poll()") is True
 
 
-async def test_a_service_that_heeds_the_new_mode_is_rung_for(
-    shop: Database, superuser: AsyncConnection[Any]
-) -> None:
+async def test_a_service_that_heeds_the_new_mode_is_rung_for(shop: Database, superuser: AsyncConnection[Any]) -> None:
     async with shop.service(sweep_interval=3600.0) as running:
         await superuser.execute("SELECT listener.set_notify('always')")
         await running.service.drainer.heed_installation()
