@@ -1,4 +1,4 @@
-"""`python -m benchmarks [calm] [refresh] [idle] [drain]`: runs them, prints tables, writes them with --write."""
+"""`python -m benchmarks [NAME …]`: runs them, prints tables, writes them with --write."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import calm, drain, idle, refresh
+from benchmarks import backlog, bulk, calm, capture, drain, held_snapshot, idle, refresh, sustained, write_path
 from benchmarks.bench import Result, environment
 from listener.embedded import EmbeddedServer
 
-ALL = {"calm": calm, "refresh": refresh, "idle": idle, "drain": drain}
+ALL = {
+    "calm": calm,
+    "write-path": write_path,
+    "capture": capture,
+    "bulk": bulk,
+    "refresh": refresh,
+    "sustained": sustained,
+    "backlog": backlog,
+    "drain": drain,
+    "held-snapshot": held_snapshot,
+    "idle": idle,
+}
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
@@ -20,10 +31,23 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(ALL)}; all where left out")
     parser.add_argument("--writes", type=int, default=300, help="calm: how many writes (300)")
     parser.add_argument(
-        "--tenants", type=int, nargs="+", default=[100, 1000, 5000], help="refresh: how many tenants (100 1000 5000)"
+        "--tenants", type=int, nargs="+", default=[100, 1000, 10000], help="refresh: how many tenants (100 1000 10000)"
     )
     parser.add_argument("--seconds", type=float, default=30, help="idle: how long (30)")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="drain: how many log rows (1000000)")
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, help="drain, backlog: log rows; bulk: rows of a statement (1000000)"
+    )
+    parser.add_argument(
+        "--writers", type=int, nargs="+", default=[1, 4, 16, 64], help="write-path: how many writers (1 4 16 64)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="write-path, capture, bulk: how often each (3)")
+    parser.add_argument("--burst", type=float, default=4, help="write-path: seconds of each run (4)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1000, 1500, 2000, 3000, 4000], help="sustained: writes a second"
+    )
+    parser.add_argument("--load-seconds", type=float, default=30, help="sustained: how long each rate (30)")
+    parser.add_argument("--hold-seconds", type=float, default=600, help="held-snapshot: how long (600)")
+    parser.add_argument("--hold-rate", type=float, default=5000, help="held-snapshot: writes a second (5000)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/benchmarks.md too")
     options = parser.parse_args()

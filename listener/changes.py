@@ -88,20 +88,25 @@ class Drainer:
             past = self.doorbell.mark is not None and await queries.is_past(connection, self.doorbell.mark)
             started = anyio.current_time()
             drained = await drain(connection, started, self.looked_at)
-            now = anyio.current_time()
             self.trouble = None
             if drained.outcome == "busy":
                 return drained
             self.looked_at = began
+            self._tell(drained)
             if past:
                 self.doorbell.closed()
+            now = anyio.current_time()
             deed = self.doorbell.drained(now, found=drained.outcome == "drained", took=now - started)
             if deed == "hold":
-                await queries.hold_lease(connection)
+                # Before it is taken: the lease would stand unwatched if the answer were lost. A writer that finds none
+                # rings.
                 self.doorbell.held(now)
-                # A writer that looked before found no lease, and rang.
+                await queries.hold_lease(connection)
             elif deed == "end":
                 await self._close(connection)
+        return drained
+
+    def _tell(self, drained: Drained) -> None:
         if drained.restored:
             log.warning("this database is a copy or was restored: every tenant of every view is marked dirty")
         if drained.outcome == "drained":
@@ -113,7 +118,6 @@ class Drainer:
                 named=[f"{change.key.view}/{change.key.tenant}" for change in drained.keys[:NAMED_KEYS]],
             )
             self._on_drained(drained)
-        return drained
 
     async def heed_installation(self) -> None:
         """Finds out whether capture may notify here, which an operator can change. Raises psycopg.Error."""

@@ -58,6 +58,10 @@ class Debouncer:
     def __contains__(self, key: object) -> bool:
         return key in self._waiting or key in self._running
 
+    def keys(self) -> set[RefreshKey]:
+        """Every key that waits or is being refreshed."""
+        return self._waiting.keys() | self._running
+
     @property
     def running(self) -> int:
         """Keys handed out and not yet finished."""

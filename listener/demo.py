@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import psycopg
+from anyio.abc import TaskStatus
 from pydantic import SecretStr
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -95,7 +96,7 @@ class Demo:
         if not change.bulk:
             seen.staleness.append(now - change.first_change)
 
-    def invitation(self) -> str:
+    def _invitation(self) -> str:
         """Commands to paste into another terminal: a target, and a source, whose policy wants to know the tenant."""
         tenant = tenant_of("tenant 1") if self.ledger is None else self.ledger.invoices[0].tenant
         psql = f"{self.server.bin('psql')} '{self._url('listener_service')}'"
@@ -115,7 +116,8 @@ class Demo:
     async def run(self) -> None:
         """Writes and serves until the time is over, the replay has ended, or Ctrl-C; then until all is fresh."""
         async with anyio.create_task_group() as watching:
-            watching.start_soon(self._watch_signals)
+            await watching.start(self._watch_signals)
+            console.out.print(self._invitation(), soft_wrap=True)
             async with anyio.create_task_group() as serving:
                 serving.start_soon(self.service.run)
                 await self.service.started.wait()
@@ -136,8 +138,9 @@ class Demo:
             self.written_seconds = anyio.current_time() - self.started
             writing.cancel_scope.cancel()
 
-    async def _watch_signals(self) -> None:
+    async def _watch_signals(self, task_status: TaskStatus[None]) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
             async for _ in signals:
                 self.interrupted = True
                 self.stop.set()
@@ -266,7 +269,6 @@ async def run(options: Options) -> bool:
             server.stop()
             raise
     with server:
-        console.out.print(demo.invitation(), soft_wrap=True)
         await demo.run()
         return await demo.summary()
 

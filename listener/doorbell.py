@@ -25,7 +25,7 @@ from typing import Literal
 LEASE = 0.5  # seconds, as in listener.hold_lease(); extended when half of it is over
 BUSY_WITHIN = 0.05  # two drains that found something within so many seconds: changes keep coming
 SHORTEST_PAUSE = 0.005
-LONGEST_PAUSE = 0.05
+LONGEST_PAUSE = 0.1
 # A poll is followed by a pause of so many times what it took, so that polling takes a fifth of a core at the most.
 PAUSE_PER_DRAIN = 4.0
 CLOSING_PAUSES = (0.02, 0.25)
@@ -59,7 +59,8 @@ class Doorbell:
         if found:
             self._found_at = now
         if self.must_poll:
-            return None
+            # A lease is of no use where nobody notifies; it may be left from before.
+            return None if self._held_at is None else "end"
         if self._held_at is None:
             return "hold" if busy else None
         if found:
@@ -67,7 +68,7 @@ class Doorbell:
         return "end" if now - self._found_at > LEASE else None
 
     def held(self, now: float) -> None:
-        """The lease was taken or extended."""
+        """The lease is about to be taken or extended: if the answer is lost, it may have been."""
         self._held_at, self.mark = now, None
 
     def ended(self, mark: str, now: float) -> None:

@@ -274,10 +274,13 @@ class Service:
         try:
             rung = self.drainer.bell.is_rung
             drained = await self.drainer.look()
+            # What was known when the question was asked may be refreshed by the time that it is answered.
+            known = self.debouncer.keys()
             async with self.pool.connection() as connection:
                 dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=True)
-            missed = [change for change in dirty if change.key not in self.debouncer]
-            for change in missed + [change for change in aged if change.key not in self.debouncer]:
+            known |= self.debouncer.keys()
+            missed = [change for change in dirty if change.key not in known]
+            for change in missed + [change for change in aged if change.key not in known]:
                 self.debouncer.changed(change)
             # A window that was changed is taken over by the keys that wait.
             for change in dirty:

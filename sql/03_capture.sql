@@ -5,20 +5,24 @@
 -- ring(source_id, source_name, mode): the doorbell: notifies listener_changes of the tenants that this transaction
 -- logged for a source, one notification a tenant up to eight, else one for all. Called by capture where nobody polls.
 -- It says nothing where the session has set listener.notify to 'off'; nor, while no mode was chosen, where prepared
--- transactions are allowed: PREPARE TRANSACTION refuses a transaction that has notified.
+-- transactions are allowed: PREPARE TRANSACTION refuses a transaction that has notified. A transaction rings for its
+-- first eight statements, once more for all tenants, and then no more: one commit wakes whoever listens once.
 CREATE OR REPLACE FUNCTION listener.ring(source_id integer, source_name text, mode text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $function$
 DECLARE
     tenants text[];
+    -- Ends with the transaction, or with its savepoint, as the notifications do.
+    rung integer := coalesce(nullif(current_setting('listener.rung', true), ''), '0');
 BEGIN
-    IF current_setting('listener.notify', true) = 'off'
+    IF rung > 8 OR current_setting('listener.notify', true) = 'off'
        OR (mode IS NULL AND current_setting('max_prepared_transactions') <> '0') THEN
         RETURN;
     END IF;
+    PERFORM set_config('listener.rung', (rung + 1)::text, true);
     SELECT array_agg(logged.tenant) INTO tenants
     FROM (SELECT DISTINCT l.tenant FROM listener.change_log l
           WHERE l.xid = pg_current_xact_id() AND l.source_id = ring.source_id LIMIT 9) AS logged;
-    IF cardinality(tenants) > 8 THEN
+    IF rung = 8 OR cardinality(tenants) > 8 THEN
         tenants := '{""}';
     END IF;
     PERFORM pg_notify('listener_changes', json_build_object(
@@ -57,7 +61,9 @@ BEGIN
              BEGIN ATOMIC SELECT ($1).%4$I::%3$s; END',
             wanted.name, source.relid::regclass, wanted.type, wanted.attname);
         -- The table may be one made anew, whose column is of another type.
-        EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(anyelement)', wanted.name);
+        IF to_regprocedure(format('listener.%I(anyelement)', wanted.name)) IS NOT NULL THEN
+            EXECUTE format('DROP FUNCTION listener.%I(anyelement)', wanted.name);
+        END IF;
         EXECUTE format(
             'CREATE FUNCTION listener.%1$I(anyelement) RETURNS %2$s LANGUAGE sql STABLE PARALLEL SAFE
              AS %3$L', wanted.name, wanted.type, 'SELECT NULL::' || wanted.type);

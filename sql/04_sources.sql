@@ -167,7 +167,9 @@ BEGIN
     LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
     END LOOP;
-    EXECUTE format('DROP DOMAIN IF EXISTS listener.%I', 'row_' || detach_capture.source_id);
+    IF to_regtype(format('listener.%I', 'row_' || detach_capture.source_id)) IS NOT NULL THEN
+        EXECUTE format('DROP DOMAIN listener.%I', 'row_' || detach_capture.source_id);
+    END IF;
     DELETE FROM listener.source s WHERE s.id = detach_capture.source_id;
 END
 $function$;
@@ -190,12 +192,13 @@ END
 $function$;
 
 -- check_source(relation, tenant_column): raises LSN03 for a table that triggers cannot cover, and for a tenant column
--- that is missing or of a type that another role could give code of its own to.
+-- that is missing, is computed only when read, or is of a type that another role could give code of its own to.
 CREATE OR REPLACE FUNCTION listener.check_source(relation regclass, tenant_column name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     class record;
     column_type oid;
+    column_generated "char";
     refusal text;
 BEGIN
     SELECT c.relname, n.nspname, c.relkind, c.relpersistence,
@@ -218,11 +221,16 @@ BEGIN
     IF tenant_column IS NULL THEN
         RETURN;
     END IF;
-    SELECT coalesce(nullif(t.typbasetype, 0), t.oid) INTO column_type
+    SELECT coalesce(nullif(t.typbasetype, 0), t.oid), a.attgenerated INTO column_type, column_generated
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
     WHERE a.attrelid = relation AND a.attname = tenant_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF column_type IS NULL THEN
         RAISE EXCEPTION '% has no column %', relation, tenant_column USING ERRCODE = 'LSN03';
+    END IF;
+    IF column_generated = 'v' THEN
+        RAISE EXCEPTION 'tenant column % of % is a virtual generated column: a trigger cannot read it', tenant_column, relation
+            USING ERRCODE = 'LSN03',
+                  HINT = format('Make it STORED, or let a change refresh every tenant: listener.add_source(%L).', relation);
     END IF;
     IF column_type <> ALL ('{uuid,text,varchar,bpchar,name,int2,int4,int8}'::regtype[]) THEN
         RAISE EXCEPTION 'tenant column % of % is of type %', tenant_column, relation, column_type::regtype
@@ -376,6 +384,10 @@ BEGIN
     END IF;
     cascades := keys.found = 1 AND keys.cascades;
     PERFORM listener.check_source_columns(relation, columns), listener.check_source_columns(through, references_columns);
+    IF EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = relation AND a.attname = ANY (columns) AND a.attgenerated = 'v') THEN
+        RAISE EXCEPTION 'a column of % that names its row of % is a virtual generated column: a trigger cannot read it',
+            relation, through USING ERRCODE = 'LSN03', HINT = 'Make it STORED.';
+    END IF;
 END
 $function$;
 
@@ -472,7 +484,9 @@ BEGIN
                    AND p.proname = 'tenants_by_' || drop_lookup.source_id LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
     END LOOP;
-    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'lookup_' || drop_lookup.source_id);
+    IF to_regclass(format('listener.%I', 'lookup_' || drop_lookup.source_id)) IS NOT NULL THEN
+        EXECUTE format('DROP VIEW listener.%I', 'lookup_' || drop_lookup.source_id);
+    END IF;
     IF EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = through AND p.polname = 'listener_lookup')
        AND NOT EXISTS (SELECT FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                        WHERE t.relid = through AND s.id <> drop_lookup.source_id) THEN
@@ -551,6 +565,7 @@ DECLARE
     here listener.installation;
     elsewhere boolean;
     known listener.source;
+    attempts integer := 5;
 BEGIN
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'registration')) THEN
         RETURN;
@@ -564,7 +579,8 @@ BEGIN
             system_identifier = (SELECT c.system_identifier FROM pg_control_system() c),
             database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());
         UPDATE listener.source s SET relid = coalesce(to_regclass(format('%I.%I', s.schema_name, s.table_name)), 0);
-        UPDATE listener.source_table t SET relid = coalesce(to_regclass(format('%I.%I', t.schema_name, t.table_name)), 0);
+        -- What was noted there means nothing here, and its numbers may be those of other tables.
+        DELETE FROM listener.source_table;
     END IF;
     FOR known IN
         SELECT s.* FROM listener.source s WHERE NOT s.capture_paused AND (
@@ -590,13 +606,19 @@ BEGIN
     LOOP
         source := format('%s.%s', known.schema_name, known.table_name);
         BEGIN
-            SELECT r.outcome, r.detail INTO outcome, detail FROM listener.repair_source(known) r;
+            SELECT r.outcome, r.detail INTO outcome, detail FROM listener.repair_source(known, attempts) r;
             CONTINUE WHEN outcome IS NULL;
         EXCEPTION WHEN OTHERS THEN
             outcome := 'failed';
             detail := SQLERRM;
         END;
         RETURN NEXT;
+        -- The locks on the tables of a mended source are held to the end. A writer may wait for one of them and hold
+        -- what the next source needs: do not wait for him long, or he is the victim of a deadlock. There is a next sweep.
+        EXIT WHEN outcome = 'failed' AND attempts = 1;
+        IF outcome = 'repaired' THEN
+            attempts := 1;
+        END IF;
     END LOOP;
 END
 $function$;
@@ -624,12 +646,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE s.id = $1
 $function$;
 
--- repair_source(known): mends one source; the outcome is NULL where there is nothing to mend it with.
-CREATE OR REPLACE FUNCTION listener.repair_source(known listener.source, OUT outcome text, OUT detail text)
+-- repair_source(known, attempts): mends one source, trying so many times to get the locks on its tables; the outcome is
+-- NULL where there is nothing to mend it with.
+CREATE OR REPLACE FUNCTION listener.repair_source(
+    known listener.source, attempts integer, OUT outcome text, OUT detail text)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     source listener.source := known;
     column_now name;
+    followed boolean;
     before text := (SELECT string_agg(concat(t.relid, t.fingerprint), ' ' ORDER BY t.relid)
                     FROM listener.source_table t WHERE t.source_id = known.id);
     seen text;
@@ -644,6 +669,7 @@ BEGIN
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = source.relid;
     SELECT a.attname INTO column_now FROM pg_attribute a
     WHERE a.attrelid = source.relid AND a.attnum = listener.tracked_column(source.id) AND NOT a.attisdropped;
+    followed := column_now IS NOT NULL OR source.tenant_column IS NULL;
     IF column_now IS NULL AND source.tenant_column IS NOT NULL THEN
         SELECT a.attname INTO column_now FROM pg_attribute a
         WHERE a.attrelid = source.relid AND a.attname = source.tenant_column AND NOT a.attisdropped;
@@ -654,6 +680,10 @@ BEGIN
         RETURN;  -- the column is gone, and readiness() says so
     END IF;
     source.tenant_column := coalesce(column_now, source.tenant_column);
+    -- Two tables may have exchanged their names; the other source's turn comes.
+    UPDATE listener.source s SET table_name = s.relid::text
+    WHERE s.relid <> source.relid AND s.schema_name = source.schema_name AND s.table_name = source.table_name
+      AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid);
     source.through_keys := listener.tracked_keys(source.id);
     UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column, through_keys) = (
         SELECT source.schema_name, source.table_name, source.relid, source.tenant_column, source.through_keys)
@@ -665,14 +695,16 @@ BEGIN
         PERFORM listener.create_lookup(source.id);
     END IF;
     PERFORM listener.generate_capture(source.id);
-    PERFORM listener.attach_capture(ARRAY[source.id], 5);
+    PERFORM listener.attach_capture(ARRAY[source.id], attempts);
     seen := (SELECT string_agg(concat(t.relid, t.fingerprint), ' ' ORDER BY t.relid)
              FROM listener.source_table t WHERE t.source_id = source.id);
     detail := format('%I.%I', source.schema_name, source.table_name)
               || coalesce(', tenant column ' || quote_ident(source.tenant_column), '');
-    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid
-       AND (column_now IS NOT NULL OR source.through_id IS NOT NULL) THEN
-        outcome := 'renamed';
+    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND followed THEN
+        IF (source.schema_name, source.table_name, source.tenant_column, source.through_keys)
+               IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column, known.through_keys) THEN
+            outcome := 'renamed';
+        END IF;
         RETURN;
     END IF;
     outcome := 'repaired';

@@ -69,7 +69,10 @@ BEGIN
           ORDER BY u.key, u.ord) k;
     view.key_columns := keys;
     view.tenants_query := tenants_query;
-    view.depends_on := depends_on::text[];
+    -- With their schemas: they are read again under another search_path.
+    view.depends_on := CASE WHEN depends_on IS NOT NULL THEN ARRAY(
+        SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) FROM pg_catalog.unnest(depends_on) AS d (relid)
+        JOIN pg_catalog.pg_class c ON c.oid = d.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace) END;
     view.quiet_period := coalesce(quiet_period, '250 ms');
     view.max_wait := coalesce(max_wait, greatest('2 s', view.quiet_period));
     view.edge := coalesce(edge, 'leading');
@@ -91,7 +94,7 @@ BEGIN
         PERFORM listener.create_default_tenants(view.id, tenant_column, source_ids);
     END IF;
     target := listener.create_target(view, definition);
-    view.difference := listener.difference_statement(view);
+    PERFORM listener.generate_difference(view);
     view.fingerprint := listener.fingerprint(definition);
     view.created_at := pg_catalog.clock_timestamp();
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
@@ -161,6 +164,7 @@ BEGIN
     PERFORM listener.drop_orphans();
     EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || managed.id);
     EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'definition_' || managed.id);
+    EXECUTE pg_catalog.format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || managed.id);
     IF NOT keep_target THEN
         EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);
     END IF;

@@ -46,14 +46,21 @@ BEGIN
     END IF;
     DELETE FROM listener.drain_log l WHERE l.id < cursor_id AND l.drained_at < clock_timestamp() - interval '1 hour';
     DELETE FROM listener.dead_letter d WHERE d.status <> 'open' AND d.closed_at < clock_timestamp() - letters_kept;
-    DELETE FROM listener.refresh_state r
-    WHERE NOT EXISTS (SELECT FROM listener.managed_view v WHERE v.id = r.view_id);
+    -- From one view to the next through the index: the rows of those that are there are not read.
+    DELETE FROM listener.refresh_state r WHERE r.view_id IN (
+        WITH RECURSIVE seen (view_id) AS (
+            SELECT min(s.view_id) FROM listener.refresh_state s
+            UNION ALL
+            SELECT (SELECT min(s.view_id) FROM listener.refresh_state s WHERE s.view_id > seen.view_id)
+            FROM seen WHERE seen.view_id IS NOT NULL
+        )
+        SELECT seen.view_id FROM seen EXCEPT SELECT v.id FROM listener.managed_view v);
     RETURN deleted;
 END
 $function$;
 
 -- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
--- they were registered; and takes note of it: finds their tables anew, puts triggers on those that are new, and marks
+-- they were registered, or where a table of depends_on is another; and takes note of it: finds their tables anew, puts triggers on those that are new, and marks
 -- every tenant dirty. Runs with the owner's rights, because only the owner may create triggers.
 --   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
 CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS TABLE (view text, trouble text)
@@ -69,7 +76,13 @@ BEGIN
     END IF;
     FOR managed IN SELECT v.* FROM listener.managed_view v ORDER BY v.id LOOP
         definition := to_regclass('listener.definition_' || managed.id);
-        CONTINUE WHEN definition IS NULL OR listener.fingerprint(definition) = managed.fingerprint;
+        -- A function finds its tables by name: another table may bear it now.
+        CONTINUE WHEN definition IS NULL OR (
+            listener.fingerprint(definition) = managed.fingerprint
+            AND NOT EXISTS (SELECT FROM unnest(managed.depends_on) d (name)
+                            WHERE to_regclass(d.name) NOT IN (
+                                SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
+                                WHERE w.view_id = managed.id)));
         view := managed.name;
         trouble := NULL;
         BEGIN
@@ -119,11 +132,15 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.regenerate() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
+    -- A later difference means a copy, which repair_capture() and drain() have to see.
+    UPDATE listener.installation i SET
+        system_identifier = (SELECT c.system_identifier FROM pg_control_system() c),
+        database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+    WHERE i.system_identifier IS NULL;
     PERFORM listener.generate_capture(s.id) FROM listener.source s
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
-    UPDATE listener.managed_view v SET difference = listener.difference_statement(v)
-    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL
-      AND v.difference <> listener.difference_statement(v);
+    PERFORM listener.generate_difference(v) FROM listener.managed_view v
+    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL;
 END
 $function$;
 

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import anyio
 import psycopg
@@ -68,15 +69,16 @@ def server() -> Iterator[Server]:
     """The server of this run. Missing or unreachable, the tests fail; they are never skipped."""
     given = os.environ.get("LISTENER_TEST_DATABASE_URL")
     if given:
-        superuser = conninfo_to_dict(given).get("user")
+        parts = {name: str(value) for name, value in conninfo_to_dict(given).items()}
+        superuser = parts.pop("user", "")
+        parts.pop("dbname", None)
+        assert superuser, "LISTENER_TEST_DATABASE_URL must name a superuser"
 
         def url(user: str, database: str) -> str:
-            overrides: dict[str, Any] = {"dbname": database}
-            if user != "postgres":
-                overrides |= {"user": user}
-            return psycopg.conninfo.make_conninfo(given, **overrides)
+            # A URL, as the embedded server gives: host, port, password and the like follow the question mark.
+            who = quote(superuser if user == "postgres" else user, safe="")
+            return f"postgresql://{who}@/{quote(database, safe='')}?{urlencode(parts, quote_via=quote)}"
 
-        assert superuser, "LISTENER_TEST_DATABASE_URL must name a superuser"
         yield Server(url, "psql")
         return
     with start_embedded() as embedded:

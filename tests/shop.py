@@ -6,8 +6,9 @@ nothing is drained or refreshed by it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, LiteralString
 
 from psycopg import AsyncConnection, sql
@@ -136,6 +137,20 @@ async def order(connection: AsyncConnection[Any], tenant: str | None, product: s
     await connection.execute(
         "INSERT INTO shop.orders (tenant_id, product, quantity) VALUES (%s, %s, %s)", (tenant, product, quantity)
     )
+
+
+async def heard(listening: AsyncConnection[Any], superuser: AsyncConnection[Any]) -> list[dict[str, Any]]:
+    """What was notified until now, but for probes: notifications arrive in the order of their commits."""
+    await superuser.execute("SELECT pg_notify('listener_changes', 'until here')")
+    payloads: list[dict[str, Any]] = []
+    async with aclosing(listening.notifies(timeout=30)) as notifications:
+        async for notification in notifications:
+            if notification.payload == "until here":
+                return payloads
+            payload = json.loads(notification.payload)
+            if "probe" not in payload:
+                payloads.append(payload)
+    raise TimeoutError
 
 
 async def settle(service: AsyncConnection[Any]) -> int:

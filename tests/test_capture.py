@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from psycopg import AsyncConnection, sql
 
-from conftest import DEADLINE, Database
-from shop import ANNA, BERT, CLEO, SALES, application, create_view, define, one, open_shop, order, rows, settle
+from conftest import Database
+from shop import ANNA, BERT, CLEO, SALES, application, create_view, define, heard, one, open_shop, order, rows, settle
 
 pytestmark = pytest.mark.anyio
 
@@ -42,18 +40,6 @@ async def take_log(superuser: AsyncConnection[Any]) -> list[str]:
 
 async def add_source(superuser: AsyncConnection[Any], table: str, tenant_column: str | None = "tenant_id") -> None:
     await superuser.execute("SELECT listener.add_source(%s, %s)", (table, tenant_column))
-
-
-async def heard(listening: AsyncConnection[Any], superuser: AsyncConnection[Any]) -> list[dict[str, Any]]:
-    """What was notified until now: notifications arrive in the order of their commits."""
-    await superuser.execute("SELECT pg_notify('listener_changes', 'until here')")
-    payloads: list[dict[str, Any]] = []
-    async with aclosing(listening.notifies(timeout=DEADLINE)) as notifications:
-        async for notification in notifications:
-            if notification.payload == "until here":
-                return payloads
-            payloads.append(json.loads(notification.payload))
-    raise TimeoutError
 
 
 @pytest.mark.parametrize(

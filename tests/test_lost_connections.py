@@ -39,6 +39,8 @@ async def test_a_listening_connection_that_stands_and_hears_nothing_is_replaced(
         async with books.service(sweep_interval=3600.0, **probing) as running:
             await settled(books, running)
             await eventually(lambda: running.service.listening.probe_answered)
+            # While it polls, it needs no notification.
+            await eventually(lambda: running.service.drainer.doorbell.state == "resting")
             seen = len(running.outcomes)
             proxy.switch("deaf")
             async with transaction(books) as application:

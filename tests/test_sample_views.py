@@ -52,7 +52,7 @@ def test_the_sample_is_loaded_by_psql_as_by_the_demo(database: Database) -> None
         loaded = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
         assert (loaded.returncode, loaded.stderr) == (0, "")
     listed = listener("status", "--json", url=database.url())
-    assert {row["view"] for row in json.loads(listed.stdout)} == VIEWS
+    assert {row["view"] for row in json.loads(listed.stdout)["views"]} == VIEWS
 
 
 async def test_realtime_revenue_counts_the_seconds_at_the_moment_of_reading(books: Database) -> None:

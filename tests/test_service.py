@@ -34,6 +34,8 @@ async def books(sample: Database) -> Database:
 async def test_the_sweep_brings_a_change_whose_notification_was_suppressed(books: Database) -> None:
     async with books.service(sweep_interval="300ms") as running:
         await settled(books, running)
+        # While it polls, no notification is missed.
+        await eventually(lambda: running.service.drainer.doorbell.state == "resting")
         seen = len(running.outcomes)
         async with transaction(books) as application:
             await application.execute("SET LOCAL listener.notify = 'off'")
@@ -224,7 +226,7 @@ async def test_a_row_leaves_the_ninety_days_at_midnight_with_no_write(books: Dat
             return await (await superuser.execute(query)).fetchall()
 
         days: LiteralString = "SELECT allocation_date::text FROM mv_channel_performance ORDER BY 1"
-        changes: LiteralString = "SELECT view_id, tenant, version FROM listener.dirty_key ORDER BY 1, 2"
+        changes: LiteralString = "SELECT view_id, tenant, refreshed_version FROM listener.refresh_state ORDER BY 1, 2"
         async with books.service(sweep_interval="200ms") as running:
             await settled(books, running)
             assert await answer(days) == [("2026-04-02",), ("2026-04-03",)]
@@ -239,14 +241,22 @@ async def test_a_row_leaves_the_ninety_days_at_midnight_with_no_write(books: Dat
             assert await answer(changes) == before
 
 
-# Every refresh, from after it got the key's lock to before it gives it back.
+# The refreshes of one target, each from its first write, after it got the key's lock, to before it gives it back.
 RECORD_REFRESHES: LiteralString = """
     CREATE TABLE refreshed (n bigint GENERATED ALWAYS AS IDENTITY, view_id int, tenant text, during tstzrange);
     CREATE FUNCTION record() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
         INSERT INTO public.refreshed (view_id, tenant, during)
-        VALUES (NEW.view_id, NEW.tenant, tstzrange(NEW.started_at, clock_timestamp()));
+        SELECT NEW.view_id, NEW.tenant, tstzrange(began, clock_timestamp())
+        FROM (SELECT nullif(current_setting('test.began', true), '')::timestamptz AS began) b WHERE began IS NOT NULL;
         RETURN NULL;
     END $$;
+    CREATE FUNCTION begin() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        PERFORM set_config('test.began', clock_timestamp()::text, true)
+        WHERE coalesce(current_setting('test.began', true), '') = '';
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER begin BEFORE INSERT OR UPDATE OR DELETE ON dashboard.mv_realtime_revenue
+        FOR EACH STATEMENT EXECUTE FUNCTION begin();
     CREATE TRIGGER record AFTER INSERT OR UPDATE ON listener.refresh_state FOR EACH ROW
         WHEN (NEW.tenant <> '') EXECUTE FUNCTION record();
 """

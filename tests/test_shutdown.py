@@ -142,6 +142,31 @@ async def test_a_service_ended_in_mid_refresh_loses_nothing(slow: Database, end:
             await eventually(is_shown)
 
 
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_demo_without_an_end_of_its_own_is_left_with_exit_code_0(end: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "listener", "demo", "--tenants", "2"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        bound = threading.Timer(2 * DEADLINE, process.kill)
+        bound.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("a source:"):
+                break
+        process.send_signal(end)
+        said, complaints = process.communicate()
+        bound.cancel()
+    assert said.endswith("interrupted: not verified\n")
+    assert "Traceback" not in complaints
+    assert "query cancellation" not in complaints
+    assert process.returncode == 0
+
+
 def test_a_superuser_who_is_allowed_is_warned(sample: Database) -> None:
     with running(sample, "postgres", LISTENER_ALLOW_SUPERUSER="true") as service:
         warned = service.until("row-level security does not bind this role: only predicates keep tenants apart")

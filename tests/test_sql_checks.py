@@ -89,7 +89,7 @@ async def test_no_function_and_no_table_is_open_to_everybody(shop: Database) -> 
 
 
 WRITE = re.compile(
-    r"\b(?:INSERT\s+INTO|DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?|MERGE\s+INTO|(?<!DO )(?<!FOR )(?<!, )UPDATE)\s+"
+    r"\b(?:INSERT\s+INTO|DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?|MERGE\s+INTO|(?<!DO )(?<!FOR )(?<!, )UPDATE(?! OR\b))\s+"
     r"(?:ONLY\s+)?([^\s(;,']+)",
 )
 # Ours; and in the difference, the target.

@@ -72,7 +72,6 @@ CREATE TABLE listener.managed_view (
     search_path text NOT NULL,
     tenant_secured boolean NOT NULL,
     target_rls boolean NOT NULL,
-    difference text NOT NULL,
     fingerprint text NOT NULL,
     paused_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),

@@ -1,0 +1,110 @@
+"""While another session holds a snapshot open, dead rows stay; what is read over and over must not cross them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, LiteralString
+
+import pytest
+from psycopg import AsyncConnection, IsolationLevel
+
+from conftest import Database
+from shop import ANNA, BERT, SALES, application, create_view, differences, one, open_shop, order, settle
+
+pytestmark = pytest.mark.anyio
+
+ROUNDS = 800
+
+
+@pytest.fixture
+async def shop(database: Database) -> Database:
+    await open_shop(database)
+    await create_view(database, "sales", SALES, ["product"])
+    async with database.connect("listener_service") as service:
+        await settle(service)
+    return database
+
+
+async def blocks(connection: AsyncConnection[Any], query: LiteralString) -> int:
+    """How many blocks a statement reads."""
+    row = await one(connection, b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + query.encode())  # type: ignore[arg-type]
+    plan = (json.loads(row) if isinstance(row, str) else row)[0]["Plan"]
+    return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
+
+
+async def test_a_hot_key_is_read_as_cheaply_as_at_the_start(shop: Database) -> None:
+    reads: dict[str, LiteralString] = {
+        "version": "SELECT v.version FROM listener.managed_view m, shop.tenants t,"
+        " LATERAL listener.known_version(m.id, t.id::text) v WHERE m.name = 'sales'",
+        "nothing new": "SELECT count(*) FROM listener.drain()",
+        "what is dirty": "SELECT count(*) FROM listener.pending_keys(false)",
+        "purge": "SELECT listener.purge()",
+    }
+    async with (
+        shop.connect() as superuser,
+        shop.connect("listener_service") as service,
+        shop.connect(autocommit=False) as holder,
+        application(shop, ANNA) as app,
+    ):
+        await order(app, ANNA, "a")
+        await settle(service)
+        await service.execute("SELECT listener.purge()")
+        # Whatever a session reads of the catalog for the first time is no cost of ours.
+        for query in reads.values():
+            await blocks(service, query)
+        before = {name: await blocks(service, query) for name, query in reads.items()}
+        await holder.set_isolation_level(IsolationLevel.REPEATABLE_READ)
+        await holder.execute("SELECT count(*) FROM shop.tenants")
+        for number in range(ROUNDS):
+            await order(app, ANNA, "a")
+            await service.execute("SELECT count(*) FROM listener.drain()")
+            # Drained far more often than refreshed, as under load.
+            if number % 8 == 0:
+                await service.execute("SELECT listener.refresh('sales', %s::text)", (ANNA,))
+            if number % 40 == 0:
+                # As many writers' rows; they are the hot tenant's, too.
+                await superuser.execute(
+                    """INSERT INTO listener.change_log (xid, changed_at, source_id, tenant)
+                       SELECT pg_current_xact_id(), clock_timestamp(), s.id, %s
+                       FROM listener.source s, generate_series(1, 2000)""",
+                    (ANNA,),
+                )
+            if number % 10 == 9:
+                await service.execute("SELECT listener.purge()")
+        assert await one(superuser, "SELECT count(*) FROM listener.dirty_key") < 10
+        await service.execute("SELECT count(*) FROM listener.drain()")
+        await service.execute("SELECT listener.refresh('sales', %s::text)", (ANNA,))
+        await service.execute("SELECT listener.purge()")
+        after = {name: await blocks(service, query) for name, query in reads.items()}
+        print(before, after)
+        for name in reads:
+            assert after[name] <= 2 * before[name] + 8, (name, before, after)
+        assert await differences(superuser, "sales") == []
+
+
+async def test_what_is_deleted_in_batches_is_all_deleted_and_nothing_else(shop: Database) -> None:
+    async with shop.connect() as superuser, shop.connect("listener_service") as service, shop.connect() as late:
+        await late.set_autocommit(False)
+        await order(late, BERT, "late")
+        async with application(shop, ANNA) as app:
+            for _ in range(25):
+                await order(app, ANNA, "a")
+        await service.execute("SELECT count(*) FROM listener.drain()")
+        # An open transaction holds the line back: nothing at or above it may go.
+        assert await one(service, "SELECT listener.purge('30 days', 10)") < 10
+        await late.commit()
+        await settle(service)
+        async with application(shop, ANNA) as app:
+            await order(app, ANNA, "b")
+        await settle(service)
+        deleted = []
+        while True:
+            deleted.append(await one(service, "SELECT listener.purge('30 days', 10)"))
+            if deleted[-1] < 10:
+                break
+        assert max(deleted) == 10
+        assert len(deleted) >= 3
+        assert await one(superuser, "SELECT count(*) FROM listener.change_log") == 0
+        assert await one(superuser, "SELECT count(*) FROM listener.dirty_key") == 0
+        assert await one(superuser, "SELECT count(*) FROM listener.purge_mark") == 1
+        assert await differences(superuser, "sales") == []
