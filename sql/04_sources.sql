@@ -592,7 +592,8 @@ BEGIN
                       AND a.attnum = listener.tracked_column(s.id)))
             OR (s.through_id IS NOT NULL AND (
                     s.through_keys::text[] IS DISTINCT FROM listener.tracked_keys(s.id)::text[]
-                    OR to_regclass('listener.lookup_' || s.id) IS NULL))
+                    OR to_regclass('listener.lookup_' || s.id) IS NULL
+                    OR (s.through_cascades AND NOT listener.still_cascades(s.id))))
             OR EXISTS (
                 SELECT FROM listener.capture_tables(s.relid) w
                 FULL JOIN (SELECT t.* FROM listener.source_table t WHERE t.source_id = s.id) t ON t.relid = w.relation
@@ -631,6 +632,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
                                    AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0
     WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = 'tenant_of_' || $1
+$function$;
+
+-- still_cascades(source_id): whether a foreign key still deletes a look-up's rows with those that they belong to.
+CREATE OR REPLACE FUNCTION listener.still_cascades(source_id integer) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT EXISTS (
+        SELECT FROM listener.source s JOIN listener.source t ON t.id = s.through_id
+        JOIN pg_constraint c ON c.contype = 'f' AND c.conrelid = s.relid AND c.confrelid = t.relid
+        WHERE s.id = $1 AND c.confdeltype = 'c' AND NOT c.condeferrable AND c.convalidated)
 $function$;
 
 -- tracked_keys(source_id): the columns that a look-up reads, by the names that they have now; a dropped one's stays.
@@ -685,8 +695,10 @@ BEGIN
     WHERE s.relid <> source.relid AND s.schema_name = source.schema_name AND s.table_name = source.table_name
       AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid);
     source.through_keys := listener.tracked_keys(source.id);
-    UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column, through_keys) = (
-        SELECT source.schema_name, source.table_name, source.relid, source.tenant_column, source.through_keys)
+    source.through_cascades := source.through_cascades AND listener.still_cascades(source.id);
+    UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column, through_keys, through_cascades) = (
+        SELECT source.schema_name, source.table_name, source.relid, source.tenant_column, source.through_keys,
+               source.through_cascades)
     WHERE s.id = source.id;
     IF source.relid <> known.relid THEN
         PERFORM listener.check_source(source.relid::regclass, source.tenant_column);
@@ -700,7 +712,8 @@ BEGIN
              FROM listener.source_table t WHERE t.source_id = source.id);
     detail := format('%I.%I', source.schema_name, source.table_name)
               || coalesce(', tenant column ' || quote_ident(source.tenant_column), '');
-    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND followed THEN
+    IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND followed
+       AND source.through_cascades IS NOT DISTINCT FROM known.through_cascades THEN
         IF (source.schema_name, source.table_name, source.tenant_column, source.through_keys)
                IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column, known.through_keys) THEN
             outcome := 'renamed';
