@@ -286,8 +286,6 @@ BEGIN
         PERFORM listener.check_source(relation, NULL);
         SELECT l.columns, l.references_columns, l.cascades INTO link_columns, link_references, link_cascades
         FROM listener.find_link(relation, through, add_source.columns, add_source.references_columns) l;
-        via_id := listener.register_source(through, coalesce(tenant_column, 'tenant_id'));
-        PERFORM listener.attach_capture(ARRAY[via_id]);
     END IF;
     -- The views that read the table, however they found its tenants until now.
     SELECT coalesce(pg_catalog.array_agg(DISTINCT w.view_id), '{}') INTO readers
@@ -310,6 +308,11 @@ BEGIN
     UPDATE listener.source s SET through_id = added_id WHERE s.through_id IN (
         SELECT o.id FROM listener.source o WHERE o.relid = relation AND o.id <> added_id);
     PERFORM listener.drop_orphans();
+    IF through IS NOT NULL THEN
+        -- After the orphans: until the look-up names it, nothing may.
+        via_id := listener.register_source(through, coalesce(tenant_column, 'tenant_id'));
+        PERFORM listener.attach_capture(ARRAY[via_id]);
+    END IF;
     PERFORM listener.drop_lookup(added_id);
     UPDATE listener.source s SET
         tenant_column = CASE WHEN through IS NULL THEN add_source.tenant_column END,
