@@ -32,6 +32,7 @@ async def shop(cluster: tuple[Server, str]) -> Database:
     await open_shop(database)
     await create_view(database, "sales", SALES, ["product"])
     async with database.connect("listener_service") as service:
+        await service.execute("SELECT listener.repair_capture()")  # this database is a copy of another
         await settle(service)
     return database
 
