@@ -102,7 +102,7 @@ BEGIN
         RETURN;
     END IF;
     EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(boolean, %s) RETURNS SETOF text LANGUAGE sql STABLE
-                    BEGIN ATOMIC SELECT l.tenant FROM listener.%I l WHERE %s; END',
+                    BEGIN ATOMIC SELECT l.tenant FROM listener.%I l WHERE $1 AND %s; END',
                    name, types, 'lookup_' || source_id, matches);
     -- The table may be one made anew, whose key is of another type.
     FOR other IN SELECT p.oid FROM pg_proc p
@@ -144,16 +144,19 @@ BEGIN
            string_agg(format('k.k%s', k.ord), ', ' ORDER BY k.ord), string_agg(format('k.k%s IS NULL', k.ord), ' OR ')
     INTO keys, names, unnamed
     FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord);
+    -- A transaction that does not look anew for each statement may have taken its snapshot long before its id: then a
+    -- move of the looked-up row could be forgotten before it ends (see moved_tenant), so its rows are anybody's.
+    names := format('pg_catalog.current_setting(''transaction_isolation'') = ''read committed'', %s', names);
     -- A row that finds nothing may be anybody's. But where a foreign key cascades, a deleted row that names a parent
     -- and does not find it lost it in this transaction, and the parent's own capture logs the tenant.
     IF deleted AND source.through_cascades THEN
         RETURN format('SELECT DISTINCT l.tenant FROM (SELECT DISTINCT %1$s FROM %2$s r) k
-                       JOIN LATERAL listener.tenants_by_%3$s(true, %4$s) l (tenant) ON true
+                       JOIN LATERAL listener.tenants_by_%3$s(%4$s) l (tenant) ON true
                        UNION (SELECT NULL FROM (SELECT %1$s FROM %2$s r) k WHERE %5$s LIMIT 1)',
                       keys, rows, source.id, names, unnamed);
     END IF;
     RETURN format('SELECT DISTINCT l.tenant FROM (SELECT DISTINCT %s FROM %s r) k
-                   LEFT JOIN LATERAL listener.tenants_by_%s(true, %s) l (tenant) ON true', keys, rows, source.id, names);
+                   LEFT JOIN LATERAL listener.tenants_by_%s(%s) l (tenant) ON true', keys, rows, source.id, names);
 END
 $function$;
 
@@ -171,6 +174,9 @@ DECLARE
     form record;
     log_tenants text;
     log_row text;
+    log_moves text;
+    looked_through boolean;
+    unlinked boolean;
     ring text;
     name text;
 BEGIN
@@ -181,6 +187,15 @@ BEGIN
         SELECT pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %s, COALESCE(touched.tenant, ''),
                pg_catalog.left(NULLIF(pg_catalog.current_setting('app.correlation_id', true), ''), 200)
         FROM (%%s) AS touched (tenant);$sql$, source.id);
+    -- A row can only have moved where the statement touched two tenants. Where no foreign key holds the looked-up row,
+    -- a new one may take the place of another.
+    SELECT count(*) > 0, coalesce(bool_or(NOT EXISTS (
+               SELECT FROM pg_constraint c
+               WHERE c.contype = 'f' AND c.conrelid = o.relid AND c.confrelid = source.relid)), false)
+    INTO looked_through, unlinked FROM listener.source o WHERE o.through_id = source.id;
+    log_moves := format($sql$
+        INSERT INTO listener.moved_tenant (xid, source_id, tenant)
+        SELECT pg_catalog.pg_current_xact_id(), %s, COALESCE(moved.tenant, '') FROM (%%s) AS moved (tenant);$sql$, source.id);
     -- Runs of one tenant in a transaction are one row: that setting ends with the transaction, or with its savepoint.
     log_row := format($sql$
         FOR touched IN %%s LOOP
@@ -205,23 +220,31 @@ BEGIN
         EXECUTE format($create$
 CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $capture$
+DECLARE
+    tenants bigint := 1;
 BEGIN
     IF TG_OP = 'INSERT' THEN %s
     ELSIF TG_OP = 'UPDATE' THEN %s
     ELSIF TG_OP = 'DELETE' THEN %s
     ELSE %s
     END IF;
-    IF NOT FOUND THEN
+    IF NOT FOUND AND tenants < 2 THEN
         RETURN NULL;
     END IF;%s
     RETURN NULL;
 END
 $capture$
 $create$, name,
-            format(log_tenants, listener.touched_tenants(source, 'new_rows', form.by_name, false)),
+            format(log_tenants, listener.touched_tenants(source, 'new_rows', form.by_name, false))
+                || CASE WHEN unlinked THEN format(log_moves, listener.touched_tenants(source, 'new_rows', form.by_name, false))
+                        ELSE '' END,
             format(log_tenants, format('(%s) UNION (%s)',
                                        listener.touched_tenants(source, 'new_rows', form.by_name, false),
-                                       listener.touched_tenants(source, 'old_rows', form.by_name, false))),
+                                       listener.touched_tenants(source, 'old_rows', form.by_name, false)))
+                || CASE WHEN looked_through THEN format($sql$
+        GET DIAGNOSTICS tenants = ROW_COUNT;
+        IF tenants > 1 THEN %s
+        END IF;$sql$, format(log_moves, listener.touched_tenants(source, 'new_rows', form.by_name, false))) ELSE '' END,
             format(log_tenants, listener.touched_tenants(source, 'old_rows', form.by_name, true)),
             format(log_tenants, 'SELECT ''''::pg_catalog.text'), ring);
         -- Firing needs no EXECUTE; with it, anybody could put the function on a table of his own and fill the log.
@@ -237,7 +260,7 @@ BEGIN
     IF TG_OP <> 'DELETE' THEN %s
     END IF;
     IF TG_OP <> 'INSERT' THEN %s
-    END IF;
+    END IF;%s
     IF rung THEN
         RETURN NULL;
     END IF;%s
@@ -249,6 +272,14 @@ $create$, name,
                                    listener.touched_tenants(source, '(SELECT NEW.*)', form.by_name, false))),
             format(log_row, format('SELECT o.tenant FROM (%s) AS o (tenant)',
                                    listener.touched_tenants(source, '(SELECT OLD.*)', form.by_name, false))),
+            CASE WHEN unlinked THEN format($sql$
+    IF TG_OP = 'INSERT' THEN %s
+    END IF;$sql$, format(log_moves, listener.touched_tenants(source, '(SELECT NEW.*)', form.by_name, false))) ELSE '' END
+            || CASE WHEN looked_through THEN format($sql$
+    IF TG_OP = 'UPDATE' THEN %s
+    END IF;$sql$, format(log_moves, format('(%s) EXCEPT (%s)',
+                listener.touched_tenants(source, '(SELECT NEW.*)', form.by_name, false),
+                listener.touched_tenants(source, '(SELECT OLD.*)', form.by_name, false)))) ELSE '' END,
             ring);
         EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', name);
     END LOOP;

@@ -348,6 +348,9 @@ BEGIN
     UPDATE listener.view_source w SET same_form = listener.same_form(w.source_id, v.tenant_type)
     FROM listener.managed_view v WHERE v.id = w.view_id AND w.source_id = ANY (added_id || dependents);
     PERFORM listener.generate_capture(added_id);
+    IF via_id IS NOT NULL THEN
+        PERFORM listener.generate_capture(via_id);  -- which now logs its moves
+    END IF;
     PERFORM listener.attach_capture(ARRAY[added_id]);
     PERFORM listener.drop_orphans();
     -- What was captured before in another way may have named the wrong tenants.

@@ -102,8 +102,17 @@ BEGIN
                         WHERE i.xid < seen_below);
     END IF;
     RETURN QUERY
-    WITH per_source AS MATERIALIZED (
+    WITH again AS (
+        -- Moves that an earlier drain saw and whose every possible writer with the old tenant has ended since.
+        DELETE FROM listener.moved_tenant m
+        WHERE EXISTS (SELECT FROM listener.drain_log d
+                      WHERE pg_visible_in_snapshot(m.xid, d.snapshot)
+                        AND d.xid < pg_snapshot_xmin(pg_current_snapshot()))
+        RETURNING m.source_id, m.tenant
+    ), per_source AS MATERIALIZED (
         SELECT n.* FROM listener.new_changes(seen_below, unseen, last_drain.drained_at) n
+        UNION ALL
+        SELECT m.source_id, NULL, m.tenant, 0, started, started, NULL FROM again m GROUP BY m.source_id, m.tenant
     ), reached AS MATERIALIZED (
         SELECT v.id AS view_id, p.tenant AS logged,
                CASE WHEN p.tenant = '' OR s.same_form THEN p.tenant
@@ -178,6 +187,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.fold_restored_log() RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $function$
     DELETE FROM listener.purge_mark;
+    DELETE FROM listener.moved_tenant;
     WITH emptied AS (
         DELETE FROM listener.change_log RETURNING source_id, view_id, tenant, changed_at, app_correlation_id
     )

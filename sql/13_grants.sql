@@ -16,7 +16,8 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA listener TO %I', installed.service_role);
     EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA listener TO %I', installed.service_role);
     EXECUTE format('GRANT INSERT, UPDATE, DELETE ON listener.refresh_state, listener.dead_letter TO %I', installed.service_role);
-    EXECUTE format('GRANT INSERT, DELETE ON listener.change_log, listener.drain_log, listener.dirty_key, listener.purge_mark TO %I', installed.service_role);
+    EXECUTE format('GRANT INSERT, DELETE ON listener.change_log, listener.drain_log, listener.dirty_key, listener.purge_mark,
+        listener.moved_tenant TO %I', installed.service_role);
     FOREACH routine IN ARRAY ARRAY[
         'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)', 'listener.require_read_committed(text)',
         'listener.lock_key(integer, text)', 'listener.new_changes(xid8, xid8[], timestamptz)',

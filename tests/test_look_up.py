@@ -58,10 +58,7 @@ async def test_a_look_up_is_added_before_and_after_the_views(
 @pytest.mark.parametrize(
     "mover_commits",
     [
-        pytest.param(
-            "before the line",
-            marks=pytest.mark.xfail(reason="the line's writer does not see the move and logs the old tenant alone"),
-        ),
+        "before the line",
         "after the line",
     ],
 )

@@ -153,6 +153,16 @@ CREATE TABLE listener.purge_mark (
     dirty_from bigint NOT NULL
 );
 
+-- Tenants that rows of a looked-up table moved to, and the transaction that moved them. A writer of a row that looks its
+-- tenant up may not see the move yet, log the old tenant, and commit after the new one was refreshed. So drain() marks
+-- these tenants again, once every transaction has ended that may have looked before the move was committed.
+CREATE TABLE listener.moved_tenant (
+    xid xid8 NOT NULL,
+    source_id integer NOT NULL,
+    tenant text NOT NULL
+);
+ALTER TABLE listener.moved_tenant REPLICA IDENTITY FULL;
+
 -- The doorbell's lease: until when (milliseconds since 1970, by the server's clock) somebody polls, so that nobody
 -- needs to notify. A sequence, because it is read in a microsecond, seen at once, and leaves no dead versions.
 CREATE SEQUENCE listener.doorbell AS bigint MINVALUE 0;
