@@ -1,6 +1,6 @@
 -- Capture: statement-level AFTER triggers with transition tables, and one generated function per source. It is static
 -- SQL: with dynamic SQL every write of the application would parse and plan anew. docs/capture.md says what each part
--- of it costs.
+-- of it costs. Longer than the other files, so that all that runs in a writer's transaction is read in one place.
 
 -- ring(source_id, source_name, mode): the doorbell: notifies listener_changes of the tenants that this transaction
 -- logged for a source, one notification a tenant up to eight, else one for all. Called by capture where nobody polls.

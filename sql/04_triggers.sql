@@ -1,0 +1,206 @@
+-- Triggers: which a source should have, put on and taken off without holding writers up.
+
+-- lock_registration(): one change of what is managed at a time. Without it, a view that is being made and another that
+-- is being dropped could take the triggers of the table that both read.
+CREATE OR REPLACE FUNCTION listener.lock_registration() RETURNS void
+LANGUAGE sql VOLATILE AS $function$
+    SELECT pg_catalog.pg_advisory_xact_lock(listener.lock_key(0, 'registration'))
+$function$;
+
+-- row_shape(relid): the names and types of a table's columns in their order.
+CREATE OR REPLACE FUNCTION listener.row_shape(relid oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT string_agg(a.attname || ' ' || a.atttypid, ',' ORDER BY a.attnum)
+    FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
+$function$;
+
+-- capture_tables(relid): the tables that need triggers for a source: the table, and every partition of it, since a
+-- trigger on the root does not see a statement that names a leaf. by_name: the columns stand in another order than
+-- the root's.
+CREATE OR REPLACE FUNCTION listener.capture_tables(relid oid) RETURNS TABLE (relation regclass, by_name boolean)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT t.oid::regclass, listener.row_shape(t.oid) IS DISTINCT FROM listener.row_shape($1)
+    FROM (SELECT c.oid FROM pg_class c WHERE c.oid = $1 AND c.relkind IN ('r', 'p')
+          UNION SELECT p.relid FROM pg_partition_tree($1) p) AS t (oid)
+$function$;
+
+-- wanted_triggers(source_id): the triggers that a source should have. Those for each row are for tables that a
+-- subscription fills: logical replication's apply fires no statement triggers. They fire in it alone.
+CREATE OR REPLACE FUNCTION listener.wanted_triggers(source_id integer)
+RETURNS TABLE (relation regclass, name name, event text, referencing text, level text, function name, enabled "char")
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT t.relation, format('listener_%s_%s', s.id, e.name)::name, e.event, e.referencing, e.level,
+           format('capture_%s%s%s', s.id, e.form, CASE WHEN t.by_name THEN '_by_name' ELSE '' END)::name, e.enabled
+    FROM listener.source s
+    CROSS JOIN LATERAL listener.capture_tables(s.relid) t
+    JOIN pg_class c ON c.oid = t.relation
+    CROSS JOIN (VALUES ('insert', 'INSERT', 'REFERENCING NEW TABLE AS new_rows', 'STATEMENT', '', 'A'::"char"),
+                       ('update', 'UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows', 'STATEMENT', '', 'A'),
+                       ('delete', 'DELETE', 'REFERENCING OLD TABLE AS old_rows', 'STATEMENT', '', 'A'),
+                       ('truncate', 'TRUNCATE', '', 'STATEMENT', '', 'A'),
+                       ('row', 'INSERT OR UPDATE OR DELETE', '', 'ROW', '_row', 'R'))
+        AS e (name, event, referencing, level, form, enabled)
+    WHERE s.id = $1
+      AND (e.level = 'STATEMENT' OR (c.relkind = 'r' AND EXISTS (
+              SELECT FROM pg_subscription_rel r
+              WHERE r.srrelid IN (SELECT a.relid FROM pg_partition_ancestors(t.relation) a UNION SELECT t.relation))))
+$function$;
+
+-- capture_state(source_id, relid): what the catalog says of a source's triggers on a table, and of the table's place
+-- among partitions. It changes with whatever may have let a write go by unseen, even if that was undone since: the
+-- rows' xmin is in it.
+CREATE OR REPLACE FUNCTION listener.capture_state(source_id integer, relid oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT concat((SELECT string_agg(concat_ws(' ', g.tgname, g.tgenabled, g.xmin), ', ' ORDER BY g.tgname)
+                   FROM pg_trigger g
+                   WHERE g.tgrelid = $2 AND g.tgname LIKE format('listener\_%s\_%%', $1)),
+                  (SELECT string_agg(concat_ws(' ', '; part of', i.inhparent, i.xmin), '')
+                   FROM pg_inherits i WHERE i.inhrelid = $2))
+$function$;
+
+-- attach_capture(source_ids, attempts): creates the triggers that are missing or wrong, takes those away that are on
+-- tables which are no part of the source any more, and notes the state. ENABLE ALWAYS: session_replication_role =
+-- replica must not silence them. CREATE TRIGGER waits for writers and makes later ones wait, so it gives way after
+-- 200 ms, lets them all pass and tries again. Raises LSN03 when it never got the locks, or does not own a table.
+CREATE OR REPLACE FUNCTION listener.attach_capture(source_ids integer[], attempts integer DEFAULT 50) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    wanted record;
+    attempt integer := 0;
+    previous_timeout text := current_setting('lock_timeout');
+BEGIN
+    LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', '200ms', true);
+            FOR wanted IN
+                SELECT t.*, s.id FROM unnest(source_ids) AS s (id) CROSS JOIN LATERAL listener.wanted_triggers(s.id) t
+                WHERE NOT EXISTS (SELECT FROM pg_trigger g
+                                  WHERE g.tgrelid = t.relation AND g.tgname = t.name AND g.tgenabled = t.enabled
+                                    AND g.tgfoid = to_regproc('listener.' || t.function)::oid)
+                ORDER BY t.relation::oid, t.name
+            LOOP
+                EXECUTE format('CREATE OR REPLACE TRIGGER %I AFTER %s ON %s %s FOR EACH %s EXECUTE FUNCTION listener.%I()',
+                               wanted.name, wanted.event, wanted.relation, wanted.referencing, wanted.level, wanted.function);
+                EXECUTE format('ALTER TABLE %s ENABLE %s TRIGGER %I', wanted.relation,
+                               CASE wanted.enabled WHEN 'A' THEN 'ALWAYS' ELSE 'REPLICA' END, wanted.name);
+            END LOOP;
+            PERFORM listener.drop_triggers(s.id, g.tgrelid)
+            FROM unnest(source_ids) AS s (id)
+            JOIN (SELECT DISTINCT t.tgrelid, t.tgname FROM pg_trigger t WHERE t.tgname LIKE 'listener\_%\_insert') g
+              ON g.tgname = format('listener_%s_insert', s.id)
+            WHERE g.tgrelid NOT IN (SELECT c.relation FROM listener.source o
+                                    CROSS JOIN LATERAL listener.capture_tables(o.relid) c WHERE o.id = s.id);
+            EXIT;
+        EXCEPTION
+            WHEN lock_not_available THEN
+                attempt := attempt + 1;
+                IF attempt >= attempts THEN
+                    RAISE EXCEPTION 'no lock on the source tables after % attempts', attempt
+                        USING ERRCODE = 'LSN03',
+                              HINT = 'A long transaction holds one: see pg_stat_activity, then call this again.';
+                END IF;
+            WHEN insufficient_privilege THEN
+                RAISE EXCEPTION 'role % cannot put capture triggers on %: %', current_user, wanted.relation, SQLERRM
+                    USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I.',
+                        (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = wanted.relation), current_user);
+        END;
+        PERFORM set_config('lock_timeout', previous_timeout, true);
+        PERFORM pg_sleep(0.05 + random() * 0.2);
+    END LOOP;
+    PERFORM set_config('lock_timeout', previous_timeout, true);
+    DELETE FROM listener.source_table t WHERE t.source_id = ANY (source_ids);
+    INSERT INTO listener.source_table (source_id, schema_name, table_name, relid, fingerprint)
+    SELECT s.id, n.nspname, c.relname, c.oid, listener.capture_state(s.id, c.oid)
+    FROM listener.source s CROSS JOIN LATERAL listener.capture_tables(s.relid) t
+    JOIN pg_class c ON c.oid = t.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE s.id = ANY (source_ids);
+END
+$function$;
+
+-- drop_triggers(source_id, relid): takes a source's triggers off a table.
+CREATE OR REPLACE FUNCTION listener.drop_triggers(source_id integer, relid oid) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    trigger_name name;
+BEGIN
+    FOR trigger_name IN
+        SELECT g.tgname FROM pg_trigger g
+        WHERE g.tgrelid = relid AND g.tgname LIKE format('listener\_%s\_%%', source_id) ORDER BY g.tgname
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', trigger_name, relid::regclass);
+    END LOOP;
+END
+$function$;
+
+-- detach_capture(source_id): drops a source's triggers, its functions and its record. DROP TRIGGER waits for readers,
+-- too, and makes later ones wait, so it gives way as attach_capture does. Raises LSN03 when it never got the locks.
+CREATE OR REPLACE FUNCTION listener.detach_capture(source_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    attempt integer := 0;
+    routine text;
+    previous_timeout text := current_setting('lock_timeout');
+BEGIN
+    LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', '200ms', true);
+            PERFORM listener.drop_triggers(detach_capture.source_id, g.tgrelid)
+            FROM (SELECT DISTINCT t.tgrelid FROM pg_trigger t
+                  WHERE t.tgname LIKE format('listener\_%s\_%%', detach_capture.source_id)) g;
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            attempt := attempt + 1;
+            IF attempt = 50 THEN
+                RAISE EXCEPTION 'no lock on the source tables after % attempts', attempt USING ERRCODE = 'LSN03',
+                    HINT = 'A long transaction holds one: see pg_stat_activity, then call this again.';
+            END IF;
+        END;
+        PERFORM set_config('lock_timeout', previous_timeout, true);
+        PERFORM pg_sleep(0.05 + random() * 0.2);
+    END LOOP;
+    PERFORM set_config('lock_timeout', previous_timeout, true);
+    PERFORM listener.drop_lookup(detach_capture.source_id);
+    FOR routine IN
+        SELECT p.oid::regprocedure FROM pg_proc p
+        WHERE p.pronamespace = 'listener'::regnamespace
+          AND p.proname ~ format('^(capture|tenant_of|key_of|tenants_by)_%s(_[a-z0-9_]+)?$', detach_capture.source_id)
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', routine);
+    END LOOP;
+    IF to_regtype(format('listener.%I', 'row_' || detach_capture.source_id)) IS NOT NULL THEN
+        EXECUTE format('DROP DOMAIN listener.%I', 'row_' || detach_capture.source_id);
+    END IF;
+    DELETE FROM listener.source s WHERE s.id = detach_capture.source_id;
+END
+$function$;
+
+-- drop_orphans(): detaches the sources that no view reads, no look-up goes through, and nobody added by hand.
+CREATE OR REPLACE FUNCTION listener.drop_orphans() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    orphan integer;
+BEGIN
+    LOOP
+        SELECT s.id INTO orphan FROM listener.source s
+        WHERE NOT s.explicit AND NOT EXISTS (SELECT FROM listener.view_source w WHERE w.source_id = s.id)
+          AND NOT EXISTS (SELECT FROM listener.source o WHERE o.through_id = s.id)
+        ORDER BY s.id LIMIT 1;
+        EXIT WHEN orphan IS NULL;
+        PERFORM listener.detach_capture(orphan);
+    END LOOP;
+END
+$function$;
+
+-- ring_for_all(): rings the doorbell for something of our own, where notifying is allowed.
+CREATE OR REPLACE FUNCTION listener.ring_for_all() RETURNS void
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT pg_notify('listener_changes', '{"tenant_id": null, "source": "listener"}') WHERE NOT listener.must_poll()
+$function$;
+
+-- mark_all_dirty(view_id): logs "every tenant of this view", which the next drain picks up like any change.
+CREATE OR REPLACE FUNCTION listener.mark_all_dirty(view_id integer) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $function$
+    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant)
+    VALUES (pg_current_xact_id(), clock_timestamp(), mark_all_dirty.view_id, '');
+    SELECT listener.ring_for_all();
+$function$;
