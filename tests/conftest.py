@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 import anyio
 import psycopg
 import pytest
+import structlog
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
@@ -33,6 +34,12 @@ from shop import EXTRAS, define, open_shop
 
 # A generous bound on events that come within milliseconds: reached only when something is broken.
 DEADLINE = 30.0
+
+
+@pytest.fixture(autouse=True)
+def default_logging() -> None:
+    """A command that an earlier test ran in this process may have set a level of its own."""
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
