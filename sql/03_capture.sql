@@ -12,7 +12,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off 
 DECLARE
     tenants text[];
     -- Ends with the transaction, or with its savepoint, as the notifications do.
-    rung integer := coalesce(nullif(current_setting('listener.rung', true), ''), '0');
+    rung integer := coalesce(nullif(current_setting('listener.rung', true), '')::integer, 0);
 BEGIN
     IF rung > 8 OR current_setting('listener.notify', true) = 'off'
        OR (mode IS NULL AND current_setting('max_prepared_transactions') <> '0') THEN
@@ -30,6 +30,30 @@ BEGIN
                 'source', source_name)::text)
     FROM unnest(tenants) AS t (tenant);
 END
+$function$;
+
+-- tracks_by_view(): whether this server is older than 18. There, a function with a parsed body stands in the way of every
+-- ALTER TABLE that rewrites the table whose row it takes. So capture names its columns in its text, a view keeps track of
+-- them, and each statement first sees whether the column still has that name: about 2 microseconds. A column that was
+-- renamed means all tenants, until the next sweep has generated capture anew.
+CREATE OR REPLACE FUNCTION listener.tracks_by_view() RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT current_setting('server_version_num')::integer < 180000
+$function$;
+
+-- tracked(name): the column that the function or the view listener.<name> reads, whatever it is called now.
+CREATE OR REPLACE FUNCTION listener.tracked(name text) RETURNS TABLE (attnum smallint, attname name)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT a.attnum, a.attname
+    FROM (SELECT 'pg_proc'::regclass, p.oid FROM pg_proc p
+          WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = $1
+          UNION ALL
+          SELECT 'pg_rewrite'::regclass, w.oid FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class
+          WHERE c.relnamespace = 'listener'::regnamespace AND c.relname = $1) AS o (classid, oid)
+    JOIN pg_depend d ON d.classid = o.classid AND d.objid = o.oid
+                    AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0
+    JOIN pg_class t ON t.oid = d.refobjid AND t.relnamespace <> 'listener'::regnamespace
+    JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid AND NOT a.attisdropped
 $function$;
 
 -- generate_tenant_of(source_id): makes listener.row_<id>, a name for the table's row that survives a renamed table,
@@ -56,10 +80,16 @@ BEGIN
         JOIN pg_attribute a ON a.attrelid = source.relid AND a.attname = f.attname AND NOT a.attisdropped
         JOIN pg_type t ON t.oid = a.atttypid
     LOOP
-        EXECUTE format(
-            'CREATE OR REPLACE FUNCTION listener.%1$I(%2$s) RETURNS %3$s LANGUAGE sql STABLE PARALLEL SAFE
-             BEGIN ATOMIC SELECT ($1).%4$I::%3$s; END',
-            wanted.name, source.relid::regclass, wanted.type, wanted.attname);
+        IF NOT listener.tracks_by_view() THEN
+            EXECUTE format(
+                'CREATE OR REPLACE FUNCTION listener.%1$I(%2$s) RETURNS %3$s LANGUAGE sql STABLE PARALLEL SAFE
+                 BEGIN ATOMIC SELECT ($1).%4$I::%3$s; END',
+                wanted.name, source.relid::regclass, wanted.type, wanted.attname);
+            EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I(%s) FROM PUBLIC', wanted.name, source.relid::regclass);
+        ELSIF to_regclass(format('listener.%I', wanted.name)) IS NULL THEN
+            EXECUTE format('CREATE VIEW listener.%I AS SELECT r.%I AS tracked FROM %s r', wanted.name, wanted.attname,
+                           source.relid::regclass);
+        END IF;
         -- The table may be one made anew, whose column is of another type.
         IF to_regprocedure(format('listener.%I(anyelement)', wanted.name)) IS NOT NULL THEN
             EXECUTE format('DROP FUNCTION listener.%I(anyelement)', wanted.name);
@@ -67,8 +97,7 @@ BEGIN
         EXECUTE format(
             'CREATE FUNCTION listener.%1$I(anyelement) RETURNS %2$s LANGUAGE sql STABLE PARALLEL SAFE
              AS %3$L', wanted.name, wanted.type, 'SELECT NULL::' || wanted.type);
-        EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%1$I(%2$s), listener.%1$I(anyelement) FROM PUBLIC',
-                       wanted.name, source.relid::regclass);
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I(anyelement) FROM PUBLIC', wanted.name);
     END LOOP;
     IF source.through_id IS NOT NULL THEN
         PERFORM listener.generate_tenants_by(source.id);
@@ -80,7 +109,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.key_type(source_id integer, ord bigint) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT min(format_type(p.prorettype, -1)) FROM pg_proc p
-    WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = format('key_of_%s_%s', $1, $2)
+    WHERE p.proargtypes[0] = 'anyelement'::regtype AND p.pronamespace = 'listener'::regnamespace AND p.proname = format('key_of_%s_%s', $1, $2)
 $function$;
 
 -- generate_tenants_by(source_id): the functions tenants_by_<id>, from the keys of a look-up to the tenants. The one
@@ -131,6 +160,7 @@ BEGIN
     IF source.tenant_column IS NOT NULL THEN
         RETURN format('SELECT DISTINCT %s FROM %s r',
                       CASE WHEN by_name THEN format('pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L', source.tenant_column)
+                           WHEN listener.tracks_by_view() THEN format('r.%I::pg_catalog.text', source.tenant_column)
                            ELSE format('listener.tenant_of_%1$s(ROW(r.*)::listener.row_%1$s)::pg_catalog.text', source.id) END,
                       rows);
     ELSIF source.through_id IS NULL THEN
@@ -139,6 +169,8 @@ BEGIN
     SELECT string_agg(CASE WHEN by_name
                THEN format('(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L)::%s AS k%s', k.name,
                            listener.key_type(source.id, k.ord), k.ord)
+               WHEN listener.tracks_by_view()
+               THEN format('r.%I::%s AS k%s', k.name, listener.key_type(source.id, k.ord), k.ord)
                ELSE format('listener.key_of_%1$s_%2$s(ROW(r.*)::listener.row_%1$s) AS k%2$s', source.id, k.ord) END,
                ', ' ORDER BY k.ord),
            string_agg(format('k.k%s', k.ord), ', ' ORDER BY k.ord), string_agg(format('k.k%s IS NULL', k.ord), ' OR ')
@@ -179,9 +211,22 @@ DECLARE
     unlinked boolean;
     ring text;
     name text;
+    renamed text := 'false';
 BEGIN
     SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = source_id;
     PERFORM listener.generate_tenant_of(source.id);
+    IF listener.tracks_by_view() THEN
+        SELECT coalesce(string_agg(CASE WHEN t.attnum IS NULL THEN 'true' ELSE format(
+                   'pg_catalog.right((pg_catalog.pg_identify_object(''pg_catalog.pg_class''::pg_catalog.regclass, TG_RELID, %s)).identity, %s)
+                    IS DISTINCT FROM %L', t.attnum, length('.' || quote_ident(n.attname)), '.' || quote_ident(n.attname)) END,
+                   ' OR '), 'false')
+        INTO renamed
+        FROM (SELECT 'tenant_of_' || source.id, source.tenant_column WHERE source.tenant_column IS NOT NULL
+              UNION ALL
+              SELECT format('key_of_%s_%s', source.id, k.ord), k.name
+              FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord)) AS n (tracker, attname)
+        LEFT JOIN LATERAL listener.tracked(n.tracker) t ON true;
+    END IF;
     log_tenants := format($sql$
         INSERT INTO listener.change_log (xid, changed_at, source_id, tenant, app_correlation_id)
         SELECT pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %s, COALESCE(touched.tenant, ''),
@@ -223,7 +268,8 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $capt
 DECLARE
     tenants bigint := 1;
 BEGIN
-    IF TG_OP = 'INSERT' THEN %s
+    IF %s THEN %s
+    ELSIF TG_OP = 'INSERT' THEN %s
     ELSIF TG_OP = 'UPDATE' THEN %s
     ELSIF TG_OP = 'DELETE' THEN %s
     ELSE %s
@@ -235,6 +281,7 @@ BEGIN
 END
 $capture$
 $create$, name,
+            CASE WHEN form.by_name THEN 'false' ELSE renamed END, format(log_tenants, 'SELECT ''''::pg_catalog.text'),
             format(log_tenants, listener.touched_tenants(source, 'new_rows', form.by_name, false))
                 || CASE WHEN unlinked THEN format(log_moves, listener.touched_tenants(source, 'new_rows', form.by_name, false))
                         ELSE '' END,
@@ -257,10 +304,13 @@ DECLARE
     touched record;
     rung boolean := true;
 BEGIN
+    IF %s THEN %s
+    ELSE
     IF TG_OP <> 'DELETE' THEN %s
     END IF;
     IF TG_OP <> 'INSERT' THEN %s
     END IF;%s
+    END IF;
     IF rung THEN
         RETURN NULL;
     END IF;%s
@@ -268,6 +318,7 @@ BEGIN
 END
 $capture$
 $create$, name,
+            CASE WHEN form.by_name THEN 'false' ELSE renamed END, format(log_row, 'SELECT ''''::pg_catalog.text AS tenant'),
             format(log_row, format('SELECT n.tenant FROM (%s) AS n (tenant)',
                                    listener.touched_tenants(source, '(SELECT NEW.*)', form.by_name, false))),
             format(log_row, format('SELECT o.tenant FROM (%s) AS o (tenant)',

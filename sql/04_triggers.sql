@@ -7,10 +7,12 @@ LANGUAGE sql VOLATILE AS $function$
     SELECT pg_catalog.pg_advisory_xact_lock(listener.lock_key(0, 'registration'))
 $function$;
 
--- row_shape(relid): the names and types of a table's columns in their order.
+-- row_shape(relid): the names and types of a table's columns in their order; and their numbers, where those are what
+-- capture looks at.
 CREATE OR REPLACE FUNCTION listener.row_shape(relid oid) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT string_agg(a.attname || ' ' || a.atttypid, ',' ORDER BY a.attnum)
+    SELECT string_agg(concat_ws(' ', a.attname, a.atttypid, CASE WHEN listener.tracks_by_view() THEN a.attnum END), ','
+                      ORDER BY a.attnum)
     FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
@@ -166,6 +168,13 @@ BEGIN
           AND p.proname ~ format('^(capture|tenant_of|key_of|tenants_by)_%s(_[a-z0-9_]+)?$', detach_capture.source_id)
     LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
+    END LOOP;
+    FOR routine IN
+        SELECT c.oid::regclass FROM pg_class c
+        WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'v'
+          AND c.relname ~ format('^(tenant_of_%1$s|key_of_%1$s_[0-9]+)$', detach_capture.source_id)
+    LOOP
+        EXECUTE format('DROP VIEW %s', routine);
     END LOOP;
     IF to_regtype(format('listener.%I', 'row_' || detach_capture.source_id)) IS NOT NULL THEN
         EXECUTE format('DROP DOMAIN listener.%I', 'row_' || detach_capture.source_id);

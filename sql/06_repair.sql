@@ -75,10 +75,7 @@ $function$;
 -- it was dropped.
 CREATE OR REPLACE FUNCTION listener.tracked_column(source_id integer) RETURNS smallint
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT d.refobjsubid::smallint
-    FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
-                                   AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0
-    WHERE p.pronamespace = 'listener'::regnamespace AND p.proname = 'tenant_of_' || $1
+    SELECT t.attnum FROM listener.tracked('tenant_of_' || $1) t
 $function$;
 
 -- still_cascades(source_id): whether a foreign key still deletes a look-up's rows with those that they belong to.
@@ -95,11 +92,7 @@ CREATE OR REPLACE FUNCTION listener.tracked_keys(source_id integer) RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT array_agg(coalesce(t.attname, k.name) ORDER BY k.ord)
     FROM listener.source s CROSS JOIN unnest(s.through_keys) WITH ORDINALITY AS k (name, ord)
-    LEFT JOIN (SELECT p.proname, a.attname FROM pg_proc p
-               JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
-                               AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0
-               JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-               WHERE p.pronamespace = 'listener'::regnamespace) t ON t.proname = format('key_of_%s_%s', s.id, k.ord)
+    LEFT JOIN LATERAL listener.tracked(format('key_of_%s_%s', s.id, k.ord)) t ON true
     WHERE s.id = $1
 $function$;
 

@@ -43,6 +43,15 @@ async def emptied(superuser: AsyncConnection[Any], service: AsyncConnection[Any]
     await superuser.execute("DELETE FROM listener.change_log")
 
 
+# Servers from this version on follow a renamed column; before the next sweep, older ones take it for anybody's.
+FOLLOWS_RENAMES = 180000
+
+
+def after_rename(connection: AsyncConnection[Any], table: str, tenant: str) -> set[str]:
+    """What is logged for a tenant of a table whose column was renamed, before the next sweep."""
+    return {f"{table} of {tenant if connection.info.server_version >= FOLLOWS_RENAMES else 'all'}"}
+
+
 @asynccontextmanager
 async def reaches(
     superuser: AsyncConnection[Any],

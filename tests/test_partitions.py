@@ -8,7 +8,7 @@ from typing import Any, LiteralString
 import pytest
 from psycopg import AsyncConnection, sql
 
-from captured import at_home, emptied, logged, reaches, repaired, statement, triggers_on
+from captured import after_rename, at_home, emptied, logged, reaches, repaired, statement, triggers_on
 from conftest import Database, Server
 from shop import ANNA, BERT, CLEO, application, create_view, define, differences, one, open_shop, rows, settle
 
@@ -269,7 +269,7 @@ async def test_a_renamed_tenant_column_is_followed_into_the_leaves(
 ) -> None:
     await emptied(superuser, service)
     await define(superuser, "ALTER TABLE shop.visits RENAME COLUMN tenant_id TO customer")
-    async with reaches(superuser, service, "footfall", {"visits of bert"}):
+    async with reaches(superuser, service, "footfall", after_rename(superuser, "visits", "bert")):
         await app.execute("INSERT INTO shop.visits (day, customer) VALUES (26, %s)", (BERT,))
         await app.execute("DELETE FROM shop.early WHERE customer = %s", (BERT,))
     # By its name nobody finds the column any more, so it may be anybody's.

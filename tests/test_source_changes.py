@@ -7,6 +7,7 @@ from typing import Any, LiteralString
 import pytest
 from psycopg import AsyncConnection
 
+from captured import FOLLOWS_RENAMES
 from conftest import Database
 from shop import ANNA, BERT, CLEO, SALES, application, create_view, define, open_shop, rows, settle
 from test_add_source import THROUGH, add_source
@@ -53,13 +54,16 @@ async def test_renamed_columns_and_tables_break_no_write_and_stay_exact(
         await define(superuser, "ALTER TABLE shop.discounts DISABLE TRIGGER USER")
         assert await rows(service, "SELECT outcome FROM listener.repair_capture()") == [("repaired",)]
         await settle(service)
+    # A server that does not follow a rename takes such a row for anybody's until the next sweep.
+    follows = repaired or superuser.info.server_version >= FOLLOWS_RENAMES
     async with application(shop, ANNA) as app:
         await app.execute("INSERT INTO shop.discounts (of_line, cents) VALUES (1, 3)")
-    assert await dirtied(service) == {"off": [ANNA]}
+    assert await dirtied(service) == {"off": [ANNA] if follows else [""]}
     await superuser.execute("UPDATE shop.order_lines SET purchase = 2 WHERE purchase = 3")
-    assert await dirtied(service) == {"off": [BERT, CLEO]}
+    assert await dirtied(service) == {"off": [BERT, CLEO] if follows else [""]}
     await superuser.execute("UPDATE shop.purchases SET account = %s WHERE number = 1", (BERT,))
-    assert await dirtied(service) == {"off": [ANNA, BERT], "sales": [ANNA, BERT]}
+    both = [ANNA, BERT] if follows else [""]
+    assert await dirtied(service) == {"off": both, "sales": both}
     await is_exact(superuser, service, "off", "sales")
 
 
