@@ -4,8 +4,8 @@ NOTIFY takes a lock of the whole cluster until the commit is flushed, so under l
 Whoever polls therefore holds a lease, a time in the sequence listener.doorbell, and capture notifies only when it
 finds none.
 
-    resting ──two drains that found something, close together──▶ polling: lease held, extended while changes come
-       ▲                                                            │ nothing came for as long as a lease lasts
+    resting ──two drains that found something, close together──▶ polling: lease held, extended while they do
+       ▲                                                            │ none came so closely for as long as a lease lasts
        └── every transaction below the mark has ended, ── closing ◀─┘ end the lease; then take a mark
            and a drain that began after that was not busy
 
@@ -41,6 +41,7 @@ class Doorbell:
         self.must_poll = False  # capture never notifies in this installation
         self.mark: str | None = None
         self._found_at = float("-inf")
+        self._busy_at = float("-inf")  # when two such drains came close together last
         self._held_at: float | None = None
         self._ended_at = 0.0
         self._pause = SHORTEST_PAUSE
@@ -58,14 +59,17 @@ class Doorbell:
         busy = found and now - self._found_at < max(BUSY_WITHIN, 2 * self._pause)
         if found:
             self._found_at = now
+        if busy:
+            self._busy_at = now
         if self.must_poll:
             # A lease is of no use where nobody notifies; it may be left from before.
             return None if self._held_at is None else "end"
         if self._held_at is None:
             return "hold" if busy else None
-        if found:
+        # Single writes now and then are shown sooner when they ring, and polling for them costs more.
+        if busy:
             return "hold" if now - self._held_at > LEASE / 2 else None
-        return "end" if now - self._found_at > LEASE else None
+        return "end" if now - self._busy_at > LEASE else None
 
     def held(self, now: float) -> None:
         """The lease is about to be taken or extended: if the answer is lost, it may have been."""
