@@ -123,7 +123,7 @@ class Drainer:
         """Finds out whether capture may notify here, which an operator can change. Raises psycopg.Error."""
         async with self._lock, self._connection() as connection:
             must_poll = await queries.must_poll(connection)
-            if self.doorbell.must_poll and not must_poll:
+            if (self.doorbell.must_poll and not must_poll) or await queries.lease_is_wrong(connection):
                 # Whoever wrote until now did not ring.
                 await self._close(connection)
             self.doorbell.must_poll = must_poll

@@ -272,6 +272,12 @@ async def is_past(connection: AsyncConnection[Any], mark: str) -> bool:
     return bool(row[0])
 
 
+async def lease_is_wrong(connection: AsyncConnection[Any]) -> bool:
+    """Whether the doorbell's lease reaches further ahead than anybody may take it."""
+    row = await (await connection.execute("SELECT listener.lease_is_wrong()")).fetchone()
+    return bool(row and row[0])
+
+
 async def must_poll(connection: AsyncConnection[Any]) -> bool:
     """Whether capture never notifies in this installation."""
     row = await (await connection.execute("SELECT listener.must_poll()")).fetchone()

@@ -191,14 +191,23 @@ async def test_a_lease_silences_until_it_is_ended(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("seconds", "rings"), [(-3600, 1), (-0.001, 1), (0.9, 0), (1.5, 1), (3600, 1)])
-async def test_a_lease_counts_for_a_second_at_the_most(
+@pytest.mark.parametrize(("seconds", "rings"), [(-3600, 1), (-0.001, 1), (0.9, 0)])
+async def test_a_lease_that_ran_out_silences_nobody(
     shop: Database, superuser: AsyncConnection[Any], listening: AsyncConnection[Any], seconds: float, rings: int
 ) -> None:
     async with application(shop, ANNA) as app:
         await set_lease(superuser, seconds)
         await order(app, ANNA, "a")
     assert len(await heard(listening, superuser)) == rings
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("seconds", "wrong"), [(-3600, False), (0.9, False), (1.5, True), (3600, True)])
+async def test_a_lease_reaches_no_further_than_a_second(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], seconds: float, *, wrong: bool
+) -> None:
+    await set_lease(superuser, seconds)
+    assert await queries.lease_is_wrong(service) is wrong
 
 
 @pytest.mark.anyio
@@ -439,6 +448,28 @@ async def test_a_dead_poller_loses_its_lease_by_itself(
         seen = len(running.outcomes)
         await order(app, ANNA, "a")
         assert len(await heard(listening, superuser)) == 1
+        await running.until_refreshed("sales", ANNA, after=seen)
+
+
+@pytest.mark.anyio
+async def test_a_lease_left_by_a_clock_that_stepped_back_is_ended_by_the_sweep(
+    shop: Database, superuser: AsyncConnection[Any], listening: AsyncConnection[Any]
+) -> None:
+    async with (
+        serving(shop) as running,
+        application(shop, BERT) as app,
+        application(shop, ANNA, autocommit=False) as writer,
+    ):
+        await set_lease(superuser, 3600)
+        await order(writer, ANNA, "late")
+        # What each sweep does.
+        await running.service.drainer.heed_installation()
+        assert await one(superuser, "SELECT last_value FROM listener.doorbell") == 0
+        await order(app, BERT, "a")
+        assert len(await heard(listening, superuser)) == 1
+        await running.until_refreshed("sales", BERT)
+        seen = len(running.outcomes)
+        await commit_unheard(shop, writer, listening)
         await running.until_refreshed("sales", ANNA, after=seen)
 
 

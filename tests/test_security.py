@@ -36,7 +36,7 @@ async def books(sample: Database) -> Database:
         "CREATE OR REPLACE VIEW listener.definition_1 AS SELECT 1",
         "CREATE TABLE listener.mine ()",
         "UPDATE listener.managed_view SET query = ''",
-        "DROP FUNCTION listener.capture_1() CASCADE",
+        "DROP FUNCTION listener.capture_1_insert() CASCADE",
         "SELECT listener.create_view('x', 'SELECT 1', '{tenant_id}')",
     ],
 )

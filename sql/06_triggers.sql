@@ -32,16 +32,16 @@ CREATE OR REPLACE FUNCTION listener.wanted_triggers(source_id integer)
 RETURNS TABLE (relation regclass, name name, event text, referencing text, level text, function name, enabled "char")
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT t.relation, format('listener_%s_%s', s.id, e.name)::name, e.event, e.referencing, e.level,
-           format('capture_%s%s%s', s.id, e.form, CASE WHEN t.by_name THEN '_by_name' ELSE '' END)::name, e.enabled
+           format('capture_%s_%s%s', s.id, e.name, CASE WHEN t.by_name THEN '_by_name' ELSE '' END)::name, e.enabled
     FROM listener.source s
     CROSS JOIN LATERAL listener.capture_tables(s.relid) t
     JOIN pg_class c ON c.oid = t.relation
-    CROSS JOIN (VALUES ('insert', 'INSERT', 'REFERENCING NEW TABLE AS new_rows', 'STATEMENT', '', 'A'::"char"),
-                       ('update', 'UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows', 'STATEMENT', '', 'A'),
-                       ('delete', 'DELETE', 'REFERENCING OLD TABLE AS old_rows', 'STATEMENT', '', 'A'),
-                       ('truncate', 'TRUNCATE', '', 'STATEMENT', '', 'A'),
-                       ('row', 'INSERT OR UPDATE OR DELETE', '', 'ROW', '_row', 'R'))
-        AS e (name, event, referencing, level, form, enabled)
+    CROSS JOIN (VALUES ('insert', 'INSERT', 'REFERENCING NEW TABLE AS new_rows', 'STATEMENT', 'A'::"char"),
+                       ('update', 'UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows', 'STATEMENT', 'A'),
+                       ('delete', 'DELETE', 'REFERENCING OLD TABLE AS old_rows', 'STATEMENT', 'A'),
+                       ('truncate', 'TRUNCATE', '', 'STATEMENT', 'A'),
+                       ('row', 'INSERT OR UPDATE OR DELETE', '', 'ROW', 'R'))
+        AS e (name, event, referencing, level, enabled)
     WHERE s.id = $1
       AND (e.level = 'STATEMENT' OR (c.relkind = 'r' AND EXISTS (
               SELECT FROM pg_subscription_rel r

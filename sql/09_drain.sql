@@ -15,7 +15,7 @@ BEGIN
     SELECT c.source_id, c.view_id, c.tenant, count(*),
            CASE WHEN c.source_id IS NULL THEN min(c.changed_at) ELSE greatest(min(c.changed_at), not_before) END,
            CASE WHEN c.source_id IS NULL THEN max(c.changed_at) ELSE greatest(max(c.changed_at), not_before) END,
-           max(c.app_correlation_id)
+           nullif(max(c.app_correlation_id), '')
     FROM (SELECT l.* FROM listener.change_log l WHERE l.xid >= seen_below
           UNION ALL
           SELECT l.* FROM listener.change_log l WHERE l.xid = ANY (unseen)) c

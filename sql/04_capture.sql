@@ -1,0 +1,200 @@
+-- Capture: statement-level AFTER triggers with transition tables, and generated functions for each source. They are
+-- static SQL: with dynamic SQL every write of the application would parse and plan anew. docs/capture.md says what each
+-- part of it costs.
+
+-- ring(source_id, source_name, mode): the doorbell: notifies listener_changes of the tenants that this transaction
+-- logged for a source, one notification a tenant up to eight, else one for all. Called by capture where nobody polls.
+-- It says nothing where the session has set listener.notify to 'off'; nor, while no mode was chosen, where prepared
+-- transactions are allowed: PREPARE TRANSACTION refuses a transaction that has notified. A transaction rings for its
+-- first eight statements, once more for all tenants, and then no more: one commit wakes whoever listens once.
+CREATE OR REPLACE FUNCTION listener.ring(source_id integer, source_name text, mode text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $function$
+DECLARE
+    tenants text[];
+    -- Ends with the transaction, or with its savepoint, as the notifications do.
+    rung integer := coalesce(nullif(current_setting('listener.rung', true), '')::integer, 0);
+BEGIN
+    IF rung > 8 OR current_setting('listener.notify', true) = 'off'
+       OR (mode IS NULL AND current_setting('max_prepared_transactions') <> '0') THEN
+        RETURN;
+    END IF;
+    PERFORM set_config('listener.rung', (rung + 1)::text, true);
+    SELECT array_agg(logged.tenant) INTO tenants
+    FROM (SELECT DISTINCT l.tenant FROM listener.change_log l
+          WHERE l.xid = pg_current_xact_id() AND l.source_id = ring.source_id LIMIT 9) AS logged;
+    IF rung = 8 OR cardinality(tenants) > 8 THEN
+        tenants := '{""}';
+    END IF;
+    PERFORM pg_notify('listener_changes', json_build_object(
+                'tenant_id', CASE WHEN t.tenant <> '' AND octet_length(t.tenant) <= 1024 THEN t.tenant END,
+                'source', source_name)::text)
+    FROM unnest(tenants) AS t (tenant);
+END
+$function$;
+
+-- generate_capture(source_id): makes or replaces what a source's triggers call: listener.capture_<id>_<event>, and
+-- their forms _by_name for partitions of another column order. The event is insert, update, delete or truncate; or row,
+-- for rows that logical replication applies: that fires no statement trigger.
+-- Each appends one change_log row per tenant that the statement touched, then rings the doorbell unless somebody
+-- holds its lease. The order matters: whoever saw the lease had its transaction id before, see listener/doorbell.py.
+-- A statement that touched no row does neither. Appending locks nothing that two writers share.
+-- A function per event, and no variable or condition that an event does not need: each costs every transaction anew.
+CREATE OR REPLACE FUNCTION listener.generate_capture(source_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    source listener.source;
+    mode text := (SELECT i.notify FROM listener.installation i);
+    form record;
+    log_tenants text;
+    log_moves text;
+    looked_through boolean;
+    unlinked boolean;
+    ring text;
+    body text;
+    renamed text;
+BEGIN
+    SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = source_id;
+    PERFORM listener.generate_tenant_of(source.id);
+    IF listener.tracks_by_view() THEN
+        SELECT string_agg(CASE WHEN t.attnum IS NULL THEN 'true' ELSE format(
+                   'pg_catalog.right((pg_catalog.pg_identify_object(''pg_catalog.pg_class''::pg_catalog.regclass, TG_RELID, %s)).identity, %s)
+                    IS DISTINCT FROM %L', t.attnum, length('.' || quote_ident(n.attname)), '.' || quote_ident(n.attname)) END,
+                   ' OR ')
+        INTO renamed
+        FROM (SELECT 'tenant_of_' || source.id, source.tenant_column WHERE source.tenant_column IS NOT NULL
+              UNION ALL
+              SELECT format('key_of_%s_%s', source.id, k.ord), k.name
+              FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord)) AS n (tracker, attname)
+        LEFT JOIN LATERAL listener.tracked(n.tracker) t ON true;
+    END IF;
+    log_tenants := format($sql$
+    INSERT INTO listener.change_log (xid, changed_at, source_id, tenant, app_correlation_id)
+    SELECT pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %s, COALESCE(touched.tenant::pg_catalog.text, ''),
+           pg_catalog.left(pg_catalog.current_setting('app.correlation_id', true), 200)
+    FROM (%%s) AS touched (tenant);$sql$, source.id);
+    -- A row can only have moved where the statement touched two tenants. Where no foreign key holds the looked-up row,
+    -- a new one may take the place of another.
+    SELECT count(*) > 0, coalesce(bool_or(NOT EXISTS (
+               SELECT FROM pg_constraint c
+               WHERE c.contype = 'f' AND c.conrelid = o.relid AND c.confrelid = source.relid)), false)
+    INTO looked_through, unlinked FROM listener.source o WHERE o.through_id = source.id;
+    log_moves := format($sql$
+    INSERT INTO listener.moved_tenant (xid, source_id, tenant)
+    SELECT pg_catalog.pg_current_xact_id(), %s, COALESCE(moved.tenant::pg_catalog.text, '') FROM (%%s) AS moved (tenant);$sql$,
+        source.id);
+    ring := CASE mode WHEN 'never' THEN '' ELSE format($sql$%s
+    PERFORM listener.ring(%s, %L, %L);$sql$,
+        CASE WHEN mode = 'always' THEN '' ELSE $sql$
+    IF pg_catalog.pg_sequence_last_value('listener.doorbell'::pg_catalog.regclass)
+           > pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) * 1000 THEN
+        RETURN NULL;
+    END IF;$sql$ END, source.id, source.schema_name || '.' || source.table_name, mode) END;
+    FOR form IN SELECT e.event, n.by_name, n.suffix,
+                       CASE e.event
+                           WHEN 'insert' THEN listener.touched_tenants(source, 'new_rows', n.by_name, false)
+                           WHEN 'delete' THEN listener.touched_tenants(source, 'old_rows', n.by_name, true)
+                           WHEN 'update' THEN format('(%s) UNION (%s)',
+                                                     listener.touched_tenants(source, 'new_rows', n.by_name, false),
+                                                     listener.touched_tenants(source, 'old_rows', n.by_name, false))
+                           ELSE 'SELECT ''''::pg_catalog.text' END AS tenants,
+                       CASE WHEN NOT n.by_name THEN listener.lone_tenant(source, e.event) END AS lone_tenant,
+                       listener.touched_tenants(source, 'new_rows', n.by_name, false) AS moved
+                FROM unnest('{insert,update,delete,truncate}'::text[]) AS e (event)
+                CROSS JOIN (VALUES (false, ''), (true, '_by_name')) AS n (by_name, suffix) LOOP
+        body := format(log_tenants, form.tenants)
+            || CASE WHEN looked_through AND form.event = 'update' THEN format($sql$
+    GET DIAGNOSTICS tenants = ROW_COUNT;
+    IF tenants > 1 THEN%s
+    END IF;$sql$, format(log_moves, form.moved))
+                    WHEN unlinked AND form.event = 'insert' THEN format(log_moves, form.moved) ELSE '' END || $sql$
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;$sql$;
+        IF form.lone_tenant IS NOT NULL AND NOT (unlinked AND form.event = 'insert') THEN
+            body := format(log_tenants, form.lone_tenant) || format($sql$
+    IF NOT FOUND THEN%s
+    END IF;$sql$, body);
+        END IF;
+        IF renamed IS NOT NULL AND NOT form.by_name AND form.event <> 'truncate' THEN
+            body := format($sql$
+    IF %s THEN%s
+    ELSE%s
+    END IF;$sql$, renamed, format(log_tenants, 'SELECT ''''::pg_catalog.text'), body);
+        END IF;
+        PERFORM listener.create_capture_function(
+            format('capture_%s_%s%s', source.id, form.event, form.suffix),
+            CASE WHEN looked_through AND form.event = 'update' THEN 'tenants bigint;' ELSE '' END, body || ring);
+    END LOOP;
+    PERFORM listener.generate_row_capture(source, renamed, looked_through, unlinked, ring);
+END
+$function$;
+
+-- create_capture_function(name, declarations, body): a trigger function of capture.
+CREATE OR REPLACE FUNCTION listener.create_capture_function(name text, declarations text, body text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    EXECUTE format($create$
+CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $capture$
+DECLARE
+    %s
+BEGIN%s
+    RETURN NULL;
+END
+$capture$
+$create$, name, declarations, body);
+    -- Firing needs no EXECUTE; with it, anybody could put the function on a table of his own and fill the log.
+    EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', name);
+END
+$function$;
+
+-- generate_row_capture(...): listener.capture_<id>_row and its form _by_name, see generate_capture. Runs of one tenant in a
+-- transaction are one log row: the setting that says so ends with the transaction, or with its savepoint.
+CREATE OR REPLACE FUNCTION listener.generate_row_capture(
+    source listener.source, renamed text, looked_through boolean, unlinked boolean, ring text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    form record;
+    log_row text := format($sql$
+        FOR touched IN SELECT t.tenant::pg_catalog.text AS tenant FROM (%%s) AS t (tenant) LOOP
+            CONTINUE WHEN pg_catalog.current_setting('listener.applied_%1$s', true) = '=' || COALESCE(touched.tenant, '');
+            INSERT INTO listener.change_log (xid, changed_at, source_id, tenant)
+            VALUES (pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %1$s, COALESCE(touched.tenant, ''));
+            PERFORM pg_catalog.set_config('listener.applied_%1$s', '=' || COALESCE(touched.tenant, ''), true);
+            rung := false;
+        END LOOP;$sql$, source.id);
+    log_moves text := format($sql$
+        INSERT INTO listener.moved_tenant (xid, source_id, tenant)
+        SELECT pg_catalog.pg_current_xact_id(), %s, COALESCE(moved.tenant::pg_catalog.text, '')
+        FROM (%%s) AS moved (tenant);$sql$, source.id);
+    body text;
+BEGIN
+    FOR form IN SELECT n.by_name, n.suffix,
+                       listener.touched_tenants(source, '(SELECT NEW.*)', n.by_name, false) AS new_tenant,
+                       listener.touched_tenants(source, '(SELECT OLD.*)', n.by_name, false) AS old_tenant
+                FROM (VALUES (false, ''), (true, '_by_name')) AS n (by_name, suffix) LOOP
+        body := format($sql$
+    IF TG_OP <> 'DELETE' THEN%s
+    END IF;
+    IF TG_OP <> 'INSERT' THEN%s
+    END IF;%s%s$sql$, format(log_row, form.new_tenant), format(log_row, form.old_tenant),
+            CASE WHEN unlinked THEN format($sql$
+    IF TG_OP = 'INSERT' THEN%s
+    END IF;$sql$, format(log_moves, form.new_tenant)) ELSE '' END,
+            CASE WHEN looked_through THEN format($sql$
+    IF TG_OP = 'UPDATE' THEN%s
+    END IF;$sql$, format(log_moves, format('(%s) EXCEPT (%s)', form.new_tenant, form.old_tenant))) ELSE '' END);
+        IF renamed IS NOT NULL AND NOT form.by_name THEN
+            body := format($sql$
+    IF %s THEN%s
+    ELSE%s
+    END IF;$sql$, renamed, format(log_row, 'SELECT ''''::pg_catalog.text'), body);
+        END IF;
+        PERFORM listener.create_capture_function(
+            format('capture_%s_row%s', source.id, form.suffix), 'touched record; rung boolean := true;', body || $sql$
+    IF rung THEN
+        RETURN NULL;
+    END IF;$sql$ || ring);
+    END LOOP;
+END
+$function$;
