@@ -69,7 +69,7 @@ BEGIN
     END IF;
     log_tenants := format($sql$
     INSERT INTO listener.change_log (xid, changed_at, source_id, tenant, app_correlation_id)
-    SELECT pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), %s, COALESCE(touched.tenant::pg_catalog.text, ''),
+    SELECT pg_catalog.pg_current_xact_id(), pg_catalog.statement_timestamp(), %s, COALESCE(touched.tenant::pg_catalog.text, ''),
            pg_catalog.left(pg_catalog.current_setting('app.correlation_id', true), 200)
     FROM (%%s) AS touched (tenant);$sql$, source.id);
     -- A row can only have moved where the statement touched two tenants. Where no foreign key holds the looked-up row,
