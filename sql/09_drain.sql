@@ -33,6 +33,14 @@ EXCEPTION WHEN OTHERS THEN
 END
 $function$;
 
+-- state_of(view_id, tenant): the row of refresh_state of a key, if there is one; without crossing its dead versions.
+CREATE OR REPLACE FUNCTION listener.state_of(view_id integer, tenant text) RETURNS SETOF listener.refresh_state
+LANGUAGE sql STABLE ROWS 1 AS $function$
+    SELECT r.* FROM listener.refresh_state r
+    WHERE r.view_id OPERATOR(pg_catalog.=) $1 AND r.tenant OPERATOR(pg_catalog.=) $2
+    ORDER BY r.refreshed_at DESC NULLS LAST LIMIT 1
+$function$;
+
 -- drain(): folds every committed change that no drain has seen yet into dirty_key.
 --   outcome  'drained', one row per key touched; or one row 'nothing'; or one row 'busy': another session is draining
 --            and may have looked before your change, so ask again; never read it as "nothing new".
@@ -169,7 +177,7 @@ BEGIN
            v.paused_at IS NOT NULL, is_copy
     FROM logged l
     LEFT JOIN (raised k JOIN listener.managed_view v ON v.id = k.view_id) ON true
-    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant;
+    LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true;
     -- Nothing new: nothing was written, and no transaction id was spent.
     IF NOT FOUND THEN
         outcome := 'nothing';
@@ -208,7 +216,10 @@ SELECT k.view_id, k.tenant, max(k.version) AS version, min(k.first_change_at) AS
            AS app_correlation_id
 FROM listener.dirty_key k
 JOIN listener.managed_view v ON v.id = k.view_id
-LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+LEFT JOIN LATERAL (
+    -- As state_of(), which whoever may read this view need not be allowed to call.
+    SELECT s.refreshed_version FROM listener.refresh_state s WHERE s.view_id = k.view_id AND s.tenant = k.tenant
+    ORDER BY s.refreshed_at DESC NULLS LAST LIMIT 1) r ON true
 WHERE k.version >= coalesce((SELECT m.dirty_from FROM listener.purge_mark m ORDER BY m.id DESC LIMIT 1), 0)
   AND k.version > coalesce(r.refreshed_version, -1)
 GROUP BY k.view_id, k.tenant;
@@ -233,7 +244,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET e
     FROM (SELECT clock_timestamp()) AS n (now)
     CROSS JOIN listener.dirty k
     JOIN listener.managed_view v ON v.id = k.view_id AND v.paused_at IS NULL
-    LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+    LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true
     WHERE NOT overdue OR (k.dirty_since + v.max_wait < n.now AND coalesce(r.retry_at < n.now, true))
     UNION ALL
     SELECT 'aged', n.now, 0::bigint, gen_random_uuid()::text, NULL, r.view_id, v.name, r.tenant, r.refreshed_version,

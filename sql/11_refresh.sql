@@ -5,17 +5,19 @@
 
 -- known_version(view_id, tenant): the dirty version of the key, that is, the newest drain that found it changed, 0 where
 -- none ever did; and the correlation id of that drain. What is shown already is looked up first: dirty_key is read above
--- it, where nothing was deleted yet, and so crosses no dead rows.
+-- it, where nothing was deleted yet, and so crosses no dead rows. was_quick: its last refresh succeeded, and took no
+-- longer than 20 ms.
 CREATE OR REPLACE FUNCTION listener.known_version(
-    view_id integer, tenant text, OUT version bigint, OUT correlation_id text)
+    view_id integer, tenant text, OUT version bigint, OUT correlation_id text, OUT was_quick boolean)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $function$
 #variable_conflict use_column
 DECLARE
     shown record;
 BEGIN
-    SELECT r.refreshed_version AS version, r.correlation_id INTO shown
-    FROM listener.refresh_state r WHERE r.view_id = known_version.view_id AND r.tenant = known_version.tenant;
+    SELECT r.refreshed_version AS version, r.correlation_id, r.duration <= '20 ms' AND r.failures = 0 AS quick INTO shown
+    FROM listener.state_of(known_version.view_id, known_version.tenant) r;
+    was_quick := coalesce(shown.quick, false);
     SELECT k.version, k.correlation_id INTO version, correlation_id
     FROM listener.dirty_key k
     WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant
@@ -28,17 +30,8 @@ BEGIN
 END
 $function$;
 
--- was_quick(view_id, tenant): whether the key's last refresh succeeded, and took no longer than 20 ms.
-CREATE OR REPLACE FUNCTION listener.was_quick(view_id integer, tenant text) RETURNS boolean
-LANGUAGE plpgsql STABLE
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $function$
-BEGIN
-    RETURN EXISTS (SELECT FROM listener.refresh_state r
-                   WHERE r.view_id = $1 AND r.tenant = $2 AND r.duration <= '20 ms' AND r.failures = 0);
-END
-$function$;
-
--- record_refresh(...): the key is as fresh as `version`; its failures are over, its dead letter is closed.
+-- record_refresh(...): the key is as fresh as `version`; its failures are over, its dead letter is closed. The caller
+-- holds the key's lock.
 CREATE OR REPLACE FUNCTION listener.record_refresh(
     view_id integer, tenant text, version bigint, started timestamptz, inserted bigint, updated bigint, deleted bigint,
     correlation_id text) RETURNS void
@@ -48,16 +41,22 @@ SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan S
 DECLARE
     now_at timestamptz := clock_timestamp();
 BEGIN
-    INSERT INTO listener.refresh_state AS r
-        (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, updated, deleted,
-         correlation_id)
-    VALUES (record_refresh.view_id, record_refresh.tenant, record_refresh.version, started, now_at, now_at - started,
-            record_refresh.inserted, record_refresh.updated, record_refresh.deleted, record_refresh.correlation_id)
-    ON CONFLICT (view_id, tenant) DO UPDATE SET
-        refreshed_version = excluded.refreshed_version, started_at = excluded.started_at,
-        refreshed_at = excluded.refreshed_at, duration = excluded.duration, inserted = excluded.inserted,
-        updated = excluded.updated, deleted = excluded.deleted, correlation_id = excluded.correlation_id,
-        failures = 0, failed_at = NULL, retry_at = NULL, last_error = NULL;
+    UPDATE listener.refresh_state r SET
+        refreshed_version = record_refresh.version, started_at = started, refreshed_at = now_at,
+        duration = now_at - started, inserted = record_refresh.inserted, updated = record_refresh.updated,
+        deleted = record_refresh.deleted, correlation_id = record_refresh.correlation_id,
+        failures = 0, failed_at = NULL, retry_at = NULL, last_error = NULL
+    WHERE r.ctid = (SELECT s.ctid FROM listener.refresh_state s
+                    WHERE s.view_id = record_refresh.view_id AND s.tenant = record_refresh.tenant
+                    ORDER BY s.refreshed_at DESC NULLS LAST LIMIT 1);
+    IF NOT FOUND THEN
+        INSERT INTO listener.refresh_state
+            (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, updated, deleted,
+             correlation_id)
+        VALUES (record_refresh.view_id, record_refresh.tenant, record_refresh.version, started, now_at,
+                now_at - started, record_refresh.inserted, record_refresh.updated, record_refresh.deleted,
+                record_refresh.correlation_id);
+    END IF;
     UPDATE listener.dead_letter d SET status = 'resolved', closed_at = now_at
     WHERE d.view_id = record_refresh.view_id AND d.tenant = record_refresh.tenant AND d.status = 'open';
 END
@@ -94,6 +93,7 @@ DECLARE
     tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
     started timestamptz := clock_timestamp();
     batch text;
+    was_quick boolean;
     twice text;
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
@@ -111,10 +111,11 @@ BEGIN
             set_config('app.execution_context', 'worker', true),
             set_config('TimeZone', managed.time_zone, true);
 
-    SELECT k.version, k.correlation_id INTO version, batch FROM listener.known_version(managed.id, tenant_key) k;
+    SELECT k.version, k.correlation_id, k.was_quick INTO version, batch, was_quick
+    FROM listener.known_version(managed.id, tenant_key) k;
     -- A kept plan saves most of a small refresh. It may be wrong for a tenant unlike the others, or have been made when
     -- the tables were small: a key whose last refresh was not quick is planned anew, which then costs next to nothing.
-    IF listener.was_quick(managed.id, tenant_key) THEN
+    IF was_quick THEN
         PERFORM set_config('plan_cache_mode', 'auto', true);
     END IF;
 
@@ -198,7 +199,7 @@ BEGIN
     END IF;
     SELECT k.* INTO known FROM listener.known_version(managed.id, '') k;
     SELECT min(k.first_change_at) AS since, max(k.app_correlation_id) AS app_correlation_id INTO dirty
-    FROM listener.dirty_key k LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+    FROM listener.dirty_key k LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true
     WHERE k.view_id = managed.id AND k.tenant = '' AND k.version > coalesce(r.refreshed_version, -1);
     INSERT INTO listener.change_log (xid, changed_at, view_id, tenant, app_correlation_id)
     SELECT pg_current_xact_id(), coalesce(dirty.since, started), managed.id, t.tenant, dirty.app_correlation_id

@@ -25,7 +25,7 @@ CREATE OR REPLACE FUNCTION listener.is_stale(view_id integer, tenant text) RETUR
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
     SELECT EXISTS (
         SELECT FROM listener.dirty_key k
-        LEFT JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
+        LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true
         WHERE k.view_id = $1 AND k.tenant IN ($2, '') AND k.version > coalesce(r.refreshed_version, -1)
     ) OR EXISTS (
         SELECT FROM listener.unconsumed() c

@@ -4,6 +4,8 @@
 -- with it when it was rolled back. Backs off exponentially from `base` to `cap`, with jitter, so that keys which failed
 -- together do not return together. From the attempt number `attempts` on, a dead letter is open for the key and it is
 -- retried every `slow` only. One open letter per key: later failures update it.
+-- Where somebody else is refreshing the key, what comes of that counts: then nothing is recorded, failures is 0, and the
+-- key may be tried again after `base`.
 CREATE OR REPLACE FUNCTION listener.record_failure(
     view_id integer, tenant text, correlation_id text, error_type text, state text, exception_class text,
     message text, traceback text, worker text, attempts integer, base interval, cap interval, slow interval,
@@ -13,20 +15,32 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 DECLARE
     now_at timestamptz := clock_timestamp();
     wait interval;
+    known record;
 BEGIN
-    -- Nothing is kept of a view that was dropped meanwhile.
-    INSERT INTO listener.refresh_state AS r
-        (view_id, tenant, refreshed_version, failures, failed_at, retry_at, last_error)
-    SELECT v.id, record_failure.tenant, -1, 1, now_at, now_at, record_failure.message
-    FROM listener.managed_view v WHERE v.id = record_failure.view_id
-    ON CONFLICT (view_id, tenant) DO UPDATE
-        SET failures = r.failures + 1, failed_at = now_at, last_error = record_failure.message
-    RETURNING r.failures INTO failures;
+    IF NOT pg_try_advisory_xact_lock(listener.lock_key(record_failure.view_id, record_failure.tenant)) THEN
+        failures := 0;
+        retry_in := extract(epoch FROM base);
+        RETURN;
+    END IF;
+    SELECT s.ctid AS at, s.failures INTO known FROM listener.refresh_state s
+    WHERE s.view_id = record_failure.view_id AND s.tenant = record_failure.tenant
+    ORDER BY s.refreshed_at DESC NULLS LAST LIMIT 1;
+    failures := coalesce(known.failures, 0) + 1;
     wait := CASE WHEN failures >= attempts THEN slow
                  ELSE least(cap, base * power(2, least(failures - 1, 30))) END * (0.75 + random() * 0.5);
     retry_in := extract(epoch FROM wait);
-    UPDATE listener.refresh_state r SET retry_at = now_at + wait
-    WHERE r.view_id = record_failure.view_id AND r.tenant = record_failure.tenant;
+    IF known.at IS NULL THEN
+        -- Nothing is kept of a view that was dropped meanwhile.
+        INSERT INTO listener.refresh_state
+            (view_id, tenant, refreshed_version, failures, failed_at, retry_at, last_error)
+        SELECT v.id, record_failure.tenant, -1, failures, now_at, now_at + wait, record_failure.message
+        FROM listener.managed_view v WHERE v.id = record_failure.view_id;
+    ELSE
+        UPDATE listener.refresh_state r
+        SET failures = record_failure.failures, failed_at = now_at, retry_at = now_at + wait,
+            last_error = record_failure.message
+        WHERE r.ctid = known.at;
+    END IF;
     IF failures >= attempts THEN
         INSERT INTO listener.dead_letter AS d
             (view_id, view_name, tenant, error_type, sqlstate, exception_class, error_message, traceback, worker,

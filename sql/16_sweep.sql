@@ -32,9 +32,9 @@ BEGIN
         RETURNING c.xid)
     SELECT count(*), max(g.xid) INTO deleted, reached FROM gone g;
     -- Not above the cursor: what a later drain finds must stay until it is shown.
-    DELETE FROM listener.dirty_key k USING listener.refresh_state r
+    DELETE FROM listener.dirty_key k
     WHERE k.version >= coalesce(last_mark.dirty_from, 0) AND k.version <= cursor_id
-      AND r.view_id = k.view_id AND r.tenant = k.tenant AND k.version <= r.refreshed_version;
+      AND k.version <= (SELECT r.refreshed_version FROM listener.state_of(k.view_id, k.tenant) r);
     GET DIAGNOSTICS shown = ROW_COUNT;
     IF deleted + shown > 0 THEN
         SELECT coalesce(min(k.version), cursor_id + 1) INTO dirty_from

@@ -21,7 +21,7 @@ BEGIN
     FOREACH routine IN ARRAY ARRAY[
         'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)', 'listener.require_read_committed(text)',
         'listener.lock_key(integer, text)', 'listener.new_changes(xid8, xid8[], timestamptz)',
-        'listener.known_version(integer, text)', 'listener.was_quick(integer, text)',
+        'listener.known_version(integer, text)', 'listener.state_of(integer, text)',
         'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drain()', 'listener.fold_restored_log()',
         'listener.pending_keys(boolean)', 'listener.images(regclass, regclass)',
         'listener.comparison_statement(listener.managed_view)', 'listener.refresh(text, text)',

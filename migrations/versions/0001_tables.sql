@@ -167,7 +167,9 @@ ALTER TABLE listener.moved_tenant REPLICA IDENTITY FULL;
 -- needs to notify. A sequence, because it is read in a microsecond, seen at once, and leaves no dead versions.
 CREATE SEQUENCE listener.doorbell AS bigint MINVALUE 0;
 
--- Written by the refresh alone, and by record_failure() after a refresh that was rolled back.
+-- Written by the refresh alone, and by record_failure() after a refresh that was rolled back; one row per key, since both
+-- hold the key's advisory lock. Not a unique key but an index whose newest entry is the row: while a snapshot is held
+-- open elsewhere a hot key's dead versions pile up, and each look at a unique key would cross all of them.
 CREATE TABLE listener.refresh_state (
     view_id integer NOT NULL,
     tenant text NOT NULL,
@@ -182,9 +184,11 @@ CREATE TABLE listener.refresh_state (
     failures integer NOT NULL DEFAULT 0,
     failed_at timestamptz,
     retry_at timestamptz,
-    last_error text,
-    PRIMARY KEY (view_id, tenant)
-) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+    last_error text
+) WITH (autovacuum_vacuum_scale_factor = 0.05);
+CREATE INDEX refresh_state_newest ON listener.refresh_state (view_id, tenant, refreshed_at NULLS FIRST);
+-- Without a key, a publication FOR ALL TABLES would refuse its updates.
+ALTER TABLE listener.refresh_state REPLICA IDENTITY FULL;
 
 CREATE TABLE listener.dead_letter (
     id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
