@@ -79,7 +79,9 @@ async def test_a_hot_key_is_read_as_cheaply_as_at_the_start(shop: Database) -> N
         await service.execute("SELECT listener.purge()")
         after = {name: await blocks(service, query) for name, query in reads.items()}
         for name in reads:
-            assert after[name] <= 2 * before[name] + 8, (name, before, after)
+            # Housekeeping may grow with what it did last; what each drain and each refresh reads may not.
+            most = 2 * before[name] + 8 if name == "purge" else 1.5 * before[name] + 4
+            assert after[name] <= most, (name, before, after)
         assert await differences(superuser, "sales") == []
 
 
