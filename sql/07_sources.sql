@@ -131,6 +131,7 @@ BEGIN
     PERFORM listener.drop_orphans();
     -- Look-ups of other tables that go through this one read it, and are made anew.
     dependents := ARRAY(SELECT d.id FROM listener.looking_through(added_id) d ORDER BY d.depth);
+    UPDATE listener.source s SET through_references = listener.tracked_references(s.id) WHERE s.id = ANY (dependents);
     PERFORM listener.drop_lookup(d.id)
     FROM (SELECT u.id FROM pg_catalog.unnest(added_id || dependents) WITH ORDINALITY AS u (id, ord) ORDER BY u.ord DESC) d;
     IF through IS NOT NULL THEN
@@ -249,6 +250,7 @@ DECLARE
     through listener.source;
     keys text;
     chain text;
+    reference record;
     previous_timeout text := current_setting('lock_timeout');
 BEGIN
     SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = create_lookup.source_id;
@@ -280,8 +282,23 @@ BEGIN
                    CASE WHEN chain IS NULL THEN format('p.%I::text', through.tenant_column) ELSE 'l.tenant' END,
                    through.relid::regclass,
                    CASE WHEN chain IS NOT NULL THEN format('LEFT JOIN listener.%I l ON %s', 'lookup_' || through.id, chain) END);
+    -- Which column is k1 is told by neither the view nor the catalog, once one was renamed.
+    FOR reference IN SELECT r.name, r.ord FROM unnest(source.through_references) WITH ORDINALITY AS r (name, ord) LOOP
+        EXECUTE format('CREATE VIEW listener.%I AS SELECT p.%I AS tracked FROM %s p',
+                       format('reference_of_%s_%s', source.id, reference.ord), reference.name, through.relid::regclass);
+    END LOOP;
     PERFORM listener.generate_tenants_by(source.id);
 END
+$function$;
+
+-- tracked_references(source_id): the columns that a look-up finds its rows by, by the names that they have now; a dropped
+-- one's stays.
+CREATE OR REPLACE FUNCTION listener.tracked_references(source_id integer) RETURNS name[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT array_agg(coalesce(t.attname, r.name) ORDER BY r.ord)
+    FROM listener.source s CROSS JOIN unnest(s.through_references) WITH ORDINALITY AS r (name, ord)
+    LEFT JOIN LATERAL listener.tracked(format('reference_of_%s_%s', s.id, r.ord)) t ON true
+    WHERE s.id = $1
 $function$;
 
 -- drop_lookup(source_id): drops a source's look-up, and the policy of the table that it went through where no other
@@ -292,14 +309,17 @@ DECLARE
     through regclass := (SELECT t.relid::regclass FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                          WHERE s.id = drop_lookup.source_id);
     routine regprocedure;
+    tracker text;
 BEGIN
     FOR routine IN SELECT p.oid FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace
                    AND p.proname = 'tenants_by_' || drop_lookup.source_id LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
     END LOOP;
-    IF to_regclass(format('listener.%I', 'lookup_' || drop_lookup.source_id)) IS NOT NULL THEN
-        EXECUTE format('DROP VIEW listener.%I', 'lookup_' || drop_lookup.source_id);
-    END IF;
+    FOR tracker IN SELECT c.oid::regclass FROM pg_class c
+                   WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'v'
+                     AND c.relname ~ format('^(lookup_%1$s|reference_of_%1$s_[0-9]+)$', drop_lookup.source_id) LOOP
+        EXECUTE format('DROP VIEW %s', tracker);
+    END LOOP;
     IF EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = through AND p.polname = 'listener_lookup')
        AND NOT EXISTS (SELECT FROM listener.source s JOIN listener.source t ON t.id = s.through_id
                        WHERE t.relid = through AND s.id <> drop_lookup.source_id) THEN

@@ -39,6 +39,7 @@ BEGIN
                       AND a.attnum = listener.tracked_column(s.id)))
             OR (s.through_id IS NOT NULL AND (
                     s.through_keys::text[] IS DISTINCT FROM listener.tracked_keys(s.id)::text[]
+                    OR s.through_references::text[] IS DISTINCT FROM listener.tracked_references(s.id)::text[]
                     OR to_regclass('listener.lookup_' || s.id) IS NULL
                     OR (s.through_cascades AND NOT listener.still_cascades(s.id))))
             OR EXISTS (
@@ -135,10 +136,12 @@ BEGIN
     WHERE s.relid <> source.relid AND s.schema_name = source.schema_name AND s.table_name = source.table_name
       AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid);
     source.through_keys := listener.tracked_keys(source.id);
+    source.through_references := listener.tracked_references(source.id);
     source.through_cascades := source.through_cascades AND listener.still_cascades(source.id);
-    UPDATE listener.source s SET (schema_name, table_name, relid, tenant_column, through_keys, through_cascades) = (
+    UPDATE listener.source s SET
+        (schema_name, table_name, relid, tenant_column, through_keys, through_references, through_cascades) = (
         SELECT source.schema_name, source.table_name, source.relid, source.tenant_column, source.through_keys,
-               source.through_cascades)
+               source.through_references, source.through_cascades)
     WHERE s.id = source.id;
     IF source.relid <> known.relid THEN
         PERFORM listener.check_source(source.relid::regclass, source.tenant_column);
@@ -154,8 +157,9 @@ BEGIN
               || coalesce(', tenant column ' || quote_ident(source.tenant_column), '');
     IF seen IS NOT DISTINCT FROM before AND source.relid = known.relid AND followed
        AND source.through_cascades IS NOT DISTINCT FROM known.through_cascades THEN
-        IF (source.schema_name, source.table_name, source.tenant_column, source.through_keys)
-               IS DISTINCT FROM (known.schema_name, known.table_name, known.tenant_column, known.through_keys) THEN
+        IF (source.schema_name, source.table_name, source.tenant_column, source.through_keys, source.through_references)
+               IS DISTINCT FROM
+               (known.schema_name, known.table_name, known.tenant_column, known.through_keys, known.through_references) THEN
             outcome := 'renamed';
         END IF;
         RETURN;

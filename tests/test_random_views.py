@@ -375,9 +375,6 @@ async def write(connection: AsyncConnection[Any], step: Step) -> None:
     try:
         if undone:
             await connection.execute("SAVEPOINT s")
-        if " lines " in f"{statement} ":
-            # Not while an order moves: see test_look_up.
-            await connection.execute("LOCK TABLE a IN SHARE ROW EXCLUSIVE MODE")
         if step.copied:
             async with connection.cursor() as cursor, cursor.copy(statement.encode()) as copy:
                 await copy.write(step.copied)

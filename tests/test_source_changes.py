@@ -67,6 +67,26 @@ async def test_renamed_columns_and_tables_break_no_write_and_stay_exact(
     await is_exact(superuser, service, "off", "sales")
 
 
+@pytest.mark.parametrize("repaired", [False, True], ids=["at once", "after the next sweep"])
+async def test_a_source_is_added_again_after_the_columns_that_find_its_rows_were_renamed(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], *, repaired: bool
+) -> None:
+    await add_source(superuser, THROUGH)
+    await create_view(shop, "off", TOTALS, [])
+    await rows(service, "SELECT listener.repair_capture()")
+    await settle(service)
+    await define(superuser, "ALTER TABLE shop.orders RENAME id TO number; ALTER TABLE shop.orders ADD id bigint")
+    if repaired:
+        assert await rows(service, "SELECT outcome FROM listener.repair_capture()") == [("renamed",)]
+        assert await rows(service, "SELECT outcome FROM listener.repair_capture()") == []
+    # Makes the look-up of the lines anew, by what the column is called now.
+    await add_source(superuser, "'shop.orders', 'tenant_id'")
+    await settle(service)
+    await superuser.execute("UPDATE shop.order_lines SET cents = cents + 1 WHERE order_id = 1")
+    assert await dirtied(service) == {"off": [ANNA]}
+    await is_exact(superuser, service, "off")
+
+
 LOSSES: list[LiteralString] = [
     "ALTER TABLE shop.orders DROP COLUMN tenant_id CASCADE",
     "ALTER TABLE shop.order_lines DROP COLUMN order_id CASCADE",
