@@ -159,7 +159,8 @@ class Service:
     # -- refresh -------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        while True:
+        # The cancellation finds nobody who waits while more is due.
+        while not self._stop.is_set():
             now = anyio.current_time()
             change = self.debouncer.take(now)
             if change is None:

@@ -16,9 +16,11 @@ from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, tr
 from conftest import DEADLINE, Database, eventually, settings_for
 from listener import operations, queries
 from listener.errors import SetupError
+from listener.refresh import Outcome
 from listener.sample import create_tenants
 from listener.service import Service
 from listener.startup import pool_options
+from listener.views import Change
 
 pytestmark = pytest.mark.anyio
 
@@ -333,6 +335,20 @@ async def test_settings_of_a_refresh_do_not_stay_on_the_pooled_connections(books
                 assert not row[1]
                 assert row[2] == '"$user", public'
                 assert row[3] == time_zone
+
+
+async def test_no_refresh_begins_once_the_service_is_told_to_stop(books: Database) -> None:
+    outcomes: list[Change] = []
+
+    def stop_at_the_first(change: Change, _outcome: Outcome) -> None:
+        outcomes.append(change)
+        service.stop()
+
+    # Five views wait to be filled.
+    service = Service(settings_for(books.url(), workers=1), on_outcome=stop_at_the_first)
+    with anyio.fail_after(DEADLINE):
+        await service.run()
+    assert len(outcomes) == 1
 
 
 async def test_a_view_dropped_while_its_keys_wait_stops_nothing(books: Database) -> None:
