@@ -58,9 +58,13 @@ class Debouncer:
     def __contains__(self, key: object) -> bool:
         return key in self._waiting or key in self._running
 
-    def keys(self) -> set[RefreshKey]:
-        """Every key that waits or is being refreshed."""
-        return self._waiting.keys() | self._running
+    def running_keys(self) -> frozenset[RefreshKey]:
+        """Every key that is being refreshed now."""
+        return frozenset(self._running)
+
+    def started_since(self, key: RefreshKey, moment: float) -> bool:
+        """Whether the key was handed out at `moment` or later, as far as it was not forgotten."""
+        return self._started.get(key, float("-inf")) >= moment
 
     @property
     def running(self) -> int:
@@ -80,7 +84,7 @@ class Debouncer:
                 version=max(known.version, change.version),
                 bulk=known.bulk and change.bulk,
             )
-        self._wait(replace(change, refresh_started=started))
+        self._wait(change if change.refresh_started == started else replace(change, refresh_started=started))
 
     def take(self, now: float) -> Change | None:
         """The next key to refresh, or None when none is due. It is running until finished() or again()."""
