@@ -280,7 +280,8 @@ class Service:
             missed = await self._take_overdue()
             recovered = 0 if rung or self.drainer.doorbell.state != "resting" else drained
             self.metrics.sweep_recovered.inc(recovered + missed)
-            self.debouncer.forget_starts(anyio.current_time() - 600)
+            # Not sooner: what began during the sweep must still be known to it.
+            self.debouncer.forget_starts(anyio.current_time())
             await self.drainer.heed_installation()
             async with self.pool.connection() as connection:
                 await self._look_after(connection)
