@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple, TypeVar, cast
 
 import anyio
 import structlog
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import args_row
 
 from listener import queries
 from listener.backoff import Backoff
@@ -25,6 +25,10 @@ log = structlog.get_logger("listener.changes")
 BUSY_PAUSE = 0.05  # seconds
 # So many keys of a drain are named in its log line.
 NAMED_KEYS = 20
+# Rows are received so many at a time: very many keys may be dirty, and one at a time would be slow.
+CHUNK = 1000
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,43 +144,107 @@ async def drain(connection: AsyncConnection[Any], now: float, looked_before: flo
     `now`: the monotonic clock, in seconds. `looked_before`: when the last drain that saw everything began; what it
     could not see was not visible then, so no change of a tenant's own is older than that.
     """
-    async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute("SELECT * FROM listener.drain()")
-        rows = await cursor.fetchall()
-    first = rows[0]
-    if first["outcome"] != "drained":
-        return Drained(first["outcome"], restored=bool(first["restored"]))
-    keys = [_change(row, now, looked_before) for row in rows if row["view_id"] is not None and not row["paused"]]
-    return Drained("drained", first["changes"], first["correlation_id"], keys, bool(first["restored"]))
+    reader = _Reader(now, looked_before)
+    first: _Row | None = None
+    keys: list[Change] = []
+    # All keys together, once it is over: the rows come before the commit, and a refresh that began between the two
+    # would not see the version that this drain gives its key.
+    async with _rows(connection, "SELECT * FROM listener.drain()") as rows:
+        async for row in rows:
+            first = first or row
+            if row.view_id is not None and not row.paused:
+                keys.append(reader.change(row))
+    assert first is not None
+    if first.outcome != "drained":
+        return Drained(first.outcome, restored=bool(first.restored))
+    return Drained("drained", first.changes, first.correlation_id, keys, bool(first.restored))
 
 
-async def pending(connection: AsyncConnection[Any], now: float, *, overdue: bool) -> tuple[list[Change], list[Change]]:
-    """The dirty keys in the database, all of them or the overdue ones; and the clean keys past their max_age."""
-    async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute("SELECT * FROM listener.pending_keys(%s)", (overdue,))
-        dirty: list[Change] = []
-        aged: list[Change] = []
-        async for row in cursor:
-            (aged if row["outcome"] == "aged" else dirty).append(_change(row, now, None))
-        return dirty, aged
+async def pending(connection: AsyncConnection[Any], now: float, *, overdue: bool) -> AsyncGenerator[Change]:
+    """The dirty keys in the database, all of them or the overdue ones; then the clean keys past their max_age.
+
+    They come as they are received, and the connection is busy until the last one was, or this is closed.
+    """
+    reader = _Reader(now, None)
+    async with _rows(connection, "SELECT * FROM listener.pending_keys(%s)", overdue) as rows:
+        async for row in rows:
+            yield reader.change(row)
 
 
-def _change(row: DictRow, now: float, looked_before: float | None) -> Change:
-    first_change = now - row["first_change_age"]
-    last_change = now - row["last_change_age"]
-    if looked_before is not None and not row["bulk"]:
-        first_change = max(first_change, looked_before)
-        last_change = max(last_change, first_change)
-    return Change(
-        key=RefreshKey(row["view_id"], row["view_name"], row["tenant"]),
-        window=Window(row["quiet_period"], row["max_wait"], row["edge"]),
-        version=row["version"] or 0,
-        first_change=first_change,
-        last_change=last_change,
-        correlation_id=row["correlation_id"],
-        app_correlation_id=row["app_correlation_id"],
-        refresh_started=None if row["refresh_started_age"] is None else now - row["refresh_started_age"],
-        retry_at=None if row["retry_in"] is None or row["retry_in"] <= 0 else now + row["retry_in"],
-        bulk=row["bulk"],
-        aged=row["outcome"] == "aged",
-    )
+class _Row(NamedTuple):
+    """The columns of drain() and pending_keys(), in their order. Those of the key are NULL where there is none."""
+
+    outcome: Any
+    drained_at: Any
+    changes: int
+    correlation_id: str
+    app_correlation_id: str | None
+    view_id: Any
+    view_name: str
+    tenant: str
+    version: int | None
+    first_change_age: float
+    last_change_age: float
+    refresh_started_age: float | None
+    retry_in: float | None
+    quiet_period: float
+    max_wait: float
+    edge: Literal["leading", "trailing"]
+    bulk: bool
+    paused: bool
+    restored: bool | None
+
+
+@asynccontextmanager
+async def _rows(
+    connection: AsyncConnection[Any], query: LiteralString, *parameters: object
+) -> AsyncIterator[AsyncIterator[_Row]]:
+    """The rows as they are received: in memory they would be several times the changes that are made of them."""
+    async with connection.cursor(row_factory=args_row(_Row)) as cursor:
+        # A generator, whatever its type says: until it is closed, the connection is locked.
+        stream = cast("AsyncGenerator[_Row]", cursor.stream(query, parameters, size=CHUNK))
+        async with aclosing(stream):
+            yield stream
+
+
+class _Reader:
+    """Rows -> changes. What is equal in many of them is kept once: a hundred thousand may be waiting."""
+
+    def __init__(self, now: float, looked_before: float | None) -> None:
+        self._now = now
+        self._looked_before = looked_before
+        self._windows: dict[tuple[float, float, str], Window] = {}
+        self._values: dict[Any, Any] = {}
+
+    def change(self, row: _Row) -> Change:
+        """The change that the row tells of."""
+        now = self._now
+        first_change = now - row.first_change_age
+        last_change = now - row.last_change_age
+        if self._looked_before is not None and not row.bulk:
+            first_change = max(first_change, self._looked_before)
+            last_change = max(last_change, first_change)
+        return Change(
+            key=RefreshKey(row.view_id, self._once(row.view_name), row.tenant),
+            window=self._window(row),
+            version=self._once(row.version or 0),
+            first_change=first_change,
+            last_change=first_change if last_change == first_change else last_change,
+            correlation_id=self._once(row.correlation_id),
+            app_correlation_id=self._once(row.app_correlation_id),
+            refresh_started=None if row.refresh_started_age is None else now - row.refresh_started_age,
+            retry_at=None if row.retry_in is None or row.retry_in <= 0 else now + row.retry_in,
+            bulk=row.bulk,
+            aged=row.outcome == "aged",
+        )
+
+    def _window(self, row: _Row) -> Window:
+        values = (row.quiet_period, row.max_wait, row.edge)
+        window = self._windows.get(values)
+        if window is None:
+            window = self._windows[values] = Window(*values)
+        return window
+
+    def _once(self, value: Value) -> Value:
+        known: Value = self._values.setdefault(value, value)
+        return known

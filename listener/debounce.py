@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from listener.views import Change, RefreshKey, Window
 
@@ -36,6 +37,14 @@ def _deadline(change: Change) -> float:
     return change.first_change + change.window.max_wait
 
 
+class _Place(NamedTuple):
+    """An item of a heap: of the timers until the key is due, then of the ready keys that are bulk, or are not."""
+
+    at: float  # when the key is due; once it is, when its max_wait runs out
+    key: RefreshKey
+    bulk: bool | None = None  # None: a timer
+
+
 class Debouncer:
     """The keys that wait for a refresh, and those that are being refreshed."""
 
@@ -43,12 +52,11 @@ class Debouncer:
         self._waiting: dict[RefreshKey, Change] = {}
         self._running: set[RefreshKey] = set()
         self._started: dict[RefreshKey, float] = {}
-        # Heap items stay where they are when a key changes. A timer counts if _timer_at still names it, a ready item
-        # if the key is still ready, of that heap, and of that deadline.
-        self._timers: list[tuple[float, RefreshKey]] = []
-        self._timer_at: dict[RefreshKey, float] = {}
-        self._ready: dict[bool, list[tuple[float, RefreshKey]]] = {False: [], True: []}
-        self._is_ready: set[RefreshKey] = set()
+        self._longest_quiet_period = 0.0
+        # Items stay in their heaps when a key changes: the one that counts is its place. A key that runs has none.
+        self._places: dict[RefreshKey, _Place] = {}
+        self._timers: list[_Place] = []
+        self._ready: dict[bool, list[_Place]] = {False: [], True: []}
         self._turn = 0
 
     def __len__(self) -> int:
@@ -58,9 +66,13 @@ class Debouncer:
     def __contains__(self, key: object) -> bool:
         return key in self._waiting or key in self._running
 
-    def keys(self) -> set[RefreshKey]:
-        """Every key that waits or is being refreshed."""
-        return self._waiting.keys() | self._running
+    def running_keys(self) -> frozenset[RefreshKey]:
+        """Every key that is being refreshed now."""
+        return frozenset(self._running)
+
+    def started_since(self, key: RefreshKey, moment: float) -> bool:
+        """Whether the key was handed out at `moment` or later, as far as it was not forgotten."""
+        return self._started.get(key, float("-inf")) >= moment
 
     @property
     def running(self) -> int:
@@ -80,7 +92,7 @@ class Debouncer:
                 version=max(known.version, change.version),
                 bulk=known.bulk and change.bulk,
             )
-        self._wait(replace(change, refresh_started=started))
+        self._wait(change if change.refresh_started == started else replace(change, refresh_started=started))
 
     def take(self, now: float) -> Change | None:
         """The next key to refresh, or None when none is due. It is running until finished() or again()."""
@@ -88,24 +100,23 @@ class Debouncer:
         self._turn += 1
         bulk_first = self._turn % BULK_TURN == 0
         for bulk in (bulk_first, not bulk_first):
-            heap = self._ready[bulk]
-            while heap:
-                deadline, key = heappop(heap)
-                if key not in self._is_ready:
-                    continue
-                change = self._waiting[key]
-                if change.bulk is not bulk or _deadline(change) != deadline:
-                    continue
-                del self._waiting[key]
-                self._is_ready.discard(key)
+            place = self._first(self._ready[bulk])
+            if place is not None:
+                heappop(self._ready[bulk])
+                key = place.key
+                del self._places[key]
+                change = self._waiting.pop(key)
                 self._running.add(key)
                 self._started[key] = now
+                self._longest_quiet_period = max(self._longest_quiet_period, change.window.quiet_period)
                 return change
         return None
 
     def next_due(self) -> float | None:
         """When take() can next return something; None when nothing waits that is not running."""
-        return float("-inf") if self._is_ready else self._next_timer()
+        if any(self._first(heap) is not None for heap in self._ready.values()):
+            return float("-inf")
+        return self._next_timer()
 
     def finished(self, key: RefreshKey, version: int) -> None:
         """The key was refreshed; `version` is reflected. A change that came meanwhile waits for its own turn."""
@@ -113,6 +124,7 @@ class Debouncer:
         change = self._waiting.get(key)
         if change is None or change.version <= version:
             self._waiting.pop(key, None)
+            self._places.pop(key, None)
         else:
             self._wait(replace(change, refresh_started=self._started.get(key)))
 
@@ -139,47 +151,54 @@ class Debouncer:
         if change is not None and change.window != window:
             self._wait(replace(change, window=window))
 
-    def forget_starts(self, before: float) -> None:
-        """Forgets the starts of refreshes older than `before`, once no quiet period reaches back so far."""
-        self._started = {k: s for k, s in self._started.items() if s >= before or k in self._running}
+    def forget_starts(self, now: float) -> None:
+        """Forgets the starts of refreshes that no quiet period reaches back to any more."""
+        before = now - self._longest_quiet_period
+        self._started = {k: s for k, s in self._started.items() if s > before or k in self._running}
 
     def _wait(self, change: Change) -> None:
         key = change.key
-        known = self._waiting.get(key)
         self._waiting[key] = change
         if key in self._running:
             return
-        if key in self._is_ready:
-            # Its place in the heap stands, unless it would be another: or the heap would grow with every change.
-            if known is None or (known.bulk, _deadline(known)) != (change.bulk, _deadline(change)):
-                self._push_ready(change)
-        elif key not in self._timer_at or due_at(change) < self._timer_at[key]:
+        place = self._places.get(key)
+        if place is None:
             self._push_timer(change)
+        elif place.bulk is None:
+            # Due later: that is seen when the time of its place has come.
+            if due_at(change) < place.at:
+                self._push_timer(change)
+        elif (place.at, place.bulk) != (_deadline(change), change.bulk):
+            # Only then, or the heap would grow with every change.
+            self._push_ready(change)
 
     def _push_timer(self, change: Change) -> None:
-        self._timer_at[change.key] = due_at(change)
-        heappush(self._timers, (due_at(change), change.key))
+        self._push(self._timers, _Place(due_at(change), change.key))
 
     def _push_ready(self, change: Change) -> None:
-        heappush(self._ready[change.bulk], (_deadline(change), change.key))
+        self._push(self._ready[change.bulk], _Place(_deadline(change), change.key, change.bulk))
+
+    def _push(self, heap: list[_Place], place: _Place) -> None:
+        self._places[place.key] = place
+        heappush(heap, place)
+
+    def _first(self, heap: list[_Place]) -> _Place | None:
+        """The first item that counts; those before it are dropped."""
+        while heap:
+            if self._places.get(heap[0].key) is heap[0]:
+                return heap[0]
+            heappop(heap)
+        return None
 
     def _next_timer(self) -> float | None:
-        while self._timers:
-            due, key = self._timers[0]
-            if self._timer_at.get(key) == due:
-                change = self._waiting.get(key)
-                if change is not None and key not in self._running:
-                    if due_at(change) <= due:
-                        return due
-                    self._push_timer(change)
-                    continue
-                del self._timer_at[key]
+        while (place := self._first(self._timers)) is not None:
+            change = self._waiting[place.key]
+            if due_at(change) <= place.at:
+                return place.at
             heappop(self._timers)
+            self._push_timer(change)
         return None
 
     def _move_due(self, now: float) -> None:
         while (due := self._next_timer()) is not None and due <= now:
-            _, key = heappop(self._timers)
-            del self._timer_at[key]
-            self._is_ready.add(key)
-            self._push_ready(self._waiting[key])
+            self._push_ready(self._waiting[heappop(self._timers).key])

@@ -119,11 +119,9 @@ async def sweep_once(
     failed: set[RefreshKey] = set()
     # Writing "all tenants" out makes keys that only the next round sees.
     while True:
-        dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=False)
-        todo = sorted(
-            (change for change in dirty + aged if change.key not in failed),
-            key=lambda change: change.key.tenant != EVERYBODY,
-        )
+        pending = changes.pending(connection, anyio.current_time(), overdue=False)
+        todo = [change async for change in pending if change.key not in failed]
+        todo.sort(key=lambda change: change.key.tenant != EVERYBODY)
         total = done + len(todo)
         yield done, total, None
         expanded = False

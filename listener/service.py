@@ -16,7 +16,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from typing import Any
 
 import anyio
@@ -103,12 +103,14 @@ class Service:
             await self.drainer.heed_installation()
             async with self.pool.connection() as connection:
                 await self._look_after(connection)
-                dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=False)
+                dirty = 0
+                async with aclosing(changes.pending(connection, anyio.current_time(), overdue=False)) as pending:
+                    async for change in pending:
+                        self.debouncer.changed(change)
+                        dirty += not change.aged
         except DATABASE_TROUBLE as error:
             raise SetupError(f"cannot read the state: {reason(error)}") from error
-        for change in dirty + aged:
-            self.debouncer.changed(change)
-        log.info("serving", http=f"{self.settings.http_host}:{self.port}", dirty_keys=len(dirty))
+        log.info("serving", http=f"{self.settings.http_host}:{self.port}", dirty_keys=dirty)
 
     async def main_loop(self) -> None:
         """Runs all stages until told to stop; then lets the refreshes under way finish within the grace period."""
@@ -159,7 +161,8 @@ class Service:
     # -- refresh -------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        while True:
+        # The cancellation finds nobody who waits while more is due.
+        while not self._stop.is_set():
             now = anyio.current_time()
             change = self.debouncer.take(now)
             if change is None:
@@ -273,28 +276,41 @@ class Service:
     async def _sweep_once(self) -> None:
         try:
             rung = self.drainer.bell.is_rung
-            drained = await self.drainer.look()
-            # What was known when the question was asked may be refreshed by the time that it is answered.
-            known = self.debouncer.keys()
-            async with self.pool.connection() as connection:
-                dirty, aged = await changes.pending(connection, anyio.current_time(), overdue=True)
-            known |= self.debouncer.keys()
-            missed = [change for change in dirty if change.key not in known]
-            for change in missed + [change for change in aged if change.key not in known]:
-                self.debouncer.changed(change)
-            # A window that was changed is taken over by the keys that wait.
-            for change in dirty:
-                self.debouncer.rewindow(change.key, change.window)
-            self.due.ring()
-            recovered = 0 if rung or self.drainer.doorbell.state != "resting" else len(drained.keys)
-            self.metrics.sweep_recovered.inc(recovered + len(missed))
-            self.debouncer.forget_starts(anyio.current_time() - 600)
+            drained = len((await self.drainer.look()).keys)
+            missed = await self._take_overdue()
+            recovered = 0 if rung or self.drainer.doorbell.state != "resting" else drained
+            self.metrics.sweep_recovered.inc(recovered + missed)
+            # Not sooner: what began during the sweep must still be known to it.
+            self.debouncer.forget_starts(anyio.current_time())
             await self.drainer.heed_installation()
             async with self.pool.connection() as connection:
                 await self._look_after(connection)
         except DATABASE_TROUBLE as error:
             self._sweep_trouble = [f"the last sweep failed: {reason(error)}"]
             log.warning("sweep failed; the next one tries again", reason=reason(error))
+
+    async def _take_overdue(self) -> int:
+        """Hands overdue and aged keys that nobody attends to to the debouncer; how many of them were dirty."""
+        missed = 0
+        asked_at = anyio.current_time()
+        running = self.debouncer.running_keys()
+        async with (
+            self.pool.connection() as connection,
+            aclosing(changes.pending(connection, anyio.current_time(), overdue=True)) as pending,
+        ):
+            async for change in pending:
+                key = change.key
+                # The answer is of the moment in which the question was asked. What was running then, or waited and
+                # was taken since, may be refreshed by now.
+                if key in self.debouncer or key in running or self.debouncer.started_since(key, asked_at):
+                    # A window that was changed is taken over by the keys that wait.
+                    if not change.aged:
+                        self.debouncer.rewindow(key, change.window)
+                    continue
+                self.debouncer.changed(change)
+                self.due.ring()
+                missed += not change.aged
+        return missed
 
     async def _look_after(self, connection: psycopg.AsyncConnection[Any]) -> None:
         done = await sweep.upkeep(connection, self.settings.letters_kept.total_seconds())

@@ -113,6 +113,8 @@ class Simulation:
         while (event := self.next_event()) is not None and event <= until:
             assert event >= self.now or event == float("-inf"), "what is due was taken"
             self.now = max(self.now, event)
+            # Whenever it is: what is forgotten, no quiet period needs.
+            self.debouncer.forget_starts(self.now)
             for ended in [e for e in self.ends if e[0] <= self.now]:
                 self.ends.remove(ended)
                 self.end(ended[1], ended[2])
@@ -262,14 +264,20 @@ def test_the_edge_decides_whether_a_calm_key_is_due_at_once(edge: Literal["leadi
     assert debouncer.next_due() == (0 if edge == "leading" else 8)
 
 
-def test_starts_are_remembered_until_they_are_forgotten() -> None:
+def test_a_start_is_remembered_until_no_quiet_period_reaches_back_to_it() -> None:
     debouncer = Debouncer()
     window = Window(5, 20, "leading")
-    for forget, due in ((False, 5), (True, 1)):
-        debouncer.changed(change_of(KEYS[forget], window, 0))
-        assert debouncer.take(0) is not None
-        debouncer.finished(KEYS[forget], 1)
-        if forget:
-            debouncer.forget_starts(1)
-        debouncer.changed(change_of(KEYS[forget], window, 1, 2))
-        assert debouncer.next_due() == min(due, 5)
+    debouncer.changed(change_of(KEYS[0], window, 0))
+    assert debouncer.take(0) is not None
+    debouncer.finished(KEYS[0], 1)
+    debouncer.forget_starts(4)
+    assert debouncer.started_since(KEYS[0], 0)
+    assert not debouncer.started_since(KEYS[0], 1)
+    debouncer.changed(change_of(KEYS[0], window, 4, 2))
+    assert debouncer.next_due() == 5
+    assert debouncer.take(5) is not None
+    debouncer.forget_starts(100)
+    assert debouncer.started_since(KEYS[0], 5), "it is still running"
+    debouncer.finished(KEYS[0], 2)
+    debouncer.forget_starts(100)
+    assert not debouncer.started_since(KEYS[0], 0)

@@ -16,9 +16,11 @@ from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, tr
 from conftest import DEADLINE, Database, eventually, settings_for
 from listener import operations, queries
 from listener.errors import SetupError
+from listener.refresh import Outcome
 from listener.sample import create_tenants
 from listener.service import Service
 from listener.startup import pool_options
+from listener.views import Change
 
 pytestmark = pytest.mark.anyio
 
@@ -43,6 +45,48 @@ async def test_the_sweep_brings_a_change_whose_notification_was_suppressed(books
         await running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
         await eventually(lambda: value(running, "listener_sweep_recovered_total") > 0)
     assert await revenue(books) == 1
+
+
+async def test_the_sweep_does_not_take_a_key_for_missed_that_is_refreshed_while_it_asks(books: Database) -> None:
+    async with books.connect() as superuser, books.service(sweep_interval=3600.0, workers=1) as running:
+        service = running.service
+        await superuser.execute("SELECT listener.set_window(%s, '0', '1 ms')", (LEDGER_VIEW,))
+        await settled(books, running)
+        of_the_view = {change.key for change, _ in running.outcomes if change.key.view == LEDGER_VIEW}
+        keys = [key for tenant in (ANNA, BEN) for key in of_the_view if key.tenant == str(tenant)]
+        seen = len(running.outcomes)
+        async with books.connect(autocommit=False) as in_the_way, books.connect(autocommit=False) as slowing:
+            await in_the_way.execute("LOCK TABLE dashboard.mv_realtime_revenue IN EXCLUSIVE MODE")
+            for tenant in (ANNA, BEN):
+                async with transaction(books, tenant) as application:
+                    await book(application, tenant, 100)
+            # Both are overdue: one is being refreshed, and the only worker has no time for the other.
+            await eventually(lambda: service.debouncer.running_keys() & of_the_view)
+            await eventually(lambda: all(key in service.debouncer for key in keys))
+            # The question sees what is dirty when it begins, and then waits for this lock.
+            await slowing.execute("LOCK TABLE listener.purge_mark IN ACCESS EXCLUSIVE MODE")
+            missed: list[int] = []
+            async with anyio.create_task_group() as tasks:
+
+                async def ask() -> None:
+                    missed.append(await service._take_overdue())
+
+                async def is_asked() -> bool:
+                    cursor = await superuser.execute(
+                        "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                        " AND query LIKE '%pending_keys%'"
+                    )
+                    return cursor.rowcount > 0
+
+                tasks.start_soon(ask)
+                await eventually(is_asked)
+                await in_the_way.rollback()
+                for tenant in (ANNA, BEN):
+                    await running.until_refreshed(LEDGER_VIEW, tenant, after=seen)
+                assert not any(key in service.debouncer for key in keys)
+                assert missed == []
+                await slowing.rollback()
+        assert missed == [0]
 
 
 async def test_a_key_locked_elsewhere_is_busy_and_refreshed_later(books: Database) -> None:
@@ -333,6 +377,20 @@ async def test_settings_of_a_refresh_do_not_stay_on_the_pooled_connections(books
                 assert not row[1]
                 assert row[2] == '"$user", public'
                 assert row[3] == time_zone
+
+
+async def test_no_refresh_begins_once_the_service_is_told_to_stop(books: Database) -> None:
+    outcomes: list[Change] = []
+
+    def stop_at_the_first(change: Change, _outcome: Outcome) -> None:
+        outcomes.append(change)
+        service.stop()
+
+    # Five views wait to be filled.
+    service = Service(settings_for(books.url(), workers=1), on_outcome=stop_at_the_first)
+    with anyio.fail_after(DEADLINE):
+        await service.run()
+    assert len(outcomes) == 1
 
 
 async def test_a_view_dropped_while_its_keys_wait_stops_nothing(books: Database) -> None:
