@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple, TypeV
 
 import anyio
 import structlog
+from psycopg import pq
 from psycopg.rows import args_row
 
 from listener import queries
@@ -25,8 +26,8 @@ log = structlog.get_logger("listener.changes")
 BUSY_PAUSE = 0.05  # seconds
 # So many keys of a drain are named in its log line.
 NAMED_KEYS = 20
-# Rows are received so many at a time: very many keys may be dirty, and one at a time would be slow.
-CHUNK = 1000
+# Rows received at once; libpq before 17 hands them over one by one.
+CHUNK = 1000 if pq.version() >= 170000 else 1  # noqa: PLR2004 - as libpq numbers its versions
 
 Value = TypeVar("Value")
 
