@@ -134,6 +134,21 @@ class Drainer:
             self.doorbell.must_poll = must_poll
         self.bell.ring()
 
+    async def take_over(self) -> None:
+        """At start: ends the lease that whoever ran before may have left, and looks until all who saw it have ended.
+
+        Another replica that polls takes its lease again. Raises psycopg.Error.
+        """
+        async with self._lock, self._connection() as connection:
+            await self._close(connection)
+
+    async def leave(self) -> None:
+        """At the end: gives the lease up, and has the other replicas look for what was written under it."""
+        if self.doorbell.state == "polling":
+            async with self._connection() as connection:
+                await queries.end_lease(connection)
+                await queries.ring_for_all(connection)
+
     async def _close(self, connection: AsyncConnection[Any]) -> None:
         await queries.end_lease(connection)
         self.doorbell.ended(await queries.take_mark(connection), anyio.current_time())

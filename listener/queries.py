@@ -258,6 +258,11 @@ async def end_lease(connection: AsyncConnection[Any]) -> None:
     await connection.execute("SELECT listener.end_lease()")
 
 
+async def ring_for_all(connection: AsyncConnection[Any]) -> None:
+    """Has every replica look at the log, where notifying is allowed."""
+    await connection.execute("SELECT listener.ring_for_all()")
+
+
 async def take_mark(connection: AsyncConnection[Any]) -> str:
     """A transaction id above those of all who saw the lease that has ended."""
     row = await (await connection.execute("SELECT listener.take_mark()::text")).fetchone()

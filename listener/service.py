@@ -101,6 +101,7 @@ class Service:
         await self.pool.open()
         try:
             await self.drainer.heed_installation()
+            await self.drainer.take_over()
             async with self.pool.connection() as connection:
                 await self._look_after(connection)
                 dirty = 0
@@ -143,6 +144,8 @@ class Service:
                 log.info("stopping", refreshes_under_way=len(self._under_way), waiting=len(self.debouncer))
                 outer.start_soon(self._enforce_grace)
                 stages.cancel_scope.cancel()
+            with anyio.move_on_after(1), contextlib.suppress(*DATABASE_TROUBLE):
+                await self.drainer.leave()
             outer.cancel_scope.cancel()
 
     async def _close_pool(self) -> None:

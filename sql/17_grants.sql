@@ -34,7 +34,7 @@ BEGIN
         'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
-        'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)', 'listener.must_poll()', 'listener.lease_is_wrong()',
+        'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)', 'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
         'listener.readiness()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);

@@ -452,6 +452,35 @@ async def test_a_dead_poller_loses_its_lease_by_itself(
 
 
 @pytest.mark.anyio
+async def test_who_starts_looks_for_what_was_written_under_the_lease_of_a_dead_poller(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], listening: AsyncConnection[Any]
+) -> None:
+    async with application(shop, ANNA, autocommit=False) as writer:
+        await service.execute("SELECT listener.hold_lease()")
+        await order(writer, ANNA, "late")
+        assert await lease_is_held(superuser), "too slow: the writer may not have seen the lease"
+        async with shop.service(sweep_interval=3600.0, probe_interval=3600.0) as running:
+            assert running.service.drainer.doorbell.state == "closing"
+            await heard(listening, superuser)  # the probe of the new service
+            await commit_unheard(shop, writer, listening)
+            await running.until_refreshed("sales", ANNA)
+
+
+@pytest.mark.anyio
+async def test_who_stops_gives_its_lease_up_and_has_the_others_look(
+    shop: Database, superuser: AsyncConnection[Any], listening: AsyncConnection[Any]
+) -> None:
+    async with serving(shop) as running, silent_writer(shop, running, listening):
+        running.service.stop()
+
+        async def others_were_told() -> bool:
+            return {"tenant_id": None, "source": "listener"} in await heard(listening, superuser)
+
+        await eventually(others_were_told)
+        assert not await lease_is_held(superuser)
+
+
+@pytest.mark.anyio
 async def test_a_lease_left_by_a_clock_that_stepped_back_is_ended_by_the_sweep(
     shop: Database, superuser: AsyncConnection[Any], listening: AsyncConnection[Any]
 ) -> None:
