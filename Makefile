@@ -32,7 +32,7 @@ test: $(INSTALLED) ## the tests, on a PostgreSQL of their own: make test ARGS="-
 	$(LISTENER_REPLAY_FILE) (UCI Online Retail, summed per invoice) is not there; LISTENER_REPLAY_FILE names another")
 	$(VENV)/bin/pytest -m "$(TESTS)" $(ARGS)
 
-test-debian: $(INSTALLED) ## the tests that need packages from Debian (.ci/run installs them)
+test-debian: $(INSTALLED) ## the tests that need packages from Debian (.ci/run fetches them)
 	$(VENV)/bin/pytest -m debian $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, imports between modules, compose file, SQL

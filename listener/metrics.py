@@ -18,6 +18,9 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         r = self.registry
+        self.not_ready_reasons = Gauge(
+            "listener_not_ready_reasons", "How many reasons /health/ready gives for not being ready.", registry=r
+        )
         self.changes_drained = Counter("listener_changes_drained", "Change log rows drained.", registry=r)
         self.refreshes = Counter("listener_refreshes", "Refreshes by outcome.", ["view", "outcome"], registry=r)
         self.refresh_duration = Histogram(

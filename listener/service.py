@@ -351,13 +351,15 @@ class Service:
         return reasons + self._sweep_trouble
 
     async def _update_gauges(self) -> None:
+        # Whoever scrapes /metrics need not ask /health/ready as well.
+        self.metrics.not_ready_reasons.set(len(await self.reasons_not_ready()))
         try:
             with anyio.fail_after(2):
                 async with self.pool.connection(timeout=2) as connection:
                     rows = await queries.view_gauges(connection)
                     database = await queries.database_gauges(connection)
         except (TimeoutError, *DATABASE_TROUBLE):
-            return  # /health/ready says why; the last values stand
+            return  # the reasons say so; the last values stand
         self.metrics.show(rows)
         self.metrics.change_log_rows.set(database.change_log_rows)
         self.metrics.oldest_transaction_age.set(database.oldest_transaction_age)

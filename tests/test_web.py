@@ -46,8 +46,10 @@ async def test_unforced_row_level_security_is_a_reason(sample: Database) -> None
         await eventually(lambda: is_ready(running))
         await superuser.execute("ALTER TABLE revenue_ledger NO FORCE ROW LEVEL SECURITY")
         assert "row-level security is not enabled and forced on public.revenue_ledger" in await reasons(running)
+        assert "listener_not_ready_reasons 1.0\n" in (await get(running, "/metrics")).text
         await superuser.execute("ALTER TABLE revenue_ledger FORCE ROW LEVEL SECURITY")
         assert await is_ready(running)
+        assert "listener_not_ready_reasons 0.0\n" in (await get(running, "/metrics")).text
         await superuser.execute("ALTER TABLE attribution_events DISABLE ROW LEVEL SECURITY")
         assert "public.attribution_events" in await reasons(running)
 
@@ -93,7 +95,7 @@ async def test_every_metric_is_there_and_none_names_a_tenant(sample: Database) -
         "listener_changes_drained_total", "listener_refreshes_total", "listener_refresh_duration_seconds_count",
         "listener_staleness_seconds_count", "listener_dirty_keys", "listener_oldest_dirty_age_seconds",
         "listener_sweep_recovered_total", "listener_reconnects_total", "listener_lock_busy_total",
-        "listener_dead_letters",
+        "listener_dead_letters", "listener_not_ready_reasons",
     }  # fmt: skip
     assert samples["listener_refreshes_total"].keys() == {"view", "outcome"}
     for name in ("refresh_duration_seconds_count", "staleness_seconds_count", "dirty_keys", "dead_letters"):
