@@ -97,7 +97,8 @@ def server() -> Iterator[Server]:
 def start_embedded(**settings: str) -> EmbeddedServer:
     """One more embedded server, of the binaries of this run."""
     binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
-    given = {"synchronous_commit": "on"} | settings
+    # The tests crash processes, never the operating system, and what a server wrote outlives it without fsync, too.
+    given = {"synchronous_commit": "on", "fsync": "off"} | settings
     return EmbeddedServer.start(settings=given, binaries=Path(binaries) if binaries else None)
 
 
