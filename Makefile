@@ -8,6 +8,8 @@ ARGS =
 LISTENER_REPLAY_FILE ?= ../shared/data/online_retail_invoices.csv.gz
 HAS_LEDGER := $(shell test -f "$(LISTENER_REPLAY_FILE)" && echo yes)
 TESTS = $(if $(HAS_LEDGER),not debian,not debian and not ledger)
+# Each has a server of its own; a given server has one alone.
+WORKERS = $(if $(LISTENER_TEST_DATABASE_URL),0,2)
 
 PIP = $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED = $(VENV)/.installed
@@ -30,7 +32,7 @@ demo: $(INSTALLED) ## the whole way of a change, on a PostgreSQL of its own: mak
 test: $(INSTALLED) ## the tests, on a PostgreSQL of their own: make test ARGS="-k debounce"
 	@$(if $(findstring not ledger,$(TESTS)),echo "without the tests of a recorded ledger: \
 	$(LISTENER_REPLAY_FILE) (UCI Online Retail, summed per invoice) is not there; LISTENER_REPLAY_FILE names another")
-	$(VENV)/bin/pytest -m "$(TESTS)" $(ARGS)
+	$(VENV)/bin/pytest --numprocesses $(WORKERS) --dist worksteal -m "$(TESTS)" $(ARGS)
 
 test-debian: $(INSTALLED) ## the tests that need packages from Debian (.ci/run fetches them)
 	$(VENV)/bin/pytest -m debian $(ARGS)

@@ -1,7 +1,8 @@
-"""A real PostgreSQL for every test: one server a run, one database a test, cloned from a template.
+"""A real PostgreSQL for every test: one server a worker, one database a test, cloned from a template.
 
 The server is the embedded one, or LISTENER_TEST_POSTGRES_BIN's binaries, or the one at LISTENER_TEST_DATABASE_URL (a
-superuser's URL; the roles and databases that the tests make are dropped or kept by name there).
+superuser's URL; the roles and databases that the tests make are dropped or kept by name there). A given server has one
+worker alone: roles belong to all of its databases, and what is drained waits for the transactions of all of them.
 """
 
 from __future__ import annotations
@@ -73,9 +74,10 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """The server of this run. Missing or unreachable, the tests fail; they are never skipped."""
+    """The server of this worker. Missing or unreachable, the tests fail; they are never skipped."""
     given = os.environ.get("LISTENER_TEST_DATABASE_URL")
     if given:
+        assert "PYTEST_XDIST_WORKER" not in os.environ, "one worker alone on LISTENER_TEST_DATABASE_URL: pytest -n 0"
         parts = {name: str(value) for name, value in conninfo_to_dict(given).items()}
         superuser = parts.pop("user", "")
         parts.pop("dbname", None)
@@ -95,7 +97,8 @@ def server() -> Iterator[Server]:
 def start_embedded(**settings: str) -> EmbeddedServer:
     """One more embedded server, of the binaries of this run."""
     binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
-    given = {"synchronous_commit": "on"} | settings
+    # The tests crash processes, never the operating system, and what a server wrote outlives it without fsync, too.
+    given = {"synchronous_commit": "on", "fsync": "off"} | settings
     return EmbeddedServer.start(settings=given, binaries=Path(binaries) if binaries else None)
 
 

@@ -6,12 +6,13 @@ import json
 import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import psycopg
 import pytest
 
 from books import ANNA, BEN, book, open_books, transaction
-from command import listener
+from command import listener, python
 from conftest import Database
 from listener import console
 from listener.cli import main
@@ -216,7 +217,7 @@ async def test_status_tells_what_is_not_drained_and_gates_a_script(books: Databa
 
 
 async def test_lines_are_not_folded_where_there_is_no_terminal(books: Database) -> None:
-    _, *views = listener("status", url=books.url(), COLUMNS="40").stdout.splitlines()
+    _, *views = python("-m", "listener", "status", url=books.url(), COLUMNS="40").stdout.splitlines()
     assert len(views) == 5
     assert all(line.endswith(" ago") for line in views)
 
@@ -266,7 +267,10 @@ def test_roles_are_printed_without_a_database() -> None:
 
 
 def one_line(*arguments: str, url: str | None = None, **given: str) -> str:
-    ended = listener(*arguments, url=url, **given)
+    return the_line(listener(*arguments, url=url, **given))
+
+
+def the_line(ended: CompletedProcess[str]) -> str:
     assert ended.returncode != 0
     assert "Traceback" not in ended.stderr
     lines = [line for line in ended.stderr.splitlines() if line.startswith("listener:")]
@@ -275,7 +279,7 @@ def one_line(*arguments: str, url: str | None = None, **given: str) -> str:
 
 
 def test_wrong_settings_are_named() -> None:
-    assert "LISTENER_DATABASE_URL is not set" in one_line("run")
+    assert "LISTENER_DATABASE_URL is not set" in the_line(python("-m", "listener", "run"))
     assert "LISTENER_DATABASE_URL is not set" in one_line("run", url="")
     assert "LISTENER_DATABASE_URL is not set" in one_line("migrate", url=" ")
     assert "CREATE ROLE" in listener("roles", url="").stdout
@@ -295,7 +299,7 @@ def test_wrong_settings_are_named() -> None:
 
 
 def test_an_argument_that_is_not_utf8_is_one_line(database: Database) -> None:
-    assert r"not valid UTF-8: '\udcff'" in one_line("verify", "\udcff", url=database.url())
+    assert r"not valid UTF-8: '\udcff'" in the_line(python("-m", "listener", "verify", "\udcff", url=database.url()))
 
 
 @pytest.mark.parametrize("seconds", ["0", "-3"])
@@ -304,7 +308,7 @@ def test_a_demo_of_no_time_is_refused(seconds: str) -> None:
 
 
 def test_h_is_help() -> None:
-    assert "--capture" in listener("pause", "-h").stdout
+    assert "--capture" in python("-m", "listener", "pause", "-h").stdout
 
 
 def test_a_demo_without_the_embedded_server_says_how_to_get_it(

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from command import alembic, listener
+from command import alembic, listener, python
 from conftest import Database, Server, settings_for
 from listener.errors import SetupError
 from listener.migrate import upgrade
@@ -46,7 +46,7 @@ def rows(database: Database, query: str) -> list[tuple[Any, ...]]:
 
 def test_alembic_works_in_a_clone(empty: Database) -> None:
     url = empty.url("listener_migrator")
-    assert "0001 (head)" in alembic("heads", url=url).stdout
+    assert "0001 (head)" in python("-m", "alembic", "heads", url=url).stdout
     assert alembic("current", url=url).stdout == ""
     assert rows(empty, "SELECT to_regnamespace('listener')") == [(None,)]
     assert alembic("upgrade", "head", url=url).returncode == 0
