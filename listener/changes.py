@@ -62,22 +62,21 @@ class Drainer:
         self._connection = connection
         self._on_drained = on_drained
         self._lock = anyio.Lock()
+        self._backoff = Backoff(base=0.1, cap=10)
 
     async def run(self) -> None:
         """Until cancelled. Whatever the database says is waited out."""
-        backoff = Backoff(base=0.1, cap=10)
         while True:
             await self.bell.wait(self.doorbell.next_look(anyio.current_time()))
             try:
                 outcome = (await self.look()).outcome
             except DATABASE_TROUBLE as error:
-                delay = backoff.next_delay()
+                delay = self._backoff.next_delay()
                 self.trouble = reason(error)
                 log.warning("not draining; trying again", reason=self.trouble, retry_in=round(delay, 2))
                 await anyio.sleep(delay)
                 self.bell.ring()
                 continue
-            backoff.reset()
             if outcome == "busy":
                 # Whoever drains now may have looked before the change that rang for us.
                 await anyio.sleep(BUSY_PAUSE)
@@ -94,6 +93,7 @@ class Drainer:
             started = anyio.current_time()
             drained = await drain(connection, started, self.looked_at)
             self.trouble = None
+            self._backoff.reset()
             if drained.outcome == "busy":
                 return drained
             self.looked_at = began

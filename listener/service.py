@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -94,15 +94,13 @@ class Service:
         self._socket: socket.socket = web.bind(self.settings.http_host, self.settings.http_port)
         opened.callback(self._socket.close)
         self.port = self._socket.getsockname()[1]
-        self.pool = AsyncConnectionPool(
-            **startup.pool_options(url, self.settings), open=False, timeout=10, name="listener"
-        )
+        self.pool = AsyncConnectionPool(**startup.pool_options(url, self.settings), open=False, name="listener")
         opened.push_async_callback(self._close_pool)
         await self.pool.open()
         try:
             await self.drainer.heed_installation()
             await self.drainer.take_over()
-            async with self.pool.connection() as connection:
+            async with self._connection() as connection:
                 await self._look_after(connection)
                 dirty = 0
                 async with aclosing(changes.pending(connection, anyio.current_time(), overdue=False)) as pending:
@@ -152,8 +150,17 @@ class Service:
         with anyio.CancelScope(shield=True):
             await self.pool.close(timeout=1)
 
-    def _connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
-        return self.pool.connection()
+    @asynccontextmanager
+    async def _connection(self, within: float = 10) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """A connection of the pool, had within so many seconds. Raises PoolTimeout."""
+        async with self.pool.connection(timeout=within) as connection:
+            try:
+                yield connection
+            except psycopg.Error as error:
+                if is_lost(error):
+                    # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
+                    await self.pool.drain()
+                raise
 
     def _drained(self, drained: changes.Drained) -> None:
         self.metrics.changes_drained.inc(drained.changes)
@@ -184,7 +191,7 @@ class Service:
     async def _refresh(self, change: Change, scope: anyio.CancelScope) -> None:
         retry_at: float | None = None
         try:
-            async with self.pool.connection() as connection:
+            async with self._connection() as connection:
                 self._under_way[scope] = connection
                 outcome = await self._refresh_on(connection, change)
             if outcome.outcome == "busy":
@@ -242,7 +249,7 @@ class Service:
             return anyio.current_time() + CONNECTION_PAUSE
         self.metrics.refreshes.labels(key.view, "failed").inc()
         try:
-            async with self.pool.connection() as connection:
+            async with self._connection() as connection:
                 failure = await dead_letters.record_failure(connection, change, error, self.policy)
         except DATABASE_TROUBLE as trouble:
             log.warning("a failure could not be recorded", view=key.view, reason=reason(trouble))
@@ -286,7 +293,7 @@ class Service:
             # Not sooner: what began during the sweep must still be known to it.
             self.debouncer.forget_starts(anyio.current_time())
             await self.drainer.heed_installation()
-            async with self.pool.connection() as connection:
+            async with self._connection() as connection:
                 await self._look_after(connection)
         except DATABASE_TROUBLE as error:
             self._sweep_trouble = [f"the last sweep failed: {reason(error)}"]
@@ -298,7 +305,7 @@ class Service:
         asked_at = anyio.current_time()
         running = self.debouncer.running_keys()
         async with (
-            self.pool.connection() as connection,
+            self._connection() as connection,
             aclosing(changes.pending(connection, anyio.current_time(), overdue=True)) as pending,
         ):
             async for change in pending:
@@ -329,7 +336,7 @@ class Service:
         reasons = []
         try:
             with anyio.fail_after(2):
-                async with self.pool.connection(timeout=2) as connection:
+                async with self._connection(within=2) as connection:
                     reasons += await queries.readiness(connection)
                     await queries.set_a_tenant(connection)
         except (TimeoutError, *DATABASE_TROUBLE) as error:
@@ -355,7 +362,7 @@ class Service:
         self.metrics.not_ready_reasons.set(len(await self.reasons_not_ready()))
         try:
             with anyio.fail_after(2):
-                async with self.pool.connection(timeout=2) as connection:
+                async with self._connection(within=2) as connection:
                     rows = await queries.view_gauges(connection)
                     database = await queries.database_gauges(connection)
         except (TimeoutError, *DATABASE_TROUBLE):

@@ -168,9 +168,9 @@ BEGIN
     SELECT 'drained', started, l.changes, batch, k.app_correlation_id, k.view_id, v.name, k.tenant, k.version,
            -- What an earlier drain found, and no refresh has shown yet, is older.
            extract(epoch FROM started - least(k.first_change_at, (
-               SELECT e.first_change_at FROM listener.dirty_key e
-               WHERE e.view_id = k.view_id AND e.tenant = k.tenant AND e.version > coalesce(r.refreshed_version, -1)
-               ORDER BY e.version LIMIT 1)))::float8,
+               SELECT min(e.first_change_at) FROM listener.dirty_key e
+               WHERE e.view_id = k.view_id AND e.tenant = k.tenant
+                 AND e.version > coalesce(r.refreshed_version, -1))))::float8,
            extract(epoch FROM started - k.last_change_at)::float8,
            extract(epoch FROM started - r.started_at)::float8, extract(epoch FROM r.retry_at - started)::float8,
            extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk,
