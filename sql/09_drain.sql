@@ -66,6 +66,7 @@ SET search_path = pg_catalog, pg_temp
 -- kept; and it must not have been made for small tables.
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
+SET enable_bitmapscan = off
 SET enable_hashjoin = off
 SET enable_mergejoin = off
 SET jit = off
@@ -214,14 +215,16 @@ SELECT k.view_id, k.tenant, max(k.version) AS version, min(k.first_change_at) AS
        (array_agg(k.correlation_id ORDER BY k.version DESC))[1] AS correlation_id,
        (array_agg(k.app_correlation_id ORDER BY k.version DESC) FILTER (WHERE k.app_correlation_id IS NOT NULL))[1]
            AS app_correlation_id
-FROM listener.dirty_key k
+-- OFFSET 0: from the mark on, and then to the views; by the views' keys it would cross all that was deleted.
+FROM (SELECT n.* FROM listener.dirty_key n
+      WHERE n.version + 0 >= coalesce((SELECT m.dirty_from FROM listener.purge_mark m ORDER BY m.id DESC LIMIT 1), 0)
+      OFFSET 0) k
 JOIN listener.managed_view v ON v.id = k.view_id
 LEFT JOIN LATERAL (
     -- As state_of(), which whoever may read this view need not be allowed to call.
     SELECT s.refreshed_version FROM listener.refresh_state s WHERE s.view_id = k.view_id AND s.tenant = k.tenant
     ORDER BY s.refreshed_at DESC NULLS LAST LIMIT 1) r ON true
-WHERE k.version >= coalesce((SELECT m.dirty_from FROM listener.purge_mark m ORDER BY m.id DESC LIMIT 1), 0)
-  AND k.version > coalesce(r.refreshed_version, -1)
+WHERE k.version > coalesce(r.refreshed_version, -1)
 GROUP BY k.view_id, k.tenant;
 
 -- pending_keys(overdue): the dirty keys, in the columns of drain(); all of them, or those that are past max_wait and
@@ -235,7 +238,8 @@ RETURNS TABLE (
     refresh_started_age double precision, retry_in double precision,
     quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean,
     restored boolean)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $function$
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
     SELECT 'dirty', n.now, 0::bigint, k.correlation_id, k.app_correlation_id, k.view_id, v.name, k.tenant, k.version,
            extract(epoch FROM n.now - k.dirty_since)::float8, extract(epoch FROM n.now - k.last_change_at)::float8,
            extract(epoch FROM n.now - r.started_at)::float8, extract(epoch FROM r.retry_at - n.now)::float8,

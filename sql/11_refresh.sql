@@ -10,7 +10,9 @@
 CREATE OR REPLACE FUNCTION listener.known_version(
     view_id integer, tenant text, OUT version bigint, OUT correlation_id text, OUT was_quick boolean)
 LANGUAGE plpgsql VOLATILE
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $function$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+-- Both read all entries of a key where the index's order would give the newest at once.
+SET enable_bitmapscan = off SET enable_sort = off AS $function$
 #variable_conflict use_column
 DECLARE
     shown record;
@@ -18,14 +20,11 @@ BEGIN
     SELECT r.refreshed_version AS version, r.correlation_id, r.duration <= '20 ms' AND r.failures = 0 AS quick INTO shown
     FROM listener.state_of(known_version.view_id, known_version.tenant) r;
     was_quick := coalesce(shown.quick, false);
-    -- The row comparison is for the key's index alone, and materialized so that the order is not taken from the other:
-    -- that one, on the version, would read all keys to find this one.
-    WITH mine AS MATERIALIZED (
-        SELECT k.version, k.correlation_id FROM listener.dirty_key k
-        WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant
-          AND (k.view_id, k.tenant, k.version)
-              > (known_version.view_id, known_version.tenant, coalesce(shown.version, -1)))
-    SELECT m.version, m.correlation_id INTO version, correlation_id FROM mine m ORDER BY m.version DESC LIMIT 1;
+    SELECT k.version, k.correlation_id INTO version, correlation_id
+    FROM listener.dirty_key k
+    WHERE k.view_id = known_version.view_id AND k.tenant = known_version.tenant
+      AND k.version > coalesce(shown.version, -1)
+    ORDER BY k.version DESC LIMIT 1;
     IF version IS NULL THEN
         version := greatest(shown.version, 0);
         correlation_id := shown.correlation_id;

@@ -33,12 +33,12 @@ BEGIN
     SELECT count(*), max(g.xid) INTO deleted, reached FROM gone g;
     -- Not above the cursor: what a later drain finds must stay until it is shown.
     DELETE FROM listener.dirty_key k
-    WHERE k.version >= coalesce(last_mark.dirty_from, 0) AND k.version <= cursor_id
+    WHERE k.version + 0 >= coalesce(last_mark.dirty_from, 0) AND k.version + 0 <= cursor_id
       AND k.version <= (SELECT r.refreshed_version FROM listener.state_of(k.view_id, k.tenant) r);
     GET DIAGNOSTICS shown = ROW_COUNT;
     IF deleted + shown > 0 THEN
-        SELECT coalesce(min(k.version), cursor_id + 1) INTO dirty_from
-        FROM listener.dirty_key k WHERE k.version >= coalesce(last_mark.dirty_from, 0);
+        SELECT coalesce(min(k.version + 0), cursor_id + 1) INTO dirty_from
+        FROM listener.dirty_key k WHERE k.version + 0 >= coalesce(last_mark.dirty_from, 0);
         INSERT INTO listener.purge_mark (log_from, dirty_from)
         VALUES (CASE WHEN deleted = 0 THEN coalesce(last_mark.log_from, '0')
                      WHEN deleted < batch THEN consumed_below ELSE reached END, dirty_from);

@@ -33,7 +33,7 @@ async def blocks(connection: AsyncConnection[Any], query: LiteralString) -> int:
 
 
 async def leave_to_itself(superuser: AsyncConnection[Any]) -> None:
-    """Autovacuum, which may come at any moment or not at all, would change plans between two readings."""
+    """Autovacuum may come at any moment or not at all: the test takes statistics itself, where they mislead most."""
     await superuser.execute(
         """
         DO $$ DECLARE name regclass; BEGIN
@@ -52,8 +52,6 @@ async def test_a_hot_key_is_read_as_cheaply_as_at_the_start(shop: Database) -> N
         "nothing new": "SELECT count(*) FROM listener.drain()",
         "what is dirty": "SELECT count(*) FROM listener.pending_keys(false)",
         "purge": "SELECT listener.purge()",
-        "state": "SELECT s.refreshed_version FROM listener.managed_view m, shop.tenants t,"
-        " LATERAL listener.state_of(m.id, t.id::text) s WHERE m.name = 'sales'",
     }
     async with (
         shop.connect() as superuser,
@@ -65,10 +63,16 @@ async def test_a_hot_key_is_read_as_cheaply_as_at_the_start(shop: Database) -> N
         await order(app, ANNA, "a")
         await settle(service)
         await service.execute("SELECT listener.purge()")
+
+        async def measured() -> dict[str, int]:
+            read = {name: await blocks(service, query) for name, query in reads.items()}
+            await order(app, ANNA, "a")
+            read["a change"] = await blocks(service, "SELECT count(*) FROM listener.drain()")
+            return read
+
         # Whatever a session reads of the catalog for the first time is no cost of ours.
-        for query in reads.values():
-            await blocks(service, query)
-        before = {name: await blocks(service, query) for name, query in reads.items()}
+        await measured()
+        before = await measured()
         await holder.set_isolation_level(IsolationLevel.REPEATABLE_READ)
         await holder.execute("SELECT count(*) FROM shop.tenants")
         for number in range(ROUNDS):
@@ -91,11 +95,16 @@ async def test_a_hot_key_is_read_as_cheaply_as_at_the_start(shop: Database) -> N
         await service.execute("SELECT count(*) FROM listener.drain()")
         await service.execute("SELECT listener.refresh('sales', %s::text)", (ANNA,))
         await service.execute("SELECT listener.purge()")
-        after = {name: await blocks(service, query) for name, query in reads.items()}
-        for name in reads:
-            # Housekeeping may grow with what it did last; what each drain and each refresh reads may not.
-            most = 2 * before[name] + 8 if name == "purge" else 1.5 * before[name] + 4
+        # As autovacuum does, whenever it comes: plans may change, and still nothing is crossed.
+        await superuser.execute("ANALYZE")
+        await measured()
+        after = await measured()
+        for name in before:
+            # Housekeeping grows with what it has to delete, and planning looks at an index's end, over a bounded number
+            # of dead entries; what each drain of a change and each refresh reads may not grow.
+            most = 5 * before[name] + 10 if name in {"purge", "nothing new"} else 1.5 * before[name] + 4
             assert after[name] <= most, (name, before, after)
+        await settle(service)
         assert await differences(superuser, "sales") == []
 
 
