@@ -144,7 +144,7 @@ class Drainer:
 
     async def leave(self) -> None:
         """At the end: gives the lease up, and has the other replicas look for what was written under it."""
-        if self.doorbell.state == "polling":
+        if self.doorbell.state != "resting":
             async with self._connection() as connection:
                 await queries.end_lease(connection)
                 await queries.ring_for_all(connection)
