@@ -142,8 +142,11 @@ class Service:
                 log.info("stopping", refreshes_under_way=len(self._under_way), waiting=len(self.debouncer))
                 outer.start_soon(self._enforce_grace)
                 stages.cancel_scope.cancel()
-            with anyio.move_on_after(1), contextlib.suppress(*DATABASE_TROUBLE):
-                await self.drainer.leave()
+            with anyio.move_on_after(1):
+                try:
+                    await self.drainer.leave()
+                except DATABASE_TROUBLE as error:
+                    log.warning("the lease was not given up and runs out by itself", reason=reason(error))
             outer.cancel_scope.cancel()
 
     async def _close_pool(self) -> None:

@@ -25,6 +25,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid AND NOT a.attisdropped
 $function$;
 
+-- tracked_names(names, tracker): the columns that <tracker>_1, <tracker>_2, … read, by the names that they have now; one
+-- that was dropped keeps the name that it is given here.
+CREATE OR REPLACE FUNCTION listener.tracked_names(names name[], tracker text) RETURNS name[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT array_agg(coalesce(t.attname, n.name) ORDER BY n.ord)
+    FROM unnest(names) WITH ORDINALITY AS n (name, ord)
+    LEFT JOIN LATERAL listener.tracked(format('%s_%s', tracker, n.ord)) t ON true
+$function$;
+
 -- generate_tenant_of(source_id): makes listener.row_<id>, a name for the table's row that survives a renamed table,
 -- and the functions of a row that capture calls: tenant_of_<id>, or for a look-up key_of_<id>_<n>.
 -- Each is an SQL function whose body is parsed once: it names columns by number, so a renamed column cannot break the

@@ -115,24 +115,29 @@ BEGIN
     IF NOT FOUND THEN%s
     END IF;$sql$, body);
         END IF;
-        IF renamed IS NOT NULL AND NOT form.by_name AND form.event <> 'truncate' THEN
-            body := format($sql$
-    IF %s THEN%s
-    ELSE%s
-    END IF;$sql$, renamed, format(log_tenants, 'SELECT ''''::pg_catalog.text'), body);
-        END IF;
         PERFORM listener.create_capture_function(
             format('capture_%s_%s%s', source.id, form.event, form.suffix),
-            CASE WHEN looked_through AND form.event = 'update' THEN 'tenants bigint;' ELSE '' END, body || ring);
+            CASE WHEN looked_through AND form.event = 'update' THEN 'tenants bigint;' ELSE '' END,
+            CASE WHEN NOT form.by_name AND form.event <> 'truncate' THEN renamed END,
+            format(log_tenants, 'SELECT ''''::pg_catalog.text'), body, ring);
     END LOOP;
-    PERFORM listener.generate_row_capture(source, renamed, looked_through, unlinked, ring);
+    PERFORM listener.generate_row_capture(source, renamed, looked_through, unlinked, log_moves, ring);
 END
 $function$;
 
--- create_capture_function(name, declarations, body): a trigger function of capture.
-CREATE OR REPLACE FUNCTION listener.create_capture_function(name text, declarations text, body text) RETURNS void
+-- create_capture_function(name, declarations, renamed, log_everybody, body, ring): a trigger function of capture.
+-- renamed: the condition, where there is one, on which the columns have other names than the body's: then it is
+-- log_everybody that runs.
+CREATE OR REPLACE FUNCTION listener.create_capture_function(
+    name text, declarations text, renamed text, log_everybody text, body text, ring text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
+    IF renamed IS NOT NULL THEN
+        body := format($sql$
+    IF %s THEN%s
+    ELSE%s
+    END IF;$sql$, renamed, log_everybody, body);
+    END IF;
     EXECUTE format($create$
 CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $capture$
@@ -142,7 +147,7 @@ BEGIN%s
     RETURN NULL;
 END
 $capture$
-$create$, name, declarations, body);
+$create$, name, declarations, body || ring);
     -- Firing needs no EXECUTE; with it, anybody could put the function on a table of his own and fill the log.
     EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', name);
 END
@@ -151,7 +156,8 @@ $function$;
 -- generate_row_capture(...): listener.capture_<id>_row and its form _by_name, see generate_capture. Runs of one tenant in a
 -- transaction are one log row: the setting that says so ends with the transaction, or with its savepoint.
 CREATE OR REPLACE FUNCTION listener.generate_row_capture(
-    source listener.source, renamed text, looked_through boolean, unlinked boolean, ring text) RETURNS void
+    source listener.source, renamed text, looked_through boolean, unlinked boolean, log_moves text, ring text)
+RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     form record;
@@ -163,10 +169,6 @@ DECLARE
             PERFORM pg_catalog.set_config('listener.applied_%1$s', '=' || COALESCE(touched.tenant, ''), true);
             rung := false;
         END LOOP;$sql$, source.id);
-    log_moves text := format($sql$
-        INSERT INTO listener.moved_tenant (xid, source_id, tenant)
-        SELECT pg_catalog.pg_current_xact_id(), %s, COALESCE(moved.tenant::pg_catalog.text, '')
-        FROM (%%s) AS moved (tenant);$sql$, source.id);
     body text;
 BEGIN
     FOR form IN SELECT n.by_name, n.suffix,
@@ -184,14 +186,9 @@ BEGIN
             CASE WHEN looked_through THEN format($sql$
     IF TG_OP = 'UPDATE' THEN%s
     END IF;$sql$, format(log_moves, format('(%s) EXCEPT (%s)', form.new_tenant, form.old_tenant))) ELSE '' END);
-        IF renamed IS NOT NULL AND NOT form.by_name THEN
-            body := format($sql$
-    IF %s THEN%s
-    ELSE%s
-    END IF;$sql$, renamed, format(log_row, 'SELECT ''''::pg_catalog.text'), body);
-        END IF;
         PERFORM listener.create_capture_function(
-            format('capture_%s_row%s', source.id, form.suffix), 'touched record; rung boolean := true;', body || $sql$
+            format('capture_%s_row%s', source.id, form.suffix), 'touched record; rung boolean := true;',
+            CASE WHEN NOT form.by_name THEN renamed END, format(log_row, 'SELECT ''''::pg_catalog.text'), body, $sql$
     IF rung THEN
         RETURN NULL;
     END IF;$sql$ || ring);

@@ -131,7 +131,9 @@ BEGIN
     PERFORM listener.drop_orphans();
     -- Look-ups of other tables that go through this one read it, and are made anew.
     dependents := ARRAY(SELECT d.id FROM listener.looking_through(added_id) d ORDER BY d.depth);
-    UPDATE listener.source s SET through_references = listener.tracked_references(s.id) WHERE s.id = ANY (dependents);
+    UPDATE listener.source s
+    SET through_references = listener.tracked_names(s.through_references, 'reference_of_' || s.id)
+    WHERE s.id = ANY (dependents);
     PERFORM listener.drop_lookup(d.id)
     FROM (SELECT u.id FROM pg_catalog.unnest(added_id || dependents) WITH ORDINALITY AS u (id, ord) ORDER BY u.ord DESC) d;
     IF through IS NOT NULL THEN
@@ -289,16 +291,6 @@ BEGIN
     END LOOP;
     PERFORM listener.generate_tenants_by(source.id);
 END
-$function$;
-
--- tracked_references(source_id): the columns that a look-up finds its rows by, by the names that they have now; a dropped
--- one's stays.
-CREATE OR REPLACE FUNCTION listener.tracked_references(source_id integer) RETURNS name[]
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT array_agg(coalesce(t.attname, r.name) ORDER BY r.ord)
-    FROM listener.source s CROSS JOIN unnest(s.through_references) WITH ORDINALITY AS r (name, ord)
-    LEFT JOIN LATERAL listener.tracked(format('reference_of_%s_%s', s.id, r.ord)) t ON true
-    WHERE s.id = $1
 $function$;
 
 -- drop_lookup(source_id): drops a source's look-up, and the policy of the table that it went through where no other

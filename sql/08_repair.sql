@@ -38,8 +38,8 @@ BEGIN
                     SELECT FROM pg_attribute a WHERE a.attrelid = s.relid AND a.attname = s.tenant_column
                       AND a.attnum = listener.tracked_column(s.id)))
             OR (s.through_id IS NOT NULL AND (
-                    s.through_keys::text[] IS DISTINCT FROM listener.tracked_keys(s.id)::text[]
-                    OR s.through_references::text[] IS DISTINCT FROM listener.tracked_references(s.id)::text[]
+                    s.through_keys IS DISTINCT FROM listener.tracked_names(s.through_keys, 'key_of_' || s.id)
+                    OR s.through_references IS DISTINCT FROM listener.tracked_names(s.through_references, 'reference_of_' || s.id)
                     OR to_regclass('listener.lookup_' || s.id) IS NULL
                     OR (s.through_cascades AND NOT listener.still_cascades(s.id))))
             OR EXISTS (
@@ -88,15 +88,6 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHERE s.id = $1 AND c.confdeltype = 'c' AND NOT c.condeferrable AND c.convalidated)
 $function$;
 
--- tracked_keys(source_id): the columns that a look-up reads, by the names that they have now; a dropped one's stays.
-CREATE OR REPLACE FUNCTION listener.tracked_keys(source_id integer) RETURNS name[]
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT array_agg(coalesce(t.attname, k.name) ORDER BY k.ord)
-    FROM listener.source s CROSS JOIN unnest(s.through_keys) WITH ORDINALITY AS k (name, ord)
-    LEFT JOIN LATERAL listener.tracked(format('key_of_%s_%s', s.id, k.ord)) t ON true
-    WHERE s.id = $1
-$function$;
-
 -- repair_source(known, attempts): mends one source, trying so many times to get the locks on its tables; the outcome is
 -- NULL where there is nothing to mend it with.
 CREATE OR REPLACE FUNCTION listener.repair_source(
@@ -135,8 +126,8 @@ BEGIN
     UPDATE listener.source s SET table_name = s.relid::text
     WHERE s.relid <> source.relid AND s.schema_name = source.schema_name AND s.table_name = source.table_name
       AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid);
-    source.through_keys := listener.tracked_keys(source.id);
-    source.through_references := listener.tracked_references(source.id);
+    source.through_keys := listener.tracked_names(source.through_keys, 'key_of_' || source.id);
+    source.through_references := listener.tracked_names(source.through_references, 'reference_of_' || source.id);
     source.through_cascades := source.through_cascades AND listener.still_cascades(source.id);
     UPDATE listener.source s SET
         (schema_name, table_name, relid, tenant_column, through_keys, through_references, through_cascades) = (

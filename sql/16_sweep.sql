@@ -8,7 +8,8 @@
 CREATE OR REPLACE FUNCTION listener.purge(letters_kept interval DEFAULT '30 days', batch bigint DEFAULT 500000)
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off
 AS $function$
 DECLARE
     last_mark listener.purge_mark;
@@ -44,14 +45,19 @@ BEGIN
                      WHEN deleted < batch THEN consumed_below ELSE reached END, dirty_from);
         DELETE FROM listener.purge_mark m WHERE m.id <= last_mark.id;
     END IF;
-    DELETE FROM listener.drain_log l WHERE l.id < cursor_id AND l.drained_at < clock_timestamp() - interval '1 hour';
+    -- From the oldest on, and more of them than there are drains between two sweeps: not all of the hour's are read.
+    IF (SELECT l.drained_at FROM listener.drain_log l ORDER BY l.id LIMIT 1) < clock_timestamp() - interval '1 hour' THEN
+        DELETE FROM listener.drain_log l WHERE l.drained_at < clock_timestamp() - interval '1 hour' AND l.id = ANY (
+            ARRAY(SELECT o.id FROM listener.drain_log o WHERE o.id < cursor_id ORDER BY o.id LIMIT 5000));
+    END IF;
     DELETE FROM listener.dead_letter d WHERE d.status <> 'open' AND d.closed_at < clock_timestamp() - letters_kept;
-    -- From one view to the next through the index: the rows of those that are there are not read.
+    -- From one view to the next through the index, backwards: the rows of those that are there are not read, and each
+    -- step meets the newest version of a key first.
     DELETE FROM listener.refresh_state r WHERE r.view_id IN (
         WITH RECURSIVE seen (view_id) AS (
-            SELECT min(s.view_id) FROM listener.refresh_state s
+            SELECT max(s.view_id) FROM listener.refresh_state s
             UNION ALL
-            SELECT (SELECT min(s.view_id) FROM listener.refresh_state s WHERE s.view_id > seen.view_id)
+            SELECT (SELECT max(s.view_id) FROM listener.refresh_state s WHERE s.view_id < seen.view_id)
             FROM seen WHERE seen.view_id IS NOT NULL
         )
         SELECT seen.view_id FROM seen EXCEPT SELECT v.id FROM listener.managed_view v);
