@@ -162,7 +162,8 @@ class Service:
             except psycopg.Error as error:
                 if is_lost(error):
                     # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
-                    await self.pool.drain()
+                    with anyio.CancelScope(shield=True):
+                        await self.pool.drain()
                 raise
 
     def _drained(self, drained: changes.Drained) -> None:
