@@ -6,13 +6,10 @@
 
 Stages do not know each other; this file wires them. What survives a crash is in the database: the change log, the
 dirty keys, the refresh state. The Debouncer is rebuilt from them, so the service can be killed at any moment.
-
-The file is longer than the others so that the wiring is read in one place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -22,23 +19,19 @@ from typing import Any
 import anyio
 import psycopg
 import structlog
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool
 
 from listener import changes, dead_letters, queries, startup, sweep, web
-from listener.bell import Bell
 from listener.debounce import Debouncer
 from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, reason
 from listener.metrics import Metrics
 from listener.notifications import ListenState, listen
-from listener.refresh import Outcome, refresh
+from listener.refresh import Outcome
 from listener.settings import Settings
 from listener.views import Change
+from listener.workers import Workers
 
 log = structlog.get_logger("listener.service")
-
-BUSY_PAUSE = 0.05  # seconds
-CONNECTION_PAUSE = 0.5
-UNKNOWN_VIEW = "LSN01"
 
 
 async def run(settings: Settings) -> None:
@@ -57,23 +50,25 @@ class Service:
         self, settings: Settings, on_outcome: Callable[[Change, Outcome], None] = lambda _change, _outcome: None
     ) -> None:
         self.settings = settings
-        self.on_outcome = on_outcome
         self.started = anyio.Event()
         self.metrics = Metrics()
         self.debouncer = Debouncer()
         self.listening = ListenState(
             on_reconnect=self.metrics.reconnects.inc, on_malformed=self.metrics.malformed_notifications.inc
         )
-        self.policy = dead_letters.RetryPolicy(
+        self.drainer = changes.Drainer(self._connection, self._drained, settings.poll_interval.total_seconds())
+        policy = dead_letters.RetryPolicy(
             settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined
         )
-        self.drainer = changes.Drainer(self._connection, self._drained, settings.poll_interval.total_seconds())
-        self.due = Bell()  # something may be due, or sooner than was known
+
+        def refreshed(change: Change, outcome: Outcome) -> None:
+            if outcome.outcome == "expanded":
+                self.drainer.bell.ring()
+            on_outcome(change, outcome)
+
+        self.workers = Workers(self._connection, self.debouncer, self.metrics, policy, refreshed)
         self.port = 0
         self._sweep_trouble: list[str] = []
-        # The refreshes under way are shielded from shutdown until the grace period is over; their connections, where
-        # they have one, can be told to cancel.
-        self._under_way: dict[anyio.CancelScope, psycopg.AsyncConnection[Any] | None] = {}
         self._stop = anyio.Event()
 
     async def run(self) -> None:
@@ -85,6 +80,7 @@ class Service:
 
     def stop(self) -> None:
         """Ends the main loop: the refreshes under way finish within the grace period, the rest stays dirty."""
+        self.workers.stop()
         self._stop.set()
 
     async def startup(self, opened: AsyncExitStack) -> None:
@@ -136,11 +132,11 @@ class Service:
                     self._socket,
                 )
                 for _ in range(settings.workers):
-                    stages.start_soon(self._work)
+                    stages.start_soon(self.workers.work)
                 self.started.set()
                 await self._stop.wait()
-                log.info("stopping", refreshes_under_way=len(self._under_way), waiting=len(self.debouncer))
-                outer.start_soon(self._enforce_grace)
+                log.info("stopping", refreshes_under_way=self.workers.under_way, waiting=len(self.debouncer))
+                outer.start_soon(self._after_grace)
                 stages.cancel_scope.cancel()
             with anyio.move_on_after(1):
                 try:
@@ -170,120 +166,14 @@ class Service:
         self.metrics.changes_drained.inc(drained.changes)
         for change in drained.keys:
             self.debouncer.changed(change)
-        self.due.ring()
+        self.workers.due.ring()
 
-    # -- refresh -------------------------------------------------------------------------------------------------
-
-    async def _work(self) -> None:
-        # The cancellation finds nobody who waits while more is due.
-        while not self._stop.is_set():
-            now = anyio.current_time()
-            change = self.debouncer.take(now)
-            if change is None:
-                due = self.debouncer.next_due()
-                await self.due.wait(None if due is None else max(0.0, due - now))
-                continue
-            # Another worker may be asleep while more is due.
-            self.due.ring()
-            with anyio.CancelScope(shield=True) as scope:
-                self._under_way[scope] = None
-                try:
-                    await self._refresh(change, scope)
-                finally:
-                    del self._under_way[scope]
-
-    async def _refresh(self, change: Change, scope: anyio.CancelScope) -> None:
-        retry_at: float | None = None
-        try:
-            async with self._connection() as connection:
-                self._under_way[scope] = connection
-                outcome = await self._refresh_on(connection, change)
-            if outcome.outcome == "busy":
-                retry_at = anyio.current_time() + BUSY_PAUSE
-        except PoolTimeout:
-            retry_at = anyio.current_time() + CONNECTION_PAUSE
-        except psycopg.Error as error:
-            self._under_way[scope] = None
-            retry_at = await self._failed(change, error)
-        finally:
-            if retry_at is not None:
-                self.debouncer.again(change, retry_at)
-            self.due.ring()
-
-    async def _refresh_on(self, connection: psycopg.AsyncConnection[Any], change: Change) -> Outcome:
-        key = change.key
-        started = anyio.current_time()
-        outcome = await refresh(connection, key, change.version)
-        ended = anyio.current_time()
-        self.metrics.refreshes.labels(key.view, outcome.outcome).inc()
-        if outcome.outcome == "busy":
-            self.metrics.lock_busy.inc()
-            return outcome
-        # A paused view's keys stay dirty in the database; resume() logs them anew.
-        self.debouncer.finished(key, outcome.version)
-        if outcome.outcome == "expanded":
-            self.drainer.bell.ring()
-        if outcome.outcome == "refreshed":
-            self.metrics.refresh_duration.labels(key.view).observe(ended - started)
-            if not change.aged:
-                self.metrics.staleness.labels(key.view).observe(ended - change.first_change)
-        log.info(
-            outcome.outcome,
-            view=key.view,
-            tenant_id=key.tenant,
-            correlation_id=change.correlation_id,
-            app_correlation_id=change.app_correlation_id,
-            inserted=outcome.inserted,
-            updated=outcome.updated,
-            deleted=outcome.deleted,
-            seconds=round(ended - started, 4),
-        )
-        self.on_outcome(change, outcome)
-        return outcome
-
-    async def _failed(self, change: Change, error: psycopg.Error) -> float | None:
-        """Records the failure; when to try again, on the monotonic clock, or None when there is nothing left to try."""
-        key = change.key
-        if error.sqlstate == UNKNOWN_VIEW:
-            self.debouncer.finished(key, change.version)
-            log.info("the view was dropped", view=key.view)
-            return None
-        # Lost, or cancelled by our own shutdown: no fault of the key's.
-        if self._stop.is_set() or is_lost(error):
-            return anyio.current_time() + CONNECTION_PAUSE
-        self.metrics.refreshes.labels(key.view, "failed").inc()
-        try:
-            async with self._connection() as connection:
-                failure = await dead_letters.record_failure(connection, change, error, self.policy)
-        except DATABASE_TROUBLE as trouble:
-            log.warning("a failure could not be recorded", view=key.view, reason=reason(trouble))
-            return anyio.current_time() + CONNECTION_PAUSE
-        log.warning(
-            "refresh failed" if failure.letter_id is None else "refresh failed; the key is quarantined",
-            view=key.view,
-            tenant_id=key.tenant,
-            correlation_id=change.correlation_id,
-            app_correlation_id=change.app_correlation_id,
-            error=reason(error),
-            failures=failure.failures,
-            retry_in=round(failure.retry_in, 2),
-            dead_letter=failure.letter_id,
-        )
-        return anyio.current_time() + failure.retry_in
-
-    async def _enforce_grace(self) -> None:
+    async def _after_grace(self) -> None:
         await anyio.sleep(self.settings.grace_period.total_seconds())
-        log.warning("the grace period is over: refreshes are cancelled and stay dirty", refreshes=len(self._under_way))
-        with anyio.move_on_after(1):
-            async with anyio.create_task_group() as cancelling:
-                for connection in self._under_way.values():
-                    if connection is not None:
-                        cancelling.start_soon(_cancel, connection)
-                # Those that were cancelled say so, and their workers end.
-                await anyio.sleep_forever()
-        # A server that does not even answer a cancel: give the connections up.
-        for scope in list(self._under_way):
-            scope.cancel()
+        log.warning(
+            "the grace period is over: refreshes are cancelled and stay dirty", refreshes=self.workers.under_way
+        )
+        await self.workers.give_up()
 
     # -- sweep ---------------------------------------------------------------------------------------------------
 
@@ -322,7 +212,7 @@ class Service:
                         self.debouncer.rewindow(key, change.window)
                     continue
                 self.debouncer.changed(change)
-                self.due.ring()
+                self.workers.due.ring()
                 missed += not change.aged
         return missed
 
@@ -375,12 +265,6 @@ class Service:
         self.metrics.change_log_rows.set(database.change_log_rows)
         self.metrics.oldest_transaction_age.set(database.oldest_transaction_age)
         self.metrics.notification_queue_ratio.set(database.notification_queue_ratio)
-
-
-async def _cancel(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Asks the server to cancel what the connection runs; a server that does not answer is not waited for."""
-    with contextlib.suppress(psycopg.Error):
-        await connection.cancel_safe(timeout=1)
 
 
 async def _stop_on_signal(service: Service) -> None:
