@@ -21,7 +21,7 @@ $(error listener needs Linux or macOS; on Windows run it inside WSL)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-debian check check-sql bench lock wheel install clean
+.PHONY: help demo test test-debian check check-sql bench chaos lock wheel install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ check-sql: $(INSTALLED) ## the checks of the SQL files alone
 
 bench: $(INSTALLED) ## the benchmarks: make bench ARGS="--help"
 	@$(VENV)/bin/python -m benchmarks $(ARGS)
+
+chaos: $(INSTALLED) ## faults at random against three replicas for CHAOS_SECONDS=600: make chaos ARGS="--help"
+	@PYTHONPATH=tests $(VENV)/bin/python -m chaos $(ARGS)
 
 lock: $(VENV)/bin/python ## write requirements/*.lock anew; make lock ARGS=--upgrade takes later versions
 	@echo "installing uv $(UV_VERSION)"

@@ -63,11 +63,15 @@ class Proxy:
                 connection.abort()
 
     async def forward(self, from_client: StreamReader, to_client: StreamWriter) -> None:
-        """One connection, to its end."""
-        if self._host.startswith("/"):
-            from_server, to_server = await asyncio.open_unix_connection(f"{self._host}/.s.PGSQL.{self._port}")
-        else:
-            from_server, to_server = await asyncio.open_connection(self._host, self._port)
+        """One connection, to its end. Where the server takes none, neither does the proxy."""
+        try:
+            if self._host.startswith("/"):
+                from_server, to_server = await asyncio.open_unix_connection(f"{self._host}/.s.PGSQL.{self._port}")
+            else:
+                from_server, to_server = await asyncio.open_connection(self._host, self._port)
+        except OSError:
+            to_client.transport.abort()
+            return
         connection = _Connection(to_client, to_server)
         self._connections.add(connection)
         async with asyncio.TaskGroup() as tasks:

@@ -1,0 +1,1 @@
+"""Faults at random against several replicas under load: `make chaos`."""
