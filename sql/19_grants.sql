@@ -35,7 +35,7 @@ BEGIN
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
         'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)', 'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
-        'listener.readiness()']::regprocedure[]
+        'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;
