@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 WORKER = f"{socket.gethostname()}:{os.getpid()}"
 # SQLSTATE classes of failures that pass by themselves; the others are the definition's or the data's.
 TRANSIENT = {"40": "conflict", "53": "resources", "55": "lock", "57": "cancelled"}
-# Quarantined too soon, a key would stay stale for `slow` after the disk has room again, or the migration's lock is gone.
-# So these are tried so many times as often. Not what was cancelled: each attempt took the whole statement_timeout.
+# Quarantined at once, a key would stay stale for `slow` after the disk has room again or a migration's lock is gone. So
+# these have so many times the attempts. Not what was cancelled: each attempt took the whole of statement_timeout.
 PATIENCE = 3
 PATIENT_WITH = {"conflict", "resources", "lock"}
 

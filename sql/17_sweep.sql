@@ -66,8 +66,8 @@ END
 $function$;
 
 -- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
--- they were registered, where a table of depends_on is another, or whose definition went when something that it reads was
--- dropped with CASCADE; and takes note of it: makes a definition that went again, finds the tables anew, puts triggers on
+-- they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
+-- when something that it reads was dropped with CASCADE; and takes note of it: makes a definition that went again, finds the tables anew, puts triggers on
 -- those that are new, and marks every tenant dirty. Runs with the owner's rights, because only the owner may create
 -- triggers.
 --   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
@@ -88,7 +88,7 @@ BEGIN
         is_gone := definition IS NULL OR to_regclass('listener.tenants_' || managed.id) IS NULL;
         -- A function finds its tables by name: another table may bear it now.
         CONTINUE WHEN NOT is_gone
-            AND listener.fingerprint(definition) = managed.fingerprint
+            AND coalesce(listener.view_fingerprint(managed) = managed.fingerprint, true)
             AND NOT EXISTS (SELECT FROM unnest(managed.depends_on) d (name)
                             WHERE to_regclass(d.name) NOT IN (
                                 SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
@@ -108,7 +108,9 @@ BEGIN
             SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s
             ON CONFLICT DO NOTHING;
             PERFORM listener.attach_capture(found_ids, 5);
-            UPDATE listener.managed_view v SET fingerprint = listener.fingerprint(definition) WHERE v.id = managed.id;
+            -- Without its target it is looked at again once that is back.
+            UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint)
+            WHERE v.id = managed.id;
             PERFORM listener.mark_all_dirty(managed.id);
         EXCEPTION WHEN OTHERS THEN
             trouble := SQLERRM;

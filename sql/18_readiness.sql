@@ -61,7 +61,9 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
         LIMIT 1) o ON true
     WHERE t.relid IS NULL
     UNION ALL
-    SELECT t.view, format('the target %s lacks what its definition returns: ALTER TABLE %s %s', t.target, t.target,
+    -- What is left of a row without its key can be told from no other.
+    SELECT t.view, format('the target %s lacks what its definition returns: %sALTER TABLE %s %s', t.target,
+                          CASE WHEN bool_or(m.name = ANY (t.keys)) THEN format('TRUNCATE %s; ', t.target) END, t.target,
                           string_agg(format('ADD COLUMN %I %s', m.name, m.type), ', '))
     FROM target t CROSS JOIN LATERAL listener.missing_columns(t.managed) m
     GROUP BY t.view, t.target
@@ -86,7 +88,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     SELECT t.view, format('the unique index of the target %s is gone: CREATE UNIQUE INDEX ON %s (%s) NULLS NOT DISTINCT',
                           t.target, t.target, t.key_list)
     FROM target t
-    WHERE t.relid IS NOT NULL AND NOT EXISTS (
+    WHERE t.relid IS NOT NULL AND NOT EXISTS (SELECT FROM listener.missing_columns(t.managed)) AND NOT EXISTS (
         SELECT FROM pg_index x
         WHERE x.indrelid = t.relid AND x.indisunique AND x.indisvalid AND x.indpred IS NULL AND x.indexprs IS NULL
           AND t.keys = ARRAY(SELECT a.attname FROM pg_attribute a

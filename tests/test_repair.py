@@ -262,7 +262,9 @@ async def test_after_the_tenant_column_was_dropped_with_cascade_a_write_is_every
                 await superuser.execute("DELETE FROM listener.change_log")
                 await session.execute(write.encode())
                 assert await logged(superuser) == {"stock of all"}
-    gone = "the tenant column tenant_id of shop.stock is gone: a write to it marks every tenant, until listener.add_source"
+    gone = (
+        "the tenant column tenant_id of shop.stock is gone: a write to it marks every tenant, until listener.add_source"
+    )
     assert any(reason.startswith(gone) for reason in await rows_of_readiness(service))
     assert await repaired(service) == []
     # A view that can do without the column is shown as everybody's changes.
