@@ -1,32 +1,35 @@
-"""What whoever is on call does in the middle of a fault: asks why a key is stale, pauses, resumes, mends, verifies."""
+"""What whoever is on call does in the middle of a fault: asks why a key is stale, pauses, resumes, verifies.
+
+As the commands do it, without a process for each.
+"""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from anyio import to_thread
 from psycopg import AsyncConnection
 
-from command import listener
 from conftest import Database
 from listener import operations, queries
+from listener.cli.session import known_key
 
 
-async def explained(database: Database, view: str, tenant: str) -> str:
-    """What `listener explain` prints; the service goes on meanwhile."""
-    ended = await to_thread.run_sync(partial(listener, "explain", view, "--tenant", tenant, url=database.url()))
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+async def explained(database: Database, view: str, tenant: object) -> list[str]:
+    """The lines of `listener explain`; the first says stale or fresh."""
+    async with database.connect("listener_service") as service:
+        facts = await operations.explain(service, *await known_key(service, view, str(tenant)))
+    reasons = operations.reasons(facts)
+    return ["stale" if reasons else "fresh", *facts["troubles"], *reasons]
 
 
-async def pauses_and_resumes(database: Database, view: str, tenant: str) -> None:
-    """Both commands do their work, and no fault makes them wait."""
-    migrator = database.url("listener_migrator")
-    for command, is_paused in (("pause", True), ("resume", False)):
-        ended = await to_thread.run_sync(partial(listener, command, view, url=migrator))
-        assert ended.returncode == 0, ended.stderr
-        assert ("the view is paused" in await explained(database, view, tenant)) is is_paused
+async def pauses_and_resumes(database: Database, view: str, tenant: object) -> None:
+    """Both do their work, and no fault makes them wait."""
+    async with database.connect("listener_migrator") as migrator:
+        await migrator.execute("SET lock_timeout = '5s'")
+        for command, is_paused in (("pause", True), ("resume", False)):
+            await migrator.execute(f"SELECT listener.{command}(%s)".encode(), (view,))
+            told = any("the view is paused" in line for line in await explained(database, view, tenant))
+            assert told is is_paused
 
 
 async def is_exact(database: Database, *views: str) -> bool:
