@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 WORKER = f"{socket.gethostname()}:{os.getpid()}"
 # SQLSTATE classes of failures that pass by themselves; the others are the definition's or the data's.
 TRANSIENT = {"40": "conflict", "53": "resources", "55": "lock", "57": "cancelled"}
+# Quarantined at once, a key would stay stale for `slow` after the disk has room again or a migration's lock is gone. So
+# these have so many times the attempts. Not what was cancelled: each attempt took the whole of statement_timeout.
+PATIENCE = 3
+PATIENT_WITH = {"conflict", "resources", "lock"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,12 @@ class RetryPolicy:
     base: timedelta
     cap: timedelta
     slow: timedelta
+
+    def attempts_of(self, kind: str) -> int:
+        """How many failures in a row open a dead letter, where the last one is of this kind; see error_type()."""
+        if kind == "validation_error":
+            return 1  # a malformed tenant does not get better by waiting
+        return self.attempts * PATIENCE if kind in PATIENT_WITH else self.attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +82,7 @@ async def record_failure(
             message,
             trace,
             WORKER,
-            # A malformed tenant does not get better by waiting.
-            1 if kind == "validation_error" else policy.attempts,
+            policy.attempts_of(kind),
             policy.base,
             policy.cap,
             policy.slow,

@@ -184,8 +184,16 @@ def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool
     return connection.broken or connection.closed or is_lost(error)
 
 
+async def explain(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:
+    """What is known of a key: queries.explain_key, `troubles` of its view's tables, `waits_for` of who refreshes it."""
+    facts = await queries.explain_key(connection, view, tenant)
+    holder = facts["lock_holder"]
+    waits_for = [] if holder is None else await queries.in_the_way_of(connection, holder)
+    return facts | {"troubles": await queries.view_troubles(connection, facts["view_name"]), "waits_for": waits_for}
+
+
 def reasons(facts: DictRow) -> list[str]:
-    """Why a key is stale, one line a reason, most telling first; from queries.explain_key."""
+    """Why a key is stale, one line a reason, most telling first; from explain(). Its troubles may not make it stale."""
     lines = []
     if facts["paused"]:
         lines.append("the view is paused: nothing is refreshed until `listener resume`")
@@ -214,6 +222,11 @@ def _waits_for(facts: DictRow, *, dirty: bool) -> list[str]:
     if facts["lock_holder"]:
         query = one_line(facts["lock_holder_query"] or "")
         lines.append(f"backend {facts['lock_holder']} holds the key's lock, running: {shortened(query)}")
+    for pid, state, query in facts["waits_for"]:
+        lines.append(
+            f"it waits for a lock of backend {pid}, {state or 'whose state is not seen'}: "
+            f"{shortened(one_line(query or ''))}"
+        )
     if facts["failures"]:
         times = "the last refresh" if facts["failures"] == 1 else f"the last {facts['failures']} refreshes"
         lines.append(f"{times} failed: {shortened(one_line(facts['last_error'] or ''))}")

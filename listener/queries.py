@@ -150,8 +150,12 @@ async def tenant_of_view(connection: AsyncConnection[Any], view: str, tenant: st
     """
     cursor = await connection.execute(
         """
-        SELECT k.view, k.tenant, k.tenant IN (SELECT t FROM listener.tenants(k.view) t)
-        FROM (SELECT v.name AS view, listener.canonical_tenant(%(tenant)s::text, v.tenant_type) AS tenant
+        SELECT k.view, k.tenant,
+               -- A tenant that was refreshed, or waits for it, is known even where nobody can be listed.
+               CASE WHEN EXISTS (SELECT FROM listener.refresh_state r WHERE r.view_id = k.id AND r.tenant = k.tenant)
+                      OR EXISTS (SELECT FROM listener.dirty_key d WHERE d.view_id = k.id AND d.tenant = k.tenant)
+                    THEN true ELSE k.tenant IN (SELECT t FROM listener.tenants(k.view) t) END
+        FROM (SELECT v.id, v.name AS view, listener.canonical_tenant(%(tenant)s::text, v.tenant_type) AS tenant
               FROM listener.find_view(%(view)s) v OFFSET 0) k
         """,
         {"view": view, "tenant": tenant},
@@ -231,13 +235,33 @@ async def readiness(connection: AsyncConnection[Any]) -> list[str]:
     return [row[0] for row in await cursor.fetchall()]
 
 
+async def view_troubles(connection: AsyncConnection[Any], view: str) -> list[str]:
+    """What is wrong with the tables of a view, each with what mends it; `view` is its own name."""
+    cursor = await connection.execute(
+        "SELECT t.trouble FROM listener.view_troubles() t WHERE t.view = %s ORDER BY t.trouble", (view,)
+    )
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def in_the_way_of(connection: AsyncConnection[Any], pid: int) -> list[tuple[int, str | None, str | None]]:
+    """The backends that hold locks which this one waits for: pid, state and query as far as the role may see them."""
+    cursor = await connection.execute(
+        """
+        SELECT b.pid, a.state, a.query FROM unnest(pg_blocking_pids(%s)) AS b (pid)
+        LEFT JOIN pg_stat_activity a ON a.pid = b.pid ORDER BY b.pid
+        """,
+        (pid,),
+    )
+    return await cursor.fetchall()
+
+
 async def set_a_tenant(connection: AsyncConnection[Any]) -> None:
     """As a refresh does; raises psycopg.Error where that is not allowed."""
     await connection.execute("SELECT set_config('app.current_tenant_id', '', true)")
 
 
 async def changed_definitions(connection: AsyncConnection[Any]) -> list[tuple[str, str | None]]:
-    """The views whose nested views or functions changed, and why their tables could not be found anew, if so."""
+    """The views whose definition changed or is gone, and why that could not be taken over, if so."""
     cursor = await connection.execute("SELECT view, trouble FROM listener.changed_definitions()")
     return await cursor.fetchall()
 

@@ -104,7 +104,11 @@ class Settings(BaseSettings):
     )
     grace_period: Duration = Field(default=timedelta(seconds=10), description="after SIGTERM, for refreshes under way")
     max_attempts: int = Field(
-        default=5, ge=1, le=1_000_000, description="failures of a key before it goes to the dead letters"
+        default=5,
+        ge=1,
+        le=1_000_000,
+        description="failures of a key before it goes to the dead letters; three times as many where they pass by"
+        " themselves (conflict, lock, resources)",
     )
     retry_base: Duration = Field(
         default=timedelta(milliseconds=500), description="wait after the first failure; doubles"

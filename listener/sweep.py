@@ -52,7 +52,7 @@ async def upkeep(connection: AsyncConnection[Any], letters_kept: float) -> Upkee
         if trouble is None:
             log.info("a definition changed: every tenant is marked dirty", view=view)
         else:
-            troubles.append(f"the definition of {view} changed, and its tables could not be found anew: {trouble}")
+            troubles.append(f"the definition of {view} changed or is gone, and could not be taken over: {trouble}")
     for trouble in troubles:
         log.warning(trouble)
     await queries.purge(connection, letters_kept)

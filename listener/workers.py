@@ -91,13 +91,13 @@ class Workers:
             scope.cancel()
 
     async def _attempt(self, change: Change, scope: anyio.CancelScope) -> None:
-        retry_at: float | None = None
+        # What is cancelled, wherever it was, waits again: its key must not be taken for running ever after.
+        retry_at: float | None = anyio.current_time() + CONNECTION_PAUSE
         try:
             async with self._connection() as connection:
                 self._under_way[scope] = connection
                 outcome = await self._refresh(connection, change)
-            if outcome.outcome == "busy":
-                retry_at = anyio.current_time() + BUSY_PAUSE
+            retry_at = anyio.current_time() + BUSY_PAUSE if outcome.outcome == "busy" else None
         except PoolTimeout:
             retry_at = anyio.current_time() + CONNECTION_PAUSE
         except psycopg.Error as error:

@@ -102,7 +102,7 @@ $function$;
 
 -- comparison_statement(view): counts the rows that only the definition has, and those that only the target has, for
 -- tenant $1, in one snapshot. Sums of floats depend on the order of addition: columns of float type are rounded to
--- twelve digits, so that verify does not report noise.
+-- twelve digits, so that verify does not report noise. Raises LSN03 where the target lacks a column.
 CREATE OR REPLACE FUNCTION listener.comparison_statement(view listener.managed_view) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -111,7 +111,12 @@ DECLARE
     mine text := format('%I OPERATOR(pg_catalog.=) $1::%s', view.tenant_column,
                         CASE WHEN view.tenant_type IN ('text', 'uuid') THEN 'pg_catalog.' ELSE '' END || view.tenant_type);
     compared text;
+    missing text := (SELECT string_agg(quote_ident(m.name), ', ') FROM listener.missing_columns(view) m);
 BEGIN
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION 'the target % lacks %', target, missing USING ERRCODE = 'LSN03',
+            HINT = '`listener explain` says how to mend it.';
+    END IF;
     SELECT string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)
                            WHEN i.type IN ('double precision', 'real') THEN
                                format('pg_catalog.to_char(%I, ''9.99999999999EEEE'')', i.attname)

@@ -95,7 +95,7 @@ BEGIN
     END IF;
     target := listener.create_target(view, definition);
     PERFORM listener.generate_difference(view);
-    view.fingerprint := listener.fingerprint(definition);
+    view.fingerprint := listener.view_fingerprint(view);
     view.created_at := pg_catalog.clock_timestamp();
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
     INSERT INTO listener.view_source

@@ -82,6 +82,24 @@ BEGIN
 END
 $function$;
 
+-- make_definition(view_id, query), make_tenants(view_id, tenants_query): listener.definition_<id> and
+-- listener.tenants_<id>, of texts that were looked at. Names mean what the search_path in force says.
+CREATE OR REPLACE FUNCTION listener.make_definition(view_id integer, query text) RETURNS void
+LANGUAGE plpgsql AS $function$
+BEGIN
+    EXECUTE pg_catalog.format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
+                              'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\r\t'));
+END
+$function$;
+CREATE OR REPLACE FUNCTION listener.make_tenants(view_id integer, tenants_query text) RETURNS void
+LANGUAGE plpgsql AS $function$
+BEGIN
+    EXECUTE pg_catalog.format(
+        E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',
+        'tenants_' || view_id, pg_catalog.rtrim(tenants_query, E'; \n\r\t'));
+END
+$function$;
+
 -- create_definition(view_id, query, tenants_query): makes listener.definition_<id>, and listener.tenants_<id> where a
 -- tenants query is given.
 -- Returns the definition. Raises LSN03 with the parser's own message.
@@ -92,8 +110,7 @@ BEGIN
     PERFORM listener.check_one_select(pg_catalog.rtrim(query, E'; \n\r\t'), 'query',
                                       'It must be one SELECT that can stand in a view.');
     BEGIN
-        EXECUTE pg_catalog.format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
-                                  'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\r\t'));
+        PERFORM listener.make_definition(view_id, query);
     EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR undefined_object
                 OR invalid_schema_name OR data_exception OR invalid_table_definition THEN
         RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
@@ -112,9 +129,7 @@ BEGIN
             'It must be one SELECT of one column, for example SELECT id FROM tenants.')
         FROM pg_catalog.unnest(ARRAY['%s', E'SELECT ARRAY(\n%s\n)']) AS w (wrapped);
         BEGIN
-            EXECUTE pg_catalog.format(
-                E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',
-                'tenants_' || view_id, pg_catalog.rtrim(tenants_query, E'; \n\r\t'));
+            PERFORM listener.make_tenants(view_id, tenants_query);
         EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported THEN
             RAISE EXCEPTION 'the tenants query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
                 HINT = 'It must be one SELECT of one column, for example SELECT id FROM tenants.';
@@ -258,19 +273,33 @@ BEGIN
     EXECUTE format('COMMENT ON TABLE %s IS %L', target,
                    'Kept fresh by listener from listener.definition_' || view.id || '; not to be written by hand.');
     EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', target, service_role);
-    EXECUTE format('GRANT SELECT ON listener.%I, listener.%I TO %I',
-                   'definition_' || view.id, 'tenants_' || view.id, service_role);
+    PERFORM listener.grant_definition(view.id);
     IF NOT has_schema_privilege(service_role, view.target_schema, 'USAGE') THEN
         RAISE EXCEPTION 'role % has no USAGE on schema %', service_role, view.target_schema USING ERRCODE = 'LSN03',
             HINT = format('GRANT USAGE ON SCHEMA %I TO %I;', view.target_schema, service_role);
     END IF;
     IF view.target_rls THEN
         EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', target);
-        EXECUTE format('CREATE POLICY listener_tenant ON %s USING (%I = nullif(current_setting(''app.current_tenant_id'', true), '''')::%s)',
-                       target, view.tenant_column, view.tenant_type);
+        EXECUTE listener.target_policy(view);
         -- The service lists the tenants of a target; what it writes stays bound to the one whose refresh it is.
         EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I USING (true)', target, service_role);
     END IF;
     RETURN target::regclass;
+END
+$function$;
+
+-- target_policy(view): the statement that makes the policy of a target whose readers see the tenant that they name.
+CREATE OR REPLACE FUNCTION listener.target_policy(view listener.managed_view) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format('CREATE POLICY listener_tenant ON %I.%I USING (%I = nullif(current_setting(''app.current_tenant_id'', true), '''')::%s)',
+                  view.target_schema, view.target_name, view.tenant_column, view.tenant_type)
+$function$;
+
+-- grant_definition(view_id): the service's role reads the definition and the tenants query.
+CREATE OR REPLACE FUNCTION listener.grant_definition(view_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    EXECUTE format('GRANT SELECT ON listener.%I, listener.%I TO %I', 'definition_' || view_id, 'tenants_' || view_id,
+                   (SELECT i.service_role FROM listener.installation i));
 END
 $function$;

@@ -1,8 +1,7 @@
-"""The service beside its straight way: lost notifications, locks held elsewhere, poison, time, other replicas."""
+"""The service beside its straight way: lost notifications, locks held elsewhere, time, other replicas."""
 
 from __future__ import annotations
 
-import json
 import uuid
 from contextlib import AsyncExitStack
 from typing import Any, LiteralString
@@ -23,8 +22,6 @@ from listener.startup import pool_options
 from listener.views import Change
 
 pytestmark = pytest.mark.anyio
-
-BRISK = {"retry_base": "50ms", "retry_cap": "100ms", "retry_quarantined": "200ms", "max_attempts": 2}
 
 
 @pytest.fixture
@@ -105,112 +102,6 @@ async def test_a_key_locked_elsewhere_is_busy_and_refreshed_later(books: Databas
             assert await revenue(books) is None
         await running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
     assert await revenue(books) == 1
-
-
-async def test_poison_for_one_tenant_is_quarantined_and_mended_data_clears_it(books: Database) -> None:
-    async with books.connect() as superuser, books.service(**BRISK) as running:
-        await settled(books, running)
-        await superuser.execute(
-            """
-            SET ROLE listener_owner;
-            SELECT listener.create_view('shares', $q$
-                SELECT tenant_id, id AS row_id, 100 / revenue_cents AS share FROM public.revenue_ledger $q$,
-                '{tenant_id,row_id}', tenants_query => 'SELECT id FROM public.tenants');
-            RESET ROLE;
-            """
-        )
-        for tenant, cents in ((ANNA, 0), (BEN, 50)):
-            async with transaction(books, tenant) as application:
-                await book(application, tenant, cents)
-        letters = "SELECT view_name, tenant, status, correlation_id, sqlstate FROM listener.dead_letter"
-
-        async def is_quarantined() -> bool:
-            return bool(await (await superuser.execute(letters)).fetchall())
-
-        await eventually(is_quarantined)
-        await running.until_refreshed("shares", BEN)
-        await running.until_refreshed(LEDGER_VIEW, ANNA)
-        # Tried again and again, it is still one letter.
-        failed = {"view": "shares", "outcome": "failed"}
-        before = value(running, "listener_refreshes_total", **failed)
-        await eventually(lambda: value(running, "listener_refreshes_total", **failed) >= before + 2)
-        ((view, tenant, status, correlation_id, sqlstate),) = await (await superuser.execute(letters)).fetchall()
-        assert (view, tenant, status, sqlstate) == ("shares", str(ANNA), "open", "22012")
-        job = await (await superuser.execute("SELECT * FROM listener.worker_failed_jobs")).fetchone()
-        assert job is not None
-        assert correlation_id
-
-        async with transaction(books) as application:
-            await application.execute("UPDATE revenue_ledger SET revenue_cents = 25")
-        await running.until_refreshed("shares", ANNA)
-        ((_, _, status, _, _),) = await (await superuser.execute(letters)).fetchall()
-        assert status == "resolved"
-        shown = await (await superuser.execute("SELECT tenant_id, share FROM shares ORDER BY 2")).fetchall()
-        assert shown == [(BEN, 2), (ANNA, 4)]
-
-
-async def test_a_mended_definition_resolves_the_letter(books: Database) -> None:
-    async with transaction(books) as application:
-        await book(application, ANNA, 0)
-    async with books.connect() as superuser, books.service(**BRISK) as running:
-        await superuser.execute(
-            """
-            SET ROLE listener_owner;
-            CREATE VIEW public.shares_of_all WITH (security_invoker = true) AS
-                SELECT tenant_id, id AS row_id, 100 / revenue_cents AS share FROM public.revenue_ledger;
-            GRANT SELECT ON public.shares_of_all TO listener_service;
-            SELECT listener.create_view('shares', 'SELECT * FROM public.shares_of_all', '{tenant_id,row_id}',
-                tenants_query => 'SELECT id FROM public.tenants');
-            RESET ROLE;
-            """
-        )
-        letters = "SELECT status FROM listener.dead_letter WHERE view_name = 'shares'"
-
-        async def statuses() -> list[str]:
-            return [status for (status,) in await (await superuser.execute(letters)).fetchall()]
-
-        async def is_quarantined() -> bool:
-            return await statuses() == ["open"]
-
-        await eventually(is_quarantined)
-        await superuser.execute(
-            """
-            CREATE OR REPLACE VIEW public.shares_of_all WITH (security_invoker = true) AS
-                SELECT tenant_id, id AS row_id, (100 / nullif(revenue_cents, 0))::bigint AS share
-                FROM public.revenue_ledger
-            """
-        )
-        await running.until_refreshed("shares", ANNA)
-        assert await statuses() == ["resolved"]
-        shown = await (await superuser.execute("SELECT tenant_id, share FROM shares")).fetchall()
-        assert shown == [(ANNA, None)]
-
-
-@pytest.mark.parametrize(
-    "payload", ["no json", "x" * 7999, "[1, 2]", '"text"', "{}", '{"source": 1}', "[" * 5000], ids=lambda p: p[:12]
-)
-async def test_a_malformed_notification_is_counted_and_stops_nothing(books: Database, payload: str) -> None:
-    async with books.connect() as anybody, books.service(sweep_interval=3600.0) as running:
-        await settled(books, running)
-        seen = len(running.outcomes)
-        await anybody.execute("SELECT pg_notify('listener_changes', %s)", (payload,))
-        async with transaction(books) as application:
-            await book(application, ANNA, 100)
-        await running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
-        assert value(running, "listener_malformed_notifications_total") == 1
-        assert await (await anybody.execute("SELECT * FROM listener.dead_letter")).fetchall() == []
-
-
-async def test_a_forged_notification_refreshes_nothing(books: Database) -> None:
-    async with books.connect() as anybody, books.service(sweep_interval=3600.0) as running:
-        await settled(books, running)
-        seen = len(running.outcomes)
-        forged = json.dumps({"tenant_id": str(BEN), "source": "public.revenue_ledger"})
-        await anybody.execute("SELECT pg_notify('listener_changes', %s)", (forged,))
-        async with transaction(books) as application:
-            await book(application, ANNA, 100)
-        await running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
-        assert {change.key.tenant for change, _ in running.outcomes[seen:]} == {str(ANNA)}
 
 
 async def test_a_window_changed_in_the_database_is_taken_over(books: Database) -> None:

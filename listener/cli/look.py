@@ -90,10 +90,13 @@ async def _keys(connection: Connection, tenant: str) -> list[dict[str, Any]]:
 
 @app.command()
 def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
-    """Why is this key stale: log, dirty since, due when, who holds the lock, last error, what it waits for."""
+    """Why is this key stale: log, dirty since, due when, who holds the lock, last error, what it waits for.
+
+    Also what somebody did to the tables of the view, and the statement that mends it.
+    """
 
     async def act(connection: Connection) -> None:
-        facts = await queries.explain_key(connection, *await known_key(connection, view, tenant))
+        facts = await operations.explain(connection, *await known_key(connection, view, tenant))
         lines = operations.reasons(facts)
         if as_json:
             console.print_json({**facts, "reasons": lines})
@@ -101,7 +104,7 @@ def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
         refreshed = facts["refreshed_age"]
         since = f", refreshed {console.duration(refreshed)} ago" if refreshed is not None else ""
         console.out.print(f"{facts['view_name']} of tenant {facts['tenant']}: {'stale' if lines else 'fresh'}{since}")
-        for line in lines:
+        for line in [*facts["troubles"], *lines]:
             console.out.print(f"  - {line}")
 
     with_connection(act)

@@ -24,7 +24,8 @@ BEGIN
         'listener.known_version(integer, text)', 'listener.state_of(integer, text)',
         'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drain()', 'listener.fold_restored_log()',
         'listener.pending_keys(boolean)', 'listener.images(regclass, regclass)',
-        'listener.comparison_statement(listener.managed_view)', 'listener.refresh(text, text)',
+        'listener.comparison_statement(listener.managed_view)', 'listener.missing_columns(listener.managed_view)',
+        'listener.refresh(text, text)',
         'listener.refresh(text, uuid)', 'listener.refresh(text, bigint)',
         'listener.refresh_materialized_view_for_tenant(text, text)',
         'listener.refresh_materialized_view_for_tenant(uuid, text)',
@@ -35,7 +36,7 @@ BEGIN
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
         'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)', 'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
-        'listener.readiness()']::regprocedure[]
+        'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;

@@ -66,8 +66,10 @@ END
 $function$;
 
 -- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
--- they were registered, or where a table of depends_on is another; and takes note of it: finds their tables anew, puts triggers on those that are new, and marks
--- every tenant dirty. Runs with the owner's rights, because only the owner may create triggers.
+-- they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
+-- when something that it reads was dropped with CASCADE; and takes note of it: makes a definition that went again, finds the tables anew, puts triggers on
+-- those that are new, and marks every tenant dirty. Runs with the owner's rights, because only the owner may create
+-- triggers.
 --   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
 CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS TABLE (view text, trouble text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -75,6 +77,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 DECLARE
     managed listener.managed_view;
     definition regclass;
+    is_gone boolean;
     found_ids integer[];
 BEGIN
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'registration')) THEN
@@ -82,23 +85,32 @@ BEGIN
     END IF;
     FOR managed IN SELECT v.* FROM listener.managed_view v ORDER BY v.id LOOP
         definition := to_regclass('listener.definition_' || managed.id);
+        is_gone := definition IS NULL OR to_regclass('listener.tenants_' || managed.id) IS NULL;
         -- A function finds its tables by name: another table may bear it now.
-        CONTINUE WHEN definition IS NULL OR (
-            listener.fingerprint(definition) = managed.fingerprint
+        CONTINUE WHEN NOT is_gone
+            AND coalesce(listener.view_fingerprint(managed) = managed.fingerprint, true)
             AND NOT EXISTS (SELECT FROM unnest(managed.depends_on) d (name)
                             WHERE to_regclass(d.name) NOT IN (
                                 SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
-                                WHERE w.view_id = managed.id)));
+                                WHERE w.view_id = managed.id));
         view := managed.name;
         trouble := NULL;
         BEGIN
+            IF is_gone THEN
+                definition := listener.restore_definition(managed);
+            END IF;
             SELECT r.source_ids INTO found_ids
             FROM listener.register_sources(definition, managed.tenant_column, coalesce(managed.depends_on, '{}')::regclass[]) r;
+            IF is_gone THEN
+                PERFORM listener.restore_tenants(managed, found_ids);
+            END IF;
             INSERT INTO listener.view_source (view_id, source_id, same_form)
             SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s
             ON CONFLICT DO NOTHING;
             PERFORM listener.attach_capture(found_ids, 5);
-            UPDATE listener.managed_view v SET fingerprint = listener.fingerprint(definition) WHERE v.id = managed.id;
+            -- Without its target it is looked at again once that is back.
+            UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint)
+            WHERE v.id = managed.id;
             PERFORM listener.mark_all_dirty(managed.id);
         EXCEPTION WHEN OTHERS THEN
             trouble := SQLERRM;
@@ -106,32 +118,6 @@ BEGIN
         RETURN NEXT;
     END LOOP;
 END
-$function$;
-
--- readiness(): what keeps the service from being ready, one line each; no row when nothing does.
-CREATE OR REPLACE FUNCTION listener.readiness() RETURNS SETOF text
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT format('row-level security is not enabled and forced on %I.%I, which %s reads',
-                  s.schema_name, s.table_name, string_agg(v.name, ', ' ORDER BY v.name))
-    FROM listener.managed_view v
-    JOIN listener.view_source w ON w.view_id = v.id
-    JOIN listener.source s ON s.id = w.source_id AND (s.tenant_column IS NOT NULL OR s.through_id IS NOT NULL)
-    JOIN pg_class c ON c.oid = s.relid
-    WHERE v.tenant_secured AND NOT (c.relrowsecurity AND c.relforcerowsecurity)
-    GROUP BY s.schema_name, s.table_name
-    UNION ALL
-    SELECT format('the source %I.%I is gone', s.schema_name, s.table_name) FROM listener.source s
-    WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid)
-      AND to_regclass(format('%I.%I', s.schema_name, s.table_name)) IS NULL
-    UNION ALL
-    SELECT format('the tenant column %I of %I.%I is gone: a write to it marks every tenant', s.tenant_column,
-                  s.schema_name, s.table_name) FROM listener.source s
-    WHERE s.tenant_column IS NOT NULL AND listener.tracked_column(s.id) IS NULL
-      AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid)
-    UNION ALL
-    SELECT format('the target %I.%I of %s is gone', v.target_schema, v.target_name, v.name)
-    FROM listener.managed_view v
-    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NULL
 $function$;
 
 -- regenerate(): makes anew what is generated from the catalog, after a new release of these files was applied.
@@ -145,8 +131,11 @@ BEGIN
     WHERE i.system_identifier IS NULL;
     PERFORM listener.generate_capture(s.id) FROM listener.source s
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
+    -- Not where the catalog lacks a part of it: the statement would leave that out for good.
     PERFORM listener.generate_difference(v) FROM listener.managed_view v
-    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL;
+    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL
+      AND to_regclass('listener.definition_' || v.id) IS NOT NULL
+      AND NOT EXISTS (SELECT FROM listener.missing_columns(v));
 END
 $function$;
 

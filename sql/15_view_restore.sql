@@ -1,0 +1,96 @@
+-- What somebody dropped from under a view, made again.
+
+-- restore_definition(view): makes the definition of a view again, which went when something that it reads was dropped
+-- with CASCADE. Its text was looked at when the view was registered. Raises LSN03 where the tenant column has another
+-- type now, and what PostgreSQL raises where something that the definition reads is not there.
+CREATE OR REPLACE FUNCTION listener.restore_definition(view listener.managed_view) RETURNS regclass
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    definition regclass;
+    tenant_type text;
+BEGIN
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I, listener.%I', 'tenants_' || view.id, 'definition_' || view.id);
+    PERFORM set_config('search_path', view.search_path, true);
+    PERFORM listener.make_definition(view.id, view.query);
+    IF view.tenants_query IS NOT NULL THEN
+        PERFORM listener.make_tenants(view.id, view.tenants_query);
+    END IF;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    definition := to_regclass('listener.definition_' || view.id);
+    tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
+    IF tenant_type <> view.tenant_type THEN
+        RAISE EXCEPTION 'its tenant column is of type % now, and was %', tenant_type, view.tenant_type
+            USING ERRCODE = 'LSN03';
+    END IF;
+    RETURN definition;
+END
+$function$;
+
+-- restore_tenants(view, source_ids): what belongs to a definition that was made again: who its tenants are, what the
+-- service may read, and the difference.
+CREATE OR REPLACE FUNCTION listener.restore_tenants(view listener.managed_view, source_ids integer[]) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF view.tenants_query IS NULL THEN
+        PERFORM listener.create_default_tenants(view.id, view.tenant_column, source_ids);
+    END IF;
+    PERFORM listener.grant_definition(view.id);
+    IF to_regclass(format('%I.%I', view.target_schema, view.target_name)) IS NOT NULL
+       AND NOT EXISTS (SELECT FROM listener.missing_columns(view)) THEN
+        PERFORM listener.generate_difference(view);
+    END IF;
+END
+$function$;
+
+-- restore_target(view): makes the target of a view again after somebody dropped it, and fills it. Whoever reads it has
+-- to be granted that again. Raises LSN03 where it is there, or its definition is not.
+CREATE OR REPLACE FUNCTION listener.restore_target(view text) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+    definition regclass := pg_catalog.to_regclass('listener.definition_' || managed.id);
+    target text := pg_catalog.format('%I.%I', managed.target_schema, managed.target_name);
+BEGIN
+    PERFORM listener.lock_registration();
+    IF pg_catalog.to_regclass(target) IS NOT NULL THEN
+        RAISE EXCEPTION '% is there', target USING ERRCODE = 'LSN03';
+    ELSIF definition IS NULL THEN
+        RAISE EXCEPTION 'the definition of % is gone', managed.name USING ERRCODE = 'LSN03',
+            HINT = 'The sweep makes it again once what it reads is back.';
+    END IF;
+    PERFORM listener.create_target(managed, definition);
+    PERFORM listener.generate_difference(managed);
+    PERFORM listener.mark_all_dirty(managed.id);
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- missing_columns(view): the columns of the definition that the target lacks, since somebody dropped or renamed them.
+CREATE OR REPLACE FUNCTION listener.missing_columns(view listener.managed_view) RETURNS TABLE (name name, type text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT d.attname, format_type(d.atttypid, d.atttypmod)
+    FROM pg_attribute d
+    WHERE d.attrelid = to_regclass('listener.definition_' || view.id) AND d.attnum > 0
+      AND to_regclass(format('%I.%I', view.target_schema, view.target_name)) IS NOT NULL
+      AND NOT EXISTS (SELECT FROM pg_attribute a
+                      WHERE a.attrelid = to_regclass(format('%I.%I', view.target_schema, view.target_name))
+                        AND a.attname = d.attname AND a.attnum > 0 AND NOT a.attisdropped)
+    ORDER BY d.attnum
+$function$;
+
+-- view_fingerprint(view): changes with what the definition reads, see fingerprint(), and with the columns of the target
+-- that it fills: one that was dropped and added again is empty for every tenant. NULL while the definition or the target
+-- is gone, or the target's columns are not those of the definition: nothing can be filled then.
+CREATE OR REPLACE FUNCTION listener.view_fingerprint(view listener.managed_view) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT md5(concat_ws(E'\n', listener.fingerprint(t.definition), t.target::oid,
+                         string_agg(concat_ws(' ', a.attnum, d.attname), E'\n' ORDER BY d.attnum)))
+    FROM (SELECT to_regclass('listener.definition_' || view.id) AS definition,
+                 to_regclass(format('%I.%I', view.target_schema, view.target_name)) AS target) t
+    JOIN pg_attribute d ON d.attrelid = t.definition AND d.attnum > 0
+    LEFT JOIN pg_attribute a ON a.attrelid = t.target AND a.attname = d.attname AND a.attnum > 0
+                            AND (a.atttypid, a.atttypmod) = (d.atttypid, d.atttypmod)
+    GROUP BY t.definition, t.target
+    HAVING bool_and(a.attnum IS NOT NULL)
+$function$;
