@@ -128,6 +128,8 @@ def _prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
     """One migration at a time, by the role that is to own everything."""
     refuse_old_server(connection.info.server_version)
     connection.execute("SET LOCAL client_min_messages = warning")
+    # What the files of sql/ do not qualify is the server's own, whatever an application put into `public`.
+    connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
     found = connection.execute(
         "SELECT pg_has_role(current_user, oid, 'MEMBER') FROM pg_roles WHERE rolname = %s",

@@ -113,7 +113,12 @@ async def _check_listening(connection: psycopg.AsyncConnection[Any], url: str) -
 
 async def _connect(url: str) -> psycopg.AsyncConnection[Any]:
     return await psycopg.AsyncConnection.connect(
-        libpq_url(url), autocommit=True, application_name="listener", connect_timeout=10, client_encoding="utf8"
+        libpq_url(url),
+        autocommit=True,
+        application_name="listener",
+        connect_timeout=10,
+        client_encoding="utf8",
+        options=session_options(url),
     )
 
 

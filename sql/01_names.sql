@@ -59,7 +59,7 @@ $function$;
 -- set_config('role', <result>, true); returns the role setting that was in force. Definitions, triggers and targets
 -- so have one owner, whoever registers them. Raises LSN03 where the caller may not.
 CREATE OR REPLACE FUNCTION listener.become_owner() RETURNS text
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     owner_role name;
     previous text := pg_catalog.current_setting('role');
@@ -97,5 +97,5 @@ $function$;
 -- lock_key(view_id, tenant): the 64-bit advisory lock of a refresh key; lock_key(0, '') is the drain's.
 CREATE OR REPLACE FUNCTION listener.lock_key(view_id integer, tenant text) RETURNS bigint
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$
-    SELECT pg_catalog.hashtextextended('listener:' || view_id::text || ':' || tenant, 0)
+    SELECT pg_catalog.hashtextextended(pg_catalog.concat('listener:', view_id, ':', tenant), 0)
 $function$;
