@@ -65,9 +65,9 @@ BEGIN
         FROM (VALUES ('=', 'boolean'), ('<>', 'boolean'), ('<', 'boolean'), ('>', 'boolean'), ('<=', 'boolean'),
                      ('>=', 'boolean'), ('||', 'text'), ('+', 'bigint'), ('*', 'bigint'), ('~', 'boolean')) AS o (name, result)
         CROSS JOIN unnest(ARRAY['text', 'name', 'integer', 'bigint', 'oid', '"char"', 'regclass', 'name[]', 'integer[]',
-                                'uuid', 'public.evil']) AS l (type)
+                                'uuid', 'double precision', 'public.evil']) AS l (type)
         CROSS JOIN unnest(ARRAY['text', 'name', 'integer', 'bigint', 'oid', '"char"', 'regclass', 'name[]', 'integer[]',
-                                'uuid', 'public.evil']) AS r (type)
+                                'uuid', 'double precision', 'public.evil']) AS r (type)
         -- A literal beside a number would be taken for a number too, and not be one.
         WHERE NOT (o.name = '||' AND l.type = r.type AND l.type NOT IN ('text', 'name'))
     LOOP
