@@ -75,7 +75,7 @@ $function$;
 -- caller, and row-level security binds it. The SET clauses confine the settings they name to this call. The app.* ones
 -- are given back by hand: only a superuser may put a parameter that no extension defines into a SET clause. An error
 -- needs no hand, it takes the settings back with the transaction.
--- Raises LSN01, LSN02, LSN04, LSN05, and whatever the definition raises.
+-- Raises LSN01, LSN02, LSN04, LSN05, LSN06, and whatever the definition raises.
 CREATE OR REPLACE FUNCTION listener.refresh(
     view text, tenant_id text,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
@@ -102,7 +102,7 @@ DECLARE
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
 BEGIN
-    PERFORM listener.require_read_committed('listener.refresh()');
+    PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
         RETURN;
@@ -191,7 +191,7 @@ DECLARE
     known record;
     dirty record;
 BEGIN
-    PERFORM listener.require_read_committed('listener.expand()');
+    PERFORM listener.check_caller('listener.expand()');
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
         RETURN;
