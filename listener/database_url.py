@@ -33,6 +33,20 @@ def describe(url: str) -> str:
 
 
 def session_options(url: str, *options: str) -> str:
-    """The `options` of a connection: the URL's own, READ COMMITTED whatever the database's default, and these."""
+    """The `options` of a connection: the URL's own, then these and what holds for every connection.
+
+    READ COMMITTED, whatever the database's default. No schema but the server's own is searched: in `public` an
+    application may have put functions and operators that fit a call better, and they would run as the service.
+    """
     given = conninfo_to_dict(libpq_url(url)).get("options", "")
-    return " ".join(filter(None, [str(given), "-c default_transaction_isolation=read\\ committed", *options]))
+    return " ".join(
+        filter(
+            None,
+            [
+                str(given),
+                "-c default_transaction_isolation=read\\ committed",
+                "-c search_path=pg_catalog,pg_temp",
+                *options,
+            ],
+        )
+    )

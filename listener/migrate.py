@@ -5,6 +5,7 @@ Used by `listener migrate` and, through migrations/env.py, by the alembic comman
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -15,6 +16,7 @@ from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
 from listener import console
+from listener.backoff import Backoff
 from listener.database_url import describe, libpq_url
 from listener.errors import ListenerError, SetupError, from_database
 from listener.resources import sql_directory
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 # The advisory lock that makes two migrations at once wait for each other: "listener" in ASCII.
 MIGRATION_LOCK = 0x6C697374656E6572
+LOCK_ATTEMPTS = 15
 
 
 def upgrade(settings: Settings) -> str:
@@ -44,23 +47,42 @@ def downgrade(settings: Settings, *, drop_targets: bool = False) -> None:
 
 
 def _run(settings: Settings, act: Any, **attributes: bool) -> None:
-    cfg = config()
-    cfg.attributes.update(settings=settings, **attributes)
-    try:
-        act(cfg)
-    except DBAPIError as error:
-        raise _known(error, settings) from error
-    except psycopg.Error as error:
-        raise _known(error, settings) from error
-    except CommandError as error:
-        raise SetupError(f"alembic: {error}") from error
+    """Does it, again where a lock was not had: services and writers are at work meanwhile, and must not wait long."""
+    backoff = Backoff(base=0.1, cap=2)
+    while True:
+        cfg = config()
+        cfg.attributes.update(settings=settings, **attributes)
+        try:
+            act(cfg)
+        except (DBAPIError, psycopg.Error) as error:
+            if _is_locked_out(error) and backoff.attempts < LOCK_ATTEMPTS:
+                time.sleep(backoff.next_delay())
+                continue
+            raise _known(error, settings) from error
+        except CommandError as error:
+            raise SetupError(f"alembic: {error}") from error
+        return
 
 
-def _known(error: DBAPIError | psycopg.Error, settings: Settings) -> ListenerError:
+def _original(error: DBAPIError | psycopg.Error) -> psycopg.Error:
     original = error.orig if isinstance(error, DBAPIError) else error
     if not isinstance(original, psycopg.Error):
         raise error
-    return from_database(original, needed=f"a member of {settings.owner_role}")
+    return original
+
+
+def _is_locked_out(error: DBAPIError | psycopg.Error) -> bool:
+    return isinstance(_original(error), psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected)
+
+
+def _known(error: DBAPIError | psycopg.Error, settings: Settings) -> ListenerError:
+    if _is_locked_out(error):
+        return SetupError(
+            "a transaction holds a lock that this needs, and nothing was changed.",
+            hint="See which: SELECT pid, query FROM pg_stat_activity WHERE xact_start < now() - interval '1 s'; then "
+            "run this again.",
+        )
+    return from_database(_original(error), needed=f"a member of {settings.owner_role}")
 
 
 def run_in_context(context: EnvironmentContext) -> None:
@@ -128,7 +150,11 @@ def _prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
     """One migration at a time, by the role that is to own everything."""
     refuse_old_server(connection.info.server_version)
     connection.execute("SET LOCAL client_min_messages = warning")
+    # What the files of sql/ do not qualify is the server's own, whatever an application put into `public`.
+    connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+    # Whoever writes a source waits behind a lock on the change log that is waited for.
+    connection.execute("SET LOCAL lock_timeout = '1s'")
     found = connection.execute(
         "SELECT pg_has_role(current_user, oid, 'MEMBER') FROM pg_roles WHERE rolname = %s",
         (settings.owner_role,),
@@ -198,6 +224,10 @@ def _drop_schema(connection: psycopg.Connection[Any]) -> None:
 
 def _apply_functions(connection: psycopg.Connection[Any], settings: Settings) -> None:
     """The service's role computes; where it does not exist, or may not be handed functions, the owner does."""
+    row = connection.execute("SELECT to_regprocedure('listener.lock_registration()')").fetchone()
+    if row and row[0]:
+        # A service that runs meanwhile may be about to make capture functions anew.
+        connection.execute("SELECT listener.lock_registration()")
     connection.execute(
         """
         INSERT INTO listener.installation AS i (owner_role, service_role)

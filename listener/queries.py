@@ -55,6 +55,12 @@ async def schema_revision(connection: AsyncConnection[Any]) -> str | None:
     return None if row is None else str(row[0])
 
 
+async def serves(connection: AsyncConnection[Any], migration: str) -> bool:
+    """Whether the schema, though newer, serves a release whose newest migration is this one."""
+    row = await (await connection.execute("SELECT listener.serves(%s)", (migration,))).fetchone()
+    return bool(row and row[0])
+
+
 async def database_identity(connection: AsyncConnection[Any]) -> tuple[int, int]:
     """The cluster's system identifier and the database's oid: no two databases have both in common."""
     row = await (

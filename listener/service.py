@@ -27,6 +27,7 @@ from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, reason
 from listener.metrics import Metrics
 from listener.notifications import ListenState, listen
 from listener.refresh import Outcome
+from listener.revisions import head
 from listener.settings import Settings
 from listener.views import Change
 from listener.workers import Workers
@@ -69,6 +70,7 @@ class Service:
         self.workers = Workers(self._connection, self.debouncer, self.metrics, policy, refreshed)
         self.port = 0
         self._sweep_trouble: list[str] = []
+        self._schema = head()  # the migration that the schema was last seen at
         self._stop = anyio.Event()
 
     async def run(self) -> None:
@@ -217,6 +219,10 @@ class Service:
         return missed
 
     async def _look_after(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        schema = await queries.schema_revision(connection)
+        if schema is not None and schema != self._schema:
+            self._schema = schema
+            log.warning("the schema is newer than this service, and serves it", schema=schema, service=head())
         done = await sweep.upkeep(connection, self.settings.letters_kept.total_seconds())
         self._sweep_trouble = done.troubles
         self.metrics.capture_repaired.inc(done.repaired)

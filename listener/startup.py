@@ -10,7 +10,7 @@ import structlog
 from listener import __version__, queries
 from listener.database_url import describe, libpq_url, session_options
 from listener.errors import SetupError, from_database
-from listener.revisions import head
+from listener.revisions import head, known, session_option
 from listener.settings import Settings
 from listener.version import commit
 
@@ -44,12 +44,23 @@ async def schema_facts(connection: psycopg.AsyncConnection[Any], url: str, setti
         )
     if not facts.schema_installed:
         raise SetupError(f"the schema listener of {describe(url)} lacks its tables.", hint="Run: listener migrate")
-    revision = await queries.schema_revision(connection)
-    if revision != head():
-        raise SetupError(
-            f"the schema is at migration {revision}, this release needs {head()}.", hint="Run: listener migrate"
-        )
+    await _check_revision(connection)
     return facts
+
+
+async def _check_revision(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Raises SetupError for a schema that is older than this release, and for a newer one that does not serve it."""
+    revision = await queries.schema_revision(connection)
+    if revision is None or (revision in known() and revision != head()):
+        raise SetupError(
+            f"the schema is at migration {revision or 'none'}, older than this release, which needs {head()}.",
+            hint="Run: listener migrate",
+        )
+    if revision != head() and not await queries.serves(connection, head()):
+        raise SetupError(
+            f"the schema is at migration {revision} and no longer serves this release, which is of {head()}.",
+            hint="Upgrade this service: use the release that migrated the schema, or a newer one.",
+        )
 
 
 def owned_by_another(owner: str) -> str:
@@ -113,7 +124,12 @@ async def _check_listening(connection: psycopg.AsyncConnection[Any], url: str) -
 
 async def _connect(url: str) -> psycopg.AsyncConnection[Any]:
     return await psycopg.AsyncConnection.connect(
-        libpq_url(url), autocommit=True, application_name="listener", connect_timeout=10, client_encoding="utf8"
+        libpq_url(url),
+        autocommit=True,
+        application_name="listener",
+        connect_timeout=10,
+        client_encoding="utf8",
+        options=session_options(url, session_option()),
     )
 
 
@@ -137,6 +153,7 @@ def pool_options(url: str, settings: Settings) -> dict[str, Any]:
             "keepalives_count": 3,
             "options": session_options(
                 url,
+                session_option(),
                 f"-c statement_timeout={timeout}",
                 "-c idle_in_transaction_session_timeout=60000",
                 "-c client_connection_check_interval=2000",

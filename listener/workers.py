@@ -25,6 +25,8 @@ log = structlog.get_logger("listener.workers")
 BUSY_PAUSE = 0.05  # seconds
 CONNECTION_PAUSE = 0.5
 UNKNOWN_VIEW = "LSN01"
+RELEASE_TOO_OLD = "LSN06"
+TOO_OLD_PAUSE = 5.0
 
 
 class Workers:
@@ -147,6 +149,9 @@ class Workers:
         # Lost, or cancelled by our own shutdown: no fault of the key's.
         if self._stopping or is_lost(error):
             return anyio.current_time() + CONNECTION_PAUSE
+        # The schema was migrated under us; the drain says so, and whoever replaces us refreshes the key.
+        if error.sqlstate == RELEASE_TOO_OLD:
+            return anyio.current_time() + TOO_OLD_PAUSE
         self._metrics.refreshes.labels(key.view, "failed").inc()
         try:
             async with self._connection() as connection:

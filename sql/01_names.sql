@@ -5,6 +5,7 @@
 --   LSN03  refused: the definition or the set-up does not allow it (the message says what, the hint how to mend it)
 --   LSN04  the definition returns two rows with one key
 --   LSN05  the transaction's isolation level is not READ COMMITTED
+--   LSN06  the caller's release is too old for this schema
 
 -- find_view(view_name): the managed view of that name. A name without a schema is enough where it is unique.
 -- Reads managed_view. Raises LSN01.
@@ -59,7 +60,7 @@ $function$;
 -- set_config('role', <result>, true); returns the role setting that was in force. Definitions, triggers and targets
 -- so have one owner, whoever registers them. Raises LSN03 where the caller may not.
 CREATE OR REPLACE FUNCTION listener.become_owner() RETURNS text
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     owner_role name;
     previous text := pg_catalog.current_setting('role');
@@ -81,11 +82,25 @@ BEGIN
 END
 $function$;
 
--- require_read_committed(what): raises LSN05 in any other isolation level: drain and refresh rest on each statement
--- having a snapshot of its own.
-CREATE OR REPLACE FUNCTION listener.require_read_committed(what text) RETURNS void
+-- serves(migration): whether a service whose newest migration is this one may work on this schema, even if the schema is
+-- newer. The bound is raised by the migration that makes the files here do what an older service cannot live with:
+-- docs/operations.md, "Upgrading", says what that is. Migrations are numbered, so their names have an order.
+CREATE OR REPLACE FUNCTION listener.serves(migration text) RETURNS boolean
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT migration >= '0001' COLLATE "C"
+$function$;
+
+-- check_caller(what): raises LSN05 in any isolation level but READ COMMITTED: drain and refresh rest on each statement
+-- having a snapshot of its own; and LSN06 where the session says, in listener.migration, that it is of a release which
+-- this schema does not serve. That holds from the commit of the migration on, and for services that run meanwhile.
+CREATE OR REPLACE FUNCTION listener.check_caller(what text) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
+    IF NOT listener.serves(nullif(current_setting('listener.migration', true), '')) THEN
+        RAISE EXCEPTION 'the schema is at migration % and no longer serves a release of %',
+            (SELECT a.version_num FROM listener.alembic_version a), current_setting('listener.migration')
+            USING ERRCODE = 'LSN06', HINT = 'Upgrade this service.';
+    END IF;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION '% needs a READ COMMITTED transaction, not %',
             what, upper(current_setting('transaction_isolation'))
@@ -97,5 +112,5 @@ $function$;
 -- lock_key(view_id, tenant): the 64-bit advisory lock of a refresh key; lock_key(0, '') is the drain's.
 CREATE OR REPLACE FUNCTION listener.lock_key(view_id integer, tenant text) RETURNS bigint
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$
-    SELECT pg_catalog.hashtextextended('listener:' || view_id::text || ':' || tenant, 0)
+    SELECT pg_catalog.hashtextextended(pg_catalog.concat('listener:', view_id, ':', tenant), 0)
 $function$;

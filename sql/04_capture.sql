@@ -138,16 +138,15 @@ BEGIN
     ELSE%s
     END IF;$sql$, renamed, log_everybody, body);
     END IF;
-    EXECUTE format($create$
-CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $capture$
+    -- As a literal: a column's name may hold whatever a dollar quote ends with.
+    EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
+                    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS %L', name, format($capture$
 DECLARE
     %s
 BEGIN%s
     RETURN NULL;
 END
-$capture$
-$create$, name, declarations, body || ring);
+$capture$, declarations, body || ring));
     -- Firing needs no EXECUTE; with it, anybody could put the function on a table of his own and fill the log.
     EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', name);
 END

@@ -3,7 +3,7 @@
 -- set_notify(mode): whether capture notifies: 'when_idle' (unless somebody polls), 'always', 'never' (the service polls
 -- alone); NULL: when_idle, or never where max_prepared_transactions is above 0. Raises LSN02 for anything else.
 CREATE OR REPLACE FUNCTION listener.set_notify(mode text) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
 BEGIN

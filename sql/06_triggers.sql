@@ -3,7 +3,7 @@
 -- lock_registration(): one change of what is managed at a time. Without it, a view that is being made and another that
 -- is being dropped could take the triggers of the table that both read.
 CREATE OR REPLACE FUNCTION listener.lock_registration() RETURNS void
-LANGUAGE sql VOLATILE AS $function$
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT pg_catalog.pg_advisory_xact_lock(listener.lock_key(0, 'registration'))
 $function$;
 

@@ -86,7 +86,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.add_source(
     relation regclass, tenant_column name DEFAULT NULL, through regclass DEFAULT NULL, columns name[] DEFAULT NULL,
     references_columns name[] DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 DECLARE
     previous_role text := listener.become_owner();
@@ -339,7 +339,7 @@ $function$;
 
 -- remove_source(relation): drops the table's triggers. Raises LSN03 while a view reads it, or a look-up goes through it.
 CREATE OR REPLACE FUNCTION listener.remove_source(relation regclass) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     readers text;

@@ -51,7 +51,7 @@ $function$;
 -- wrote: no snapshot lists its own transaction, so a caller that drains and then writes would lose that write.
 -- Stored transaction ids of another cluster, another database, or of the future (a restored copy) mean nothing: then
 -- the whole log is folded in and emptied, and every view is marked dirty.
--- Raises LSN05 outside READ COMMITTED.
+-- Raises LSN05 outside READ COMMITTED, LSN06 for a service that is too old.
 CREATE OR REPLACE FUNCTION listener.drain()
 RETURNS TABLE (
     outcome text, drained_at timestamptz, changes bigint, correlation_id text, app_correlation_id text,
@@ -83,7 +83,7 @@ DECLARE
     batch text := gen_random_uuid()::text;
     this_drain bigint;
 BEGIN
-    PERFORM listener.require_read_committed('listener.drain()');
+    PERFORM listener.check_caller('listener.drain()');
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, '')) THEN
         outcome := 'busy';
         drained_at := clock_timestamp();

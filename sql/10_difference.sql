@@ -86,15 +86,14 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     service_role name := (SELECT i.service_role FROM listener.installation i);
 BEGIN
-    EXECUTE format($create$
-CREATE OR REPLACE FUNCTION listener.%I(text, OUT bigint, OUT bigint, OUT bigint, OUT text)
-LANGUAGE plpgsql VOLATILE AS $difference$
+    -- As a literal: a column's name may hold whatever a dollar quote ends with.
+    EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(text, OUT bigint, OUT bigint, OUT bigint, OUT text)
+                    LANGUAGE plpgsql VOLATILE AS %L', 'difference_' || view.id, format($difference$
 #variable_conflict use_column
 BEGIN%s
     INTO $2, $3, $4, $5;
 END
-$difference$
-$create$, 'difference_' || view.id, listener.difference_statement(view));
+$difference$, listener.difference_statement(view)));
     EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I(text) FROM PUBLIC', 'difference_' || view.id);
     EXECUTE format('GRANT EXECUTE ON FUNCTION listener.%I(text) TO %I', 'difference_' || view.id, service_role);
 END

@@ -75,7 +75,7 @@ $function$;
 -- caller, and row-level security binds it. The SET clauses confine the settings they name to this call. The app.* ones
 -- are given back by hand: only a superuser may put a parameter that no extension defines into a SET clause. An error
 -- needs no hand, it takes the settings back with the transaction.
--- Raises LSN01, LSN02, LSN04, LSN05, and whatever the definition raises.
+-- Raises LSN01, LSN02, LSN04, LSN05, LSN06, and whatever the definition raises.
 CREATE OR REPLACE FUNCTION listener.refresh(
     view text, tenant_id text,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
@@ -97,10 +97,12 @@ DECLARE
     batch text;
     was_quick boolean;
     twice text;
+    -- Put together here: further down an operator of the creator's search_path could stand in for ||.
+    difference text := format('SELECT * FROM listener.%I($1)', 'difference_' || managed.id);
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
 BEGIN
-    PERFORM listener.require_read_committed('listener.refresh()');
+    PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
         RETURN;
@@ -123,8 +125,7 @@ BEGIN
 
     -- Last of the settings, since it changes what an unqualified name means.
     PERFORM set_config('search_path', managed.search_path, true);
-    EXECUTE pg_catalog.format('SELECT * FROM listener.%I($1)', 'difference_' || managed.id)
-        INTO inserted, updated, deleted, twice USING tenant_key;
+    EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
             pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
             pg_catalog.set_config('app.execution_context', callers_context, true);
@@ -143,20 +144,20 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.refresh(
     view text, tenant_id uuid,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
-LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::text) $function$;
+LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::pg_catalog.text) $function$;
 CREATE OR REPLACE FUNCTION listener.refresh(
     view text, tenant_id bigint,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
-LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::text) $function$;
+LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::pg_catalog.text) $function$;
 
 -- refresh_materialized_view_for_tenant(tenant_id, view_name): refresh() under the name, and with the order of
 -- arguments, that callers of a home-made refresh function expect. Returns the outcome.
 CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id text, view_name text) RETURNS text
 LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id) $function$;
 CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id uuid, view_name text) RETURNS text
-LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::text) $function$;
+LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::pg_catalog.text) $function$;
 CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id bigint, view_name text) RETURNS text
-LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::text) $function$;
+LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::pg_catalog.text) $function$;
 
 -- tenants(view): the tenants of a view as text: what its tenants query lists, the keys, and the target's own. Those
 -- that can be no tenant (NULL, malformed, over 1 kB) are left out: the drain refuses them where they are written.
@@ -190,7 +191,7 @@ DECLARE
     known record;
     dirty record;
 BEGIN
-    PERFORM listener.require_read_committed('listener.expand()');
+    PERFORM listener.check_caller('listener.expand()');
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
         RETURN;

@@ -24,6 +24,8 @@ LANGUAGE plpgsql AS $function$
 #variable_conflict use_variable
 DECLARE
     previous_role text;
+    callers_path text;
+    callers_schema name;
     parts text[];
     view listener.managed_view;
     definition regclass;
@@ -32,6 +34,15 @@ DECLARE
     keys name[];
 BEGIN
     previous_role := listener.become_owner();
+    -- The caller's path is for the queries alone. Anything else that was found through it, an operator say, would run
+    -- with the rights of the owner. As it resolves now; pg_temp last, or a session's own table could stand in for a real one.
+    callers_path := pg_catalog.current_setting('search_path');
+    callers_schema := pg_catalog.current_schema();
+    view.search_path := pg_catalog.array_to_string(
+        ARRAY(SELECT pg_catalog.quote_ident(s.schema)
+              FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) WITH ORDINALITY AS s (schema, ord) ORDER BY s.ord)
+        OPERATOR(pg_catalog.||) 'pg_temp'::pg_catalog.text, ', ');
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM listener.lock_registration();
     IF name IS NULL OR query IS NULL OR key_columns IS NULL OR tenant_column IS NULL THEN
         RAISE EXCEPTION 'name, query, key_columns and tenant_column must be given' USING ERRCODE = 'LSN02';
@@ -46,7 +57,7 @@ BEGIN
         RAISE EXCEPTION 'view name % must be name or schema.name, each at most 63 bytes', name USING ERRCODE = 'LSN02';
     END IF;
     view.target_name := parts[pg_catalog.cardinality(parts)];
-    view.target_schema := CASE WHEN pg_catalog.cardinality(parts) = 2 THEN parts[1] ELSE current_schema() END;
+    view.target_schema := CASE WHEN pg_catalog.cardinality(parts) = 2 THEN parts[1] ELSE callers_schema END;
     IF view.target_schema = 'listener' THEN
         RAISE EXCEPTION 'a target does not belong into the schema listener' USING ERRCODE = 'LSN03',
             HINT = 'Choose another schema: it goes when this one is uninstalled.';
@@ -80,13 +91,9 @@ BEGIN
     view.time_zone := timezone;
     view.target_rls := target_rls;
     PERFORM listener.check_window(view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone);
-    -- The creator's path, as it resolves now; pg_temp last, or a session's own table could stand in for a real one.
-    SELECT coalesce(pg_catalog.string_agg(pg_catalog.quote_ident(s.schema), ', ' ORDER BY s.ord) || ', ', '') || 'pg_temp'
-    INTO view.search_path
-    FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) WITH ORDINALITY AS s (schema, ord);
 
     view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
-    definition := listener.create_definition(view.id, query, tenants_query);
+    definition := listener.create_definition(view.id, query, tenants_query, view.search_path);
     view.tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
     SELECT r.source_ids, r.tenant_secured INTO source_ids, view.tenant_secured
     FROM listener.register_sources(definition, tenant_column, depends_on) r;
@@ -103,7 +110,7 @@ BEGIN
     -- Last, so that writers wait for as little as can be.
     PERFORM listener.attach_capture(source_ids);
     PERFORM listener.mark_all_dirty(view.id);
-    PERFORM pg_catalog.set_config('role', previous_role, true);
+    PERFORM pg_catalog.set_config('role', previous_role, true), pg_catalog.set_config('search_path', callers_path, true);
 END
 $function$;
 
@@ -132,7 +139,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.set_window(
     view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
     max_age interval DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
@@ -153,7 +160,7 @@ $function$;
 -- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, and the
 -- triggers of tables that no other view reads.
 CREATE OR REPLACE FUNCTION listener.drop_view(view text, keep_target boolean DEFAULT false) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
@@ -181,7 +188,7 @@ $function$;
 -- are refreshed after resume(). With capture => true (for all views only) the triggers are disabled as well, and the
 -- application's writes cost what they cost without this schema.
 CREATE OR REPLACE FUNCTION listener.pause(view text DEFAULT NULL, capture boolean DEFAULT false) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed_id integer := CASE WHEN view IS NOT NULL THEN (listener.find_view(view)).id END;
@@ -202,7 +209,7 @@ $function$;
 -- hands them out at once; where capture was paused, enables the triggers and marks every tenant of every view dirty,
 -- since nobody knows what was missed.
 CREATE OR REPLACE FUNCTION listener.resume(view text DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed_id integer := CASE WHEN view IS NOT NULL THEN (listener.find_view(view)).id END;

@@ -1,29 +1,33 @@
 -- The steps of create_view, each with what it refuses.
 
--- check_one_select(query, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run every statement of it, and
--- brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is looked at where it is data:
--- as the body of a function that is never called, which is parsed and analysed and nothing more; then as a cursor's
+-- check_one_select(query, search_path, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run
+-- every statement of it, and brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is
+-- looked at where it is data: as the body of a function that is never called, which is parsed and analysed and nothing more; then as a cursor's
 -- query, since a cursor takes one statement. That plans it, and planning may run functions that call themselves
 -- immutable, so it happens with the rights of the service's role, which refreshes with them.
-CREATE OR REPLACE FUNCTION listener.check_one_select(query text, what text, hint text) RETURNS void
-LANGUAGE plpgsql AS $function$
+CREATE OR REPLACE FUNCTION listener.check_one_select(query text, search_path text, what text, hint text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     opened refcursor;
+    statement text;
     service_role name := (SELECT i.service_role FROM listener.installation i);
     previous_role text := pg_catalog.current_setting('role');
 BEGIN
+    query := format(E'(\n%s\n)', query);
     BEGIN
-        EXECUTE pg_catalog.format('CREATE FUNCTION listener.check_query() RETURNS SETOF record LANGUAGE sql AS %L',
-                                  pg_catalog.format(E'(\n%s\n)', query));
+        statement := format('CREATE FUNCTION listener.check_query() RETURNS SETOF record LANGUAGE sql AS %L', query);
+        PERFORM set_config('search_path', check_one_select.search_path, true);
+        EXECUTE statement;
         DROP FUNCTION listener.check_query();
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     EXCEPTION WHEN OTHERS THEN
         RAISE EXCEPTION 'the % is refused: %', what, SQLERRM USING ERRCODE = 'LSN03',
             HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
                         ELSE hint END;
     END;
     BEGIN
-        PERFORM pg_catalog.set_config('role', service_role, true);
-        OPEN opened FOR EXECUTE pg_catalog.format(E'(\n%s\n)', query);
+        PERFORM set_config('role', service_role, true), set_config('search_path', check_one_select.search_path, true);
+        OPEN opened FOR EXECUTE query;
         CLOSE opened;
     EXCEPTION
         WHEN syntax_error OR invalid_cursor_definition THEN
@@ -31,7 +35,8 @@ BEGIN
         WHEN OTHERS THEN
             NULL;  -- what else planning may raise, a policy without its setting say, is no fault of the text
     END;
-    PERFORM pg_catalog.set_config('role', previous_role, true);
+    PERFORM pg_catalog.set_config('role', previous_role, true),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 END
 $function$;
 
@@ -82,35 +87,42 @@ BEGIN
 END
 $function$;
 
--- make_definition(view_id, query), make_tenants(view_id, tenants_query): listener.definition_<id> and
--- listener.tenants_<id>, of texts that were looked at. Names mean what the search_path in force says.
-CREATE OR REPLACE FUNCTION listener.make_definition(view_id integer, query text) RETURNS void
-LANGUAGE plpgsql AS $function$
+-- make_definition(view_id, query, search_path), make_tenants(view_id, tenants_query, search_path):
+-- listener.definition_<id> and listener.tenants_<id>, of texts that were looked at. The texts are read with this path,
+-- and nothing else is.
+CREATE OR REPLACE FUNCTION listener.make_definition(view_id integer, query text, search_path text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    statement text := format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
+                             'definition_' || view_id, rtrim(query, E'; \n\r\t'));
 BEGIN
-    EXECUTE pg_catalog.format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
-                              'definition_' || view_id, pg_catalog.rtrim(query, E'; \n\r\t'));
+    PERFORM set_config('search_path', make_definition.search_path, true);
+    EXECUTE statement;
 END
 $function$;
-CREATE OR REPLACE FUNCTION listener.make_tenants(view_id integer, tenants_query text) RETURNS void
-LANGUAGE plpgsql AS $function$
+CREATE OR REPLACE FUNCTION listener.make_tenants(view_id integer, tenants_query text, search_path text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    statement text := format(
+        E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::pg_catalog.text FROM (\n%s\n) AS t (tenant)',
+        'tenants_' || view_id, rtrim(tenants_query, E'; \n\r\t'));
 BEGIN
-    EXECUTE pg_catalog.format(
-        E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::text FROM (\n%s\n) AS t (tenant)',
-        'tenants_' || view_id, pg_catalog.rtrim(tenants_query, E'; \n\r\t'));
+    PERFORM set_config('search_path', make_tenants.search_path, true);
+    EXECUTE statement;
 END
 $function$;
 
--- create_definition(view_id, query, tenants_query): makes listener.definition_<id>, and listener.tenants_<id> where a
--- tenants query is given.
+-- create_definition(view_id, query, tenants_query, search_path): makes listener.definition_<id>, and listener.tenants_<id>
+-- where a tenants query is given. The queries are read with this path, and nothing else is.
 -- Returns the definition. Raises LSN03 with the parser's own message.
-CREATE OR REPLACE FUNCTION listener.create_definition(view_id integer, query text, tenants_query text)
-RETURNS regclass
-LANGUAGE plpgsql AS $function$
+CREATE OR REPLACE FUNCTION listener.create_definition(
+    view_id integer, query text, tenants_query text, search_path text) RETURNS regclass
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    PERFORM listener.check_one_select(pg_catalog.rtrim(query, E'; \n\r\t'), 'query',
+    PERFORM listener.check_one_select(rtrim(query, E'; \n\r\t'), create_definition.search_path, 'query',
                                       'It must be one SELECT that can stand in a view.');
     BEGIN
-        PERFORM listener.make_definition(view_id, query);
+        PERFORM listener.make_definition(view_id, query, create_definition.search_path);
     EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR undefined_object
                 OR invalid_schema_name OR data_exception OR invalid_table_definition THEN
         RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
@@ -125,11 +137,11 @@ BEGIN
     IF tenants_query IS NOT NULL THEN
         -- ARRAY() takes one column: a second one would be ignored below.
         PERFORM listener.check_one_select(
-            pg_catalog.format(wrapped, pg_catalog.rtrim(tenants_query, E'; \n\r\t')), 'tenants query',
+            format(wrapped, rtrim(tenants_query, E'; \n\r\t')), create_definition.search_path, 'tenants query',
             'It must be one SELECT of one column, for example SELECT id FROM tenants.')
-        FROM pg_catalog.unnest(ARRAY['%s', E'SELECT ARRAY(\n%s\n)']) AS w (wrapped);
+        FROM unnest(ARRAY['%s', E'SELECT ARRAY(\n%s\n)']) AS w (wrapped);
         BEGIN
-            PERFORM listener.make_tenants(view_id, tenants_query);
+            PERFORM listener.make_tenants(view_id, tenants_query, create_definition.search_path);
         EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported THEN
             RAISE EXCEPTION 'the tenants query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
                 HINT = 'It must be one SELECT of one column, for example SELECT id FROM tenants.';

@@ -10,12 +10,10 @@ DECLARE
     tenant_type text;
 BEGIN
     EXECUTE format('DROP VIEW IF EXISTS listener.%I, listener.%I', 'tenants_' || view.id, 'definition_' || view.id);
-    PERFORM set_config('search_path', view.search_path, true);
-    PERFORM listener.make_definition(view.id, view.query);
+    PERFORM listener.make_definition(view.id, view.query, view.search_path);
     IF view.tenants_query IS NOT NULL THEN
-        PERFORM listener.make_tenants(view.id, view.tenants_query);
+        PERFORM listener.make_tenants(view.id, view.tenants_query, view.search_path);
     END IF;
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     definition := to_regclass('listener.definition_' || view.id);
     tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
     IF tenant_type <> view.tenant_type THEN

@@ -183,7 +183,7 @@ $function$;
 -- uninstall(drop_targets): drops every capture trigger and definition; targets stay as plain tables unless told.
 -- The tables and functions of the schema itself are dropped by whoever calls this: the migration, or DROP SCHEMA.
 CREATE OR REPLACE FUNCTION listener.uninstall(drop_targets boolean DEFAULT false) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
 BEGIN

@@ -19,7 +19,7 @@ BEGIN
     EXECUTE format('GRANT INSERT, DELETE ON listener.change_log, listener.drain_log, listener.dirty_key, listener.purge_mark,
         listener.moved_tenant TO %I', installed.service_role);
     FOREACH routine IN ARRAY ARRAY[
-        'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)', 'listener.require_read_committed(text)',
+        'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)', 'listener.check_caller(text)', 'listener.serves(text)',
         'listener.lock_key(integer, text)', 'listener.new_changes(xid8, xid8[], timestamptz)',
         'listener.known_version(integer, text)', 'listener.state_of(integer, text)',
         'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drain()', 'listener.fold_restored_log()',

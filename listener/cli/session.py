@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from listener import dead_letters, errors, queries
 from listener.database_url import libpq_url, session_options
+from listener.revisions import session_option
 from listener.settings import Settings, load
 from listener.startup import schema_facts
 
@@ -57,7 +58,7 @@ async def connected(settings: Settings) -> AsyncIterator[Connection]:
         application_name="listener cli",
         connect_timeout=10,
         client_encoding="utf8",
-        options=session_options(url),
+        options=session_options(url, session_option()),
     ) as connection:
         await schema_facts(connection, url, settings)
         yield connection
