@@ -14,16 +14,15 @@ async def backend_pid(connection: AsyncConnection[Any]) -> int:
     return int(row[0])
 
 
-async def end_unanswering(connection: AsyncConnection[Any], pids: list[int], timeout: float) -> list[tuple[int, str]]:
-    """Those of the backends that have nothing to say to their clients, or cannot say it, and why; `timeout`: seconds.
+async def unanswering(connection: AsyncConnection[Any], pids: list[int], timeout: float) -> dict[int, str]:
+    """Those of the backends that have nothing to tell their clients, or cannot tell it, and why; `timeout`: seconds.
 
-    Each is ended, where this role may: its client is about to leave it, and may not reach it to say so. One whose
-    state this role may not see is not judged.
+    One whose state this role may not see is not among them.
     """
     cursor = await connection.execute(
         """
-        SELECT u.pid, u.why, CASE WHEN pg_has_role(u.usesysid, 'USAGE') THEN pg_terminate_backend(u.pid) END
-        FROM (SELECT p.pid, a.usesysid,
+        SELECT u.pid, u.why
+        FROM (SELECT p.pid,
                      CASE WHEN a.pid IS NULL THEN 'its backend is gone'
                           WHEN a.state LIKE 'idle%%' AND clock_timestamp() - a.state_change
                                >= make_interval(secs => %(timeout)s) THEN 'its backend has nothing to do'
@@ -33,7 +32,16 @@ async def end_unanswering(connection: AsyncConnection[Any], pids: list[int], tim
         """,
         {"pids": pids, "timeout": timeout},
     )
-    return [(pid, why) for pid, why, _ in await cursor.fetchall()]
+    return dict(await cursor.fetchall())
+
+
+async def end(connection: AsyncConnection[Any], pids: list[int]) -> None:
+    """Ends those of the backends that this role may end."""
+    await connection.execute(
+        "SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a"
+        " WHERE a.pid = ANY (%s) AND pg_has_role(a.usesysid, 'USAGE')",
+        (pids,),
+    )
 
 
 async def drain_holder(connection: AsyncConnection[Any]) -> str | None:
@@ -52,4 +60,8 @@ async def drain_holder(connection: AsyncConnection[Any]) -> str | None:
     if row is None:
         return None
     pid, held = row
-    return f"backend {pid} holds the drain's lock" + ("" if held is None else f", in a transaction of {held:.0f} s")
+    return (
+        f"backend {pid} holds the drain's lock"
+        if held is None
+        else f"backend {pid} has held the drain's lock for {held:.0f} s"
+    )

@@ -138,10 +138,14 @@ class InUse:
         }
         if not silent:
             return
-        for pid, why in await backends.end_unanswering(listening, list(silent), self._timeout):
+        ended = []
+        for pid, why in (await backends.unanswering(listening, list(silent), self._timeout)).items():
             connection, since = silent[pid]
             # It may have been answered while the server was asked.
             if connection in self._connections and connection.silent_since == since:
                 log.warning("a connection is given up: no answer will come", backend=pid, reason=why)
                 self._on_given_up()
                 connection.give_up(f"no answer came: {why}")
+                ended.append(pid)
+        # Our end may not reach them, and one that cannot write would keep its locks.
+        await backends.end(listening, ended)
