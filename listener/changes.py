@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple, TypeVar, cast
@@ -53,6 +53,7 @@ class Drainer:
         self,
         connection: Callable[[], AbstractAsyncContextManager[AsyncConnection[Any]]],
         on_drained: Callable[[Drained], None],
+        on_unheard: Callable[[], Awaitable[None]],
         poll_interval: float,
     ) -> None:
         self.bell = Bell()  # something may be in the change log
@@ -61,8 +62,10 @@ class Drainer:
         self.trouble: str | None = None
         self._connection = connection
         self._on_drained = on_drained
+        self._on_unheard = on_unheard
+        self._unheard = False  # a drain may have been committed whose answer did not come: its keys are not known
         self._lock = anyio.Lock()
-        self._backoff = Backoff(base=0.1, cap=10)
+        self._backoff = Backoff(base=0.1, cap=1)
 
     async def run(self) -> None:
         """Until cancelled. Whatever the database says is waited out."""
@@ -87,7 +90,19 @@ class Drainer:
 
     async def look(self) -> Drained:
         """One drain, and what follows from it for the doorbell. Raises psycopg.Error."""
-        async with self._lock, self._connection() as connection:
+        async with self._lock:
+            unheard, self._unheard = self._unheard, True
+            drained = await self._look()
+            # The lock that is busy may be held by that very drain.
+            if drained.outcome != "busy":
+                if unheard:
+                    await self._on_unheard()
+                unheard = False
+            self._unheard = unheard
+        return drained
+
+    async def _look(self) -> Drained:
+        async with self._connection() as connection:
             began = anyio.current_time()
             past = self.doorbell.mark is not None and await queries.is_past(connection, self.doorbell.mark)
             started = anyio.current_time()

@@ -57,6 +57,9 @@ class Metrics:
             "listener_notification_queue_ratio", "How full the server's notification queue is, 0 to 1.", registry=r
         )
         self.reconnects = Counter("listener_reconnects", "Reconnects of the listening connection.", registry=r)
+        self.given_up = Counter(
+            "listener_connections_given_up", "Connections of the pool whose answer would never come.", registry=r
+        )
         self.lock_busy = Counter("listener_lock_busy", "Refreshes that found their key locked.", registry=r)
         self.malformed_notifications = Counter(
             "listener_malformed_notifications", "Notifications that were not understood.", registry=r

@@ -3,7 +3,8 @@
 What a notification says is never trusted, the change log is; it only says when to look. So the loop over
 `notifies()` does nothing but set an event: leaving or cancelling its body would lose the rest of the batch.
 A half-open connection, a frozen server and a transaction pooler all look like silence. So every `probe_interval` the
-connection notifies itself, and a probe that does not come back within `probe_timeout` ends the connection.
+connection notifies itself, and a probe that does not come back within `probe_timeout` ends the connection. One that
+came back is the moment to ask the server about the other connections: `on_probe`.
 After every connect: LISTEN first, then ring, so that what was written meanwhile is drained.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,10 @@ import structlog
 from listener.backoff import Backoff
 from listener.database_url import libpq_url
 from listener.errors import from_database
+from listener.silence import PatientConnection
 
 CHANNEL = "listener_changes"
+RETRY_CAP = 1.0  # seconds: what an outage costs once it is over
 log = structlog.get_logger("listener.notifications")
 
 
@@ -39,14 +42,24 @@ class ListenState:
 
 
 async def listen(
-    url: str, ring: Callable[[], None], state: ListenState, *, probe_interval: float, probe_timeout: float
+    url: str,
+    ring: Callable[[], None],
+    state: ListenState,
+    *,
+    probe_interval: float,
+    probe_timeout: float,
+    on_probe: Callable[[psycopg.AsyncConnection[Any]], Awaitable[None]],
+    on_lost: Callable[[], Awaitable[None]],
 ) -> None:
-    """Rings for each notification, and once after each connect. Runs until cancelled; seconds."""
-    backoff = Backoff(base=0.1, cap=10)
+    """Rings for each notification, and once after each connect. Runs until cancelled; seconds.
+
+    `on_probe` may use the connection after each probe that came back, `on_lost` is called once it was lost.
+    """
+    backoff = Backoff(base=0.1, cap=RETRY_CAP)
     connected_before = False
     while True:
         try:
-            async with await psycopg.AsyncConnection.connect(
+            async with await PatientConnection.connect(
                 libpq_url(url),
                 autocommit=True,
                 application_name="listener listen",
@@ -57,6 +70,7 @@ async def listen(
                 keepalives_count=3,
                 tcp_user_timeout=int(probe_timeout * 1000),
             ) as connection:
+                connection.patience = probe_timeout
                 await connection.execute("LISTEN listener_changes")
                 if connected_before:
                     state.on_reconnect()
@@ -64,42 +78,38 @@ async def listen(
                 connected_before = True
                 state.connected, state.trouble = True, None
                 ring()
-                await _receive(connection, ring, state, probe_interval, probe_timeout, backoff)
+                while True:
+                    token = await _probe(connection, ring, state, probe_timeout)
+                    state.probe_answered = True
+                    backoff.reset()
+                    await on_probe(connection)
+                    async for notification in connection.notifies(timeout=probe_interval):
+                        _heard(notification.payload, token, ring, state)
         except (psycopg.Error, OSError) as error:
+            was_connected = state.connected
             state.connected = state.probe_answered = False
             state.trouble = str(from_database(error)) if isinstance(error, psycopg.Error) else str(error)
             delay = backoff.next_delay()
             log.warning("not listening; trying again", reason=state.trouble, retry_in=round(delay, 2))
+            if was_connected:
+                await on_lost()
             await anyio.sleep(delay)
 
 
-async def _receive(
-    connection: psycopg.AsyncConnection[Any],
-    ring: Callable[[], None],
-    state: ListenState,
-    probe_interval: float,
-    probe_timeout: float,
-    backoff: Backoff,
-) -> None:
-    """Alternates between waiting for notifications and probing. Raises TimeoutError when a probe is lost."""
-    while True:
-        token = uuid.uuid4().hex
-        try:
-            with anyio.fail_after(probe_timeout):
-                await connection.execute("SELECT pg_catalog.pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),))
-        except TimeoutError:
-            raise TimeoutError(f"a probe could not be sent within {probe_timeout:g} s") from None
-        deadline = anyio.current_time() + probe_timeout
-        answered = False
-        while not answered and (left := deadline - anyio.current_time()) > 0:
-            async for notification in connection.notifies(timeout=left, stop_after=1):
-                answered = _heard(notification.payload, token, ring, state) or answered
-        if not answered:
-            raise TimeoutError(f"a probe of the listening connection did not come back within {probe_timeout:g} s")
-        state.probe_answered = True
-        backoff.reset()
-        async for notification in connection.notifies(timeout=probe_interval):
-            _heard(notification.payload, token, ring, state)
+async def _probe(
+    connection: PatientConnection, ring: Callable[[], None], state: ListenState, probe_timeout: float
+) -> str:
+    """Notifies itself, and waits for that; its token. Raises TimeoutError, or psycopg.Error, where it is lost."""
+    token = uuid.uuid4().hex
+    await connection.execute("SELECT pg_catalog.pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),))
+    deadline = anyio.current_time() + probe_timeout
+    answered = False
+    while not answered and (left := deadline - anyio.current_time()) > 0:
+        async for notification in connection.notifies(timeout=left, stop_after=1):
+            answered = _heard(notification.payload, token, ring, state) or answered
+    if not answered:
+        raise TimeoutError(f"a probe of the listening connection did not come back within {probe_timeout:g} s")
+    return token
 
 
 def _heard(payload: str, token: str, ring: Callable[[], None], state: ListenState) -> bool:

@@ -21,7 +21,7 @@ import psycopg
 import structlog
 from psycopg_pool import AsyncConnectionPool
 
-from listener import changes, dead_letters, queries, startup, sweep, web
+from listener import backends, changes, dead_letters, queries, startup, sweep, web
 from listener.debounce import Debouncer
 from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, reason
 from listener.metrics import Metrics
@@ -29,6 +29,7 @@ from listener.notifications import ListenState, listen
 from listener.refresh import Outcome
 from listener.revisions import head
 from listener.settings import Settings
+from listener.silence import InUse, PatientConnection
 from listener.views import Change
 from listener.workers import Workers
 
@@ -57,7 +58,10 @@ class Service:
         self.listening = ListenState(
             on_reconnect=self.metrics.reconnects.inc, on_malformed=self.metrics.malformed_notifications.inc
         )
-        self.drainer = changes.Drainer(self._connection, self._drained, settings.poll_interval.total_seconds())
+        self.in_use = InUse(settings.probe_timeout.total_seconds(), self.metrics.given_up.inc)
+        self.drainer = changes.Drainer(
+            self._connection, self._drained, self._take_unheard, settings.poll_interval.total_seconds()
+        )
         policy = dead_letters.RetryPolicy(
             settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined
         )
@@ -92,7 +96,8 @@ class Service:
         self._socket: socket.socket = web.bind(self.settings.http_host, self.settings.http_port)
         opened.callback(self._socket.close)
         self.port = self._socket.getsockname()[1]
-        self.pool = AsyncConnectionPool(**startup.pool_options(url, self.settings), open=False, name="listener")
+        options = startup.pool_options(url, self.settings)
+        self.pool: AsyncConnectionPool[PatientConnection] = AsyncConnectionPool(**options, open=False, name="listener")
         opened.push_async_callback(self._close_pool)
         await self.pool.open()
         try:
@@ -123,6 +128,9 @@ class Service:
                         self.listening,
                         probe_interval=settings.probe_interval.total_seconds(),
                         probe_timeout=settings.probe_timeout.total_seconds(),
+                        on_probe=self.in_use.judge,
+                        # Most likely the others stand and carry nothing, too.
+                        on_lost=self.pool.drain,
                     )
 
                 stages.start_soon(listen_stage)
@@ -152,11 +160,12 @@ class Service:
             await self.pool.close(timeout=1)
 
     @asynccontextmanager
-    async def _connection(self, within: float = 10) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async def _connection(self, within: float = 10) -> AsyncIterator[PatientConnection]:
         """A connection of the pool, had within so many seconds. Raises PoolTimeout."""
         async with self.pool.connection(timeout=within) as connection:
             try:
-                yield connection
+                with self.in_use.noted(connection):
+                    yield connection
             except psycopg.Error as error:
                 if is_lost(error):
                     # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
@@ -183,7 +192,7 @@ class Service:
         try:
             rung = self.drainer.bell.is_rung
             drained = len((await self.drainer.look()).keys)
-            missed = await self._take_overdue()
+            missed = await self._take_dirty(overdue=True)
             recovered = 0 if rung or self.drainer.doorbell.state != "resting" else drained
             self.metrics.sweep_recovered.inc(recovered + missed)
             # Not sooner: what began during the sweep must still be known to it.
@@ -195,14 +204,17 @@ class Service:
             self._sweep_trouble = [f"the last sweep failed: {reason(error)}"]
             log.warning("sweep failed; the next one tries again", reason=reason(error))
 
-    async def _take_overdue(self) -> int:
-        """Hands overdue and aged keys that nobody attends to to the debouncer; how many of them were dirty."""
+    async def _take_unheard(self) -> None:
+        await self._take_dirty(overdue=False)
+
+    async def _take_dirty(self, *, overdue: bool) -> int:
+        """Hands dirty (or overdue) and aged keys that nobody attends to to the debouncer; how many were dirty."""
         missed = 0
         asked_at = anyio.current_time()
         running = self.debouncer.running_keys()
         async with (
             self._connection() as connection,
-            aclosing(changes.pending(connection, anyio.current_time(), overdue=True)) as pending,
+            aclosing(changes.pending(connection, anyio.current_time(), overdue=overdue)) as pending,
         ):
             async for change in pending:
                 key = change.key
@@ -234,12 +246,16 @@ class Service:
     async def reasons_not_ready(self) -> list[str]:
         """One line for each thing that keeps the service from making progress."""
         reasons = []
+        holder = None
         try:
             with anyio.fail_after(2):
                 async with self._connection(within=2) as connection:
                     reasons += await queries.readiness(connection)
                     await queries.set_a_tenant(connection)
-        except (TimeoutError, *DATABASE_TROUBLE) as error:
+                    holder = await backends.drain_holder(connection)
+        except TimeoutError:
+            reasons.append("the database cannot be asked: no answer within 2 s")
+        except DATABASE_TROUBLE as error:
             reasons.append(f"the database cannot be asked: {reason(error)}")
         if not self.listening.connected:
             reasons.append(f"not listening: {self.listening.trouble or 'connecting'}")
@@ -247,14 +263,13 @@ class Service:
             reasons.append("the first probe of the listening connection has not come back yet")
         patience = 3 * self.settings.sweep_interval.total_seconds() + 5
         looked_at = self.drainer.looked_at
+        by_whom = f"; {holder}" if holder else ""
         if self.drainer.trouble:
             reasons.append(f"not draining: {self.drainer.trouble}")
         elif looked_at is None:
-            reasons.append("the first drain is not over yet")
-        elif anyio.current_time() - looked_at > patience:
-            reasons.append(
-                f"draining makes no progress: the last look was {anyio.current_time() - looked_at:.0f} s ago"
-            )
+            reasons.append(f"the first drain is not over yet{by_whom}")
+        elif (ago := anyio.current_time() - looked_at) > patience:
+            reasons.append(f"draining makes no progress: the last look was {ago:.0f} s ago{by_whom}")
         return reasons + self._sweep_trouble
 
     async def _update_gauges(self) -> None:

@@ -6,16 +6,19 @@ from typing import Any
 
 import psycopg
 import structlog
+from psycopg_pool import AsyncConnectionPool
 
 from listener import __version__, queries
 from listener.database_url import describe, libpq_url, session_options
 from listener.errors import SetupError, from_database
 from listener.revisions import head, known, session_option
 from listener.settings import Settings
+from listener.silence import PatientConnection, configured
 from listener.version import commit
 
 log = structlog.get_logger("listener")
 OLDEST_SERVER = 150000
+RECONNECT_PAUSE = 0.25  # seconds
 
 
 def refuse_old_server(version: int) -> None:
@@ -136,27 +139,37 @@ async def _connect(url: str) -> psycopg.AsyncConnection[Any]:
 def pool_options(url: str, settings: Settings) -> dict[str, Any]:
     """Arguments for the pool: one connection for each worker, one to drain, one for the sweep and HTTP.
 
-    All three timeouts are needed to free the lock of a holder that died, froze, or lost its client.
+    The server's three timeouts are needed to free the lock of a holder that died, froze, or lost its client.
     """
     timeout = int(settings.statement_timeout.total_seconds() * 1000)
+    probe_timeout = settings.probe_timeout.total_seconds()
     return {
         "conninfo": libpq_url(url),
         "min_size": 2,
         "max_size": settings.workers + 2,
+        "connection_class": PatientConnection,
+        "configure": configured(probe_timeout, settings.statement_timeout.total_seconds() + probe_timeout),
+        # A connection that could not be had is tried once more, and then given up; else the pool doubles its pauses,
+        # and would come back as long after an outage as that took. As long as nothing is there it tries anew.
+        "reconnect_timeout": RECONNECT_PAUSE,
+        "reconnect_failed": AsyncConnectionPool.check,
         "kwargs": {
             "autocommit": True,
             "application_name": "listener",
-            "connect_timeout": 10,
+            "connect_timeout": max(2, int(probe_timeout)),
             "client_encoding": "utf8",
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
+            "tcp_user_timeout": int(probe_timeout * 1000),
             "options": session_options(
                 url,
                 session_option(),
                 f"-c statement_timeout={timeout}",
                 "-c idle_in_transaction_session_timeout=60000",
                 "-c client_connection_check_interval=2000",
+                # A backend that cannot send its answer looks at none of those. Over TCP alone; elsewhere no effect.
+                "-c tcp_user_timeout=15000",
                 # A crash that loses a refresh loses the mark "clean" with it, and the drain before it likewise.
                 "-c synchronous_commit=off",
             ),

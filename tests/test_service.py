@@ -66,7 +66,7 @@ async def test_the_sweep_does_not_take_a_key_for_missed_that_is_refreshed_while_
             async with anyio.create_task_group() as tasks:
 
                 async def ask() -> None:
-                    missed.append(await service._take_overdue())
+                    missed.append(await service._take_dirty(overdue=True))
 
                 async def is_asked() -> bool:
                     cursor = await superuser.execute(

@@ -1,0 +1,67 @@
+"""What the server says of its backends: which of them answer nobody, and which is in the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psycopg import AsyncConnection
+
+
+async def backend_pid(connection: AsyncConnection[Any]) -> int:
+    """The pid by which the server knows the connection's backend; behind a pooler the connection has another."""
+    row = await (await connection.execute("SELECT pg_backend_pid()")).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+async def unanswering(connection: AsyncConnection[Any], pids: list[int], timeout: float) -> dict[int, str]:
+    """Those of the backends that have nothing to tell their clients, or cannot tell it, and why; `timeout`: seconds.
+
+    One whose state this role may not see is not among them.
+    """
+    cursor = await connection.execute(
+        """
+        SELECT u.pid, u.why
+        FROM (SELECT p.pid,
+                     CASE WHEN a.pid IS NULL THEN 'its backend is gone'
+                          WHEN a.state LIKE 'idle%%' AND clock_timestamp() - a.state_change
+                               >= make_interval(secs => %(timeout)s) THEN 'its backend has nothing to do'
+                          WHEN a.wait_event = 'ClientWrite' THEN 'its backend cannot write to it' END AS why
+              FROM unnest(%(pids)s::int[]) AS p (pid) LEFT JOIN pg_stat_activity a ON a.pid = p.pid) AS u
+        WHERE u.why IS NOT NULL
+        """,
+        {"pids": pids, "timeout": timeout},
+    )
+    return dict(await cursor.fetchall())
+
+
+async def end(connection: AsyncConnection[Any], pids: list[int]) -> None:
+    """Ends those of the backends that this role may end."""
+    await connection.execute(
+        "SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a"
+        " WHERE a.pid = ANY (%s) AND pg_has_role(a.usesysid, 'USAGE')",
+        (pids,),
+    )
+
+
+async def drain_holder(connection: AsyncConnection[Any]) -> str | None:
+    """Who holds the drain's lock and since when, as a reason for not being ready; the time where it may be seen."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT l.pid, extract(epoch FROM clock_timestamp() - a.xact_start)::float8
+            FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+            WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = (
+                      SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+              AND (l.classid::bigint << 32 | l.objid::bigint) = listener.lock_key(0, '')
+            """
+        )
+    ).fetchone()
+    if row is None:
+        return None
+    pid, held = row
+    return (
+        f"backend {pid} holds the drain's lock"
+        if held is None
+        else f"backend {pid} has held the drain's lock for {held:.0f} s"
+    )
