@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from listener.errors import SetupError
 
@@ -30,6 +30,11 @@ def describe(url: str) -> str:
     return (
         f"{parts.get('user', '')}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
     )
+
+
+def with_defaults(url: str, **defaults: str | int) -> str:
+    """The URL with parameters that it does not have itself."""
+    return make_conninfo("", **{**defaults, **conninfo_to_dict(libpq_url(url))})
 
 
 def session_options(url: str, *options: str) -> str:
