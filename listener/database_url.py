@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from listener.errors import SetupError
 
@@ -32,21 +33,13 @@ def describe(url: str) -> str:
     )
 
 
-def session_options(url: str, *options: str) -> str:
-    """The `options` of a connection: the URL's own, then these and what holds for every connection.
+def with_defaults(url: str, **defaults: str | int) -> str:
+    """The URL with parameters that it does not have itself."""
+    return make_conninfo("", **{**defaults, **conninfo_to_dict(libpq_url(url))})
 
-    READ COMMITTED, whatever the database's default. No schema but the server's own is searched: in `public` an
-    application may have put functions and operators that fit a call better, and they would run as the service.
-    """
-    given = conninfo_to_dict(libpq_url(url)).get("options", "")
-    return " ".join(
-        filter(
-            None,
-            [
-                str(given),
-                "-c default_transaction_isolation=read\\ committed",
-                "-c search_path=pg_catalog,pg_temp",
-                *options,
-            ],
-        )
-    )
+
+def session_options(url: str, settings: Mapping[str, str]) -> str:
+    """The `options` of a connection: the URL's own, then these, and READ COMMITTED, whatever the database's default."""
+    given = str(conninfo_to_dict(libpq_url(url)).get("options", ""))
+    set_here = {"default_transaction_isolation": r"read\ committed", **settings}
+    return " ".join([given, *(f"-c {name}={value}" for name, value in set_here.items())]).strip()

@@ -40,8 +40,20 @@ class RefusedError(ListenerError):
         return self.sqlstate == "LSN02"
 
 
-class ConnectionLostError(ListenerError):
-    """No answer from the database: refused, broken, timed out."""
+class UnavailableError(ListenerError):
+    """The database cannot be used now, and waiting may mend it: no answer, a standby, no connection free."""
+
+
+# What the server, libpq or a pooler says when it refuses a connection for good. A failed attempt to connect has no
+# SQLSTATE, so its text is all there is; what stands in another language is waited out.
+REFUSALS = re.compile(
+    r"authentication failed|no password supplied|(role|database|user) \".*?\" does not exist|no such (database|user)"
+    r"|pg_hba\.conf|not permitted to log in|permission denied (for|to)|does not support SSL|certificate"
+    r"|unsupported startup parameter|unrecognized configuration parameter|invalid value for parameter"
+)
+# SQLSTATE classes of what passes by itself: connection, conflict, resources, limits, lock, stopping, the system.
+PASSING = frozenset({"08", "40", "53", "54", "55", "57", "58"})
+READ_ONLY = "25006"
 
 
 SECRET = re.compile(r"(password=|://[^:/@\s]*:)[^@\s]+(?=@|\s|$)")
@@ -53,8 +65,19 @@ def one_line(text: str) -> str:
 
 
 def is_lost(error: psycopg.Error) -> bool:
-    """Whether it is the connection that is gone, not one statement that failed."""
-    return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate[:3] == "57P"
+    """Whether it is the connection that is of no use any more, not one statement that failed.
+
+    It is gone; or it leads to a server that only reads: a standby, and the next connection may find the primary.
+    """
+    state = error.sqlstate
+    return state is None or state[:2] == "08" or state[:3] == "57P" or state == READ_ONLY
+
+
+def passes(error: psycopg.Error) -> bool:
+    """Whether waiting may mend it. A wrong password does not pass, nor does a database that is not there."""
+    if error.sqlstate is None:
+        return not REFUSALS.search(str(error))
+    return error.sqlstate[:2] in PASSING or error.sqlstate == READ_ONLY
 
 
 def from_database(error: psycopg.Error, *, role: str | None = None, needed: str | None = None) -> ListenerError:
@@ -64,8 +87,12 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
     """
     message = one_line(error.diag.message_primary or str(error)).removeprefix("validation_error: ")
     hint = error.diag.message_hint
+    if error.sqlstate is None and not passes(error):
+        return SetupError(f"the database refuses the connection: {message}")
+    if error.sqlstate == READ_ONLY:
+        return UnavailableError(f"the server only reads: {message}", hint="Is it a standby? Connect to the primary.")
     if error.sqlstate is None or is_lost(error):
-        return ConnectionLostError(f"the database does not answer: {message}")
+        return UnavailableError(f"the database does not answer: {message}")
     if error.sqlstate == "57014":
         hint = hint or (
             "Somebody cancelled it, or it ran into statement_timeout: the service's is LISTENER_STATEMENT_TIMEOUT."

@@ -21,7 +21,6 @@ class ServerFacts(NamedTuple):
     bypasses_rls: bool
     server_version: str
     server_version_num: int
-    in_recovery: bool
     schema_owner: str | None
     may_use_schema: bool
     schema_installed: bool
@@ -35,7 +34,6 @@ async def server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
             SELECT current_user::text AS role, r.rolsuper AS is_superuser, r.rolbypassrls AS bypasses_rls,
                    current_setting('server_version') AS server_version,
                    current_setting('server_version_num')::int AS server_version_num,
-                   pg_is_in_recovery() AS in_recovery,
                    pg_get_userbyid(n.nspowner)::text AS schema_owner,
                    coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS may_use_schema,
                    (SELECT count(*) = 2 FROM pg_class c WHERE c.relnamespace = n.oid
@@ -47,6 +45,14 @@ async def server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
         row = await cursor.fetchone()
         assert row is not None
         return row
+
+
+async def only_reads(connection: AsyncConnection[Any]) -> bool:
+    """Whether the server is a standby, or its sessions are read-only."""
+    row = await (
+        await connection.execute("SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean")
+    ).fetchone()
+    return bool(row and row[0])
 
 
 async def schema_revision(connection: AsyncConnection[Any]) -> str | None:

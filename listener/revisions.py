@@ -25,11 +25,6 @@ def head() -> str:
     return revision
 
 
-def session_option() -> str:
-    """Says to the schema which release calls; listener.check_caller() refuses one that is too old for it."""
-    return f"-c listener.migration={head()}"
-
-
 @cache
 def known() -> frozenset[str]:
     """Every migration that this release can go to or come from."""

@@ -11,7 +11,6 @@ dirty keys, the refresh state. The Debouncer is rebuilt from them, so the servic
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
@@ -21,7 +20,7 @@ import psycopg
 import structlog
 from psycopg_pool import AsyncConnectionPool
 
-from listener import backends, changes, dead_letters, queries, startup, sweep, web
+from listener import backends, changes, connections, dead_letters, queries, startup, sweep, web
 from listener.debounce import Debouncer
 from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, reason
 from listener.metrics import Metrics
@@ -73,46 +72,70 @@ class Service:
 
         self.workers = Workers(self._connection, self.debouncer, self.metrics, policy, refreshed)
         self.port = 0
+        # Why the database could not be used yet; None once it could.
+        self._waits_for: str | None = "starting: the database has not answered yet"
         self._sweep_trouble: list[str] = []
         self._schema = head()  # the migration that the schema was last seen at
+        self._starting = anyio.CancelScope()
         self._stop = anyio.Event()
 
     async def run(self) -> None:
-        """Start-up, main loop, shutdown. Raises SetupError where it cannot start."""
-        async with AsyncExitStack() as opened:
-            await self.startup(opened)
-            await self.main_loop()
+        """Start-up, main loop, shutdown; HTTP answers all the while. Raises SetupError where it cannot start."""
+        app = web.application(self.metrics.registry, self.reasons_not_ready, self._update_gauges)
+        with web.bind(self.settings.http_host, self.settings.http_port) as bound:
+            self.port = bound.getsockname()[1]
+            async with web.serving(app, bound), AsyncExitStack() as opened:
+                with self._starting:
+                    await self.startup(opened)
+                if not self._starting.cancel_called:
+                    await self.main_loop()
         log.info("stopped")
 
     def stop(self) -> None:
-        """Ends the main loop: the refreshes under way finish within the grace period, the rest stays dirty."""
+        """Ends start-up or main loop: the refreshes under way finish within the grace period, the rest stays dirty."""
         self.workers.stop()
         self._stop.set()
+        self._starting.cancel()
 
     async def startup(self, opened: AsyncExitStack) -> None:
-        """Checks everything that can refuse a start, opens the HTTP socket and the pool, reads the state."""
-        url = self.settings.database_url.get_secret_value()
-        await startup.check(url, self.settings)
-        self._socket: socket.socket = web.bind(self.settings.http_host, self.settings.http_port)
-        opened.callback(self._socket.close)
-        self.port = self._socket.getsockname()[1]
-        options = startup.pool_options(url, self.settings)
-        self.pool: AsyncConnectionPool[PatientConnection] = AsyncConnectionPool(**options, open=False, name="listener")
-        opened.push_async_callback(self._close_pool)
-        await self.pool.open()
-        try:
-            await self.drainer.heed_installation()
-            await self.drainer.take_over()
-            async with self._connection() as connection:
-                await self._look_after(connection)
-                dirty = 0
-                async with aclosing(changes.pending(connection, anyio.current_time(), overdue=False)) as pending:
-                    async for change in pending:
-                        self.debouncer.changed(change)
-                        dirty += not change.aged
-        except DATABASE_TROUBLE as error:
-            raise SetupError(f"cannot read the state: {reason(error)}") from error
+        """Waits until the database can be used; then everything is checked, the pools are open, the state is read."""
+
+        def waits_for(trouble: str) -> None:
+            self._waits_for = trouble
+
+        dirty = await startup.until_usable(lambda: self._take_up(opened), waits_for)
+        self._waits_for = None
         log.info("serving", http=f"{self.settings.http_host}:{self.port}", dirty_keys=dirty)
+
+    async def _take_up(self, opened: AsyncExitStack) -> int:
+        """One attempt to start; how many keys are dirty. Raises UnavailableError where another one may succeed."""
+        url = self.settings.database_url.get_secret_value()
+        pooled = await startup.check(url, self.settings)
+        async with AsyncExitStack() as opening:
+            try:
+                self.pool = await opening.enter_async_context(connections.pool(url, self.settings, pooled=pooled))
+                self.http_pool = await opening.enter_async_context(
+                    connections.http_pool(url, self.settings, pooled=pooled)
+                )
+                dirty = await self._read_state()
+            except DATABASE_TROUBLE as error:
+                refusal = SetupError(f"cannot read the state: {reason(error)}")
+                raise startup.unavailable(error) or refusal from error
+            opened.push_async_exit(opening.pop_all())
+        return dirty
+
+    async def _read_state(self) -> int:
+        """Takes over the doorbell and what is dirty; the number of dirty keys. Raises psycopg.Error, PoolTimeout."""
+        await self.drainer.heed_installation()
+        await self.drainer.take_over()
+        dirty = 0
+        async with self._connection() as connection:
+            await self._look_after(connection)
+            async with aclosing(changes.pending(connection, anyio.current_time(), overdue=False)) as pending:
+                async for change in pending:
+                    self.debouncer.changed(change)
+                    dirty += not change.aged
+        return dirty
 
     async def main_loop(self) -> None:
         """Runs all stages until told to stop; then lets the refreshes under way finish within the grace period."""
@@ -136,11 +159,6 @@ class Service:
                 stages.start_soon(listen_stage)
                 stages.start_soon(self.drainer.run)
                 stages.start_soon(sweep.run, self._sweep_once, settings.sweep_interval.total_seconds())
-                stages.start_soon(
-                    web.serve,
-                    web.application(self.metrics.registry, self.reasons_not_ready, self._update_gauges),
-                    self._socket,
-                )
                 for _ in range(settings.workers):
                     stages.start_soon(self.workers.work)
                 self.started.set()
@@ -155,14 +173,13 @@ class Service:
                     log.warning("the lease was not given up and runs out by itself", reason=reason(error))
             outer.cancel_scope.cancel()
 
-    async def _close_pool(self) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.pool.close(timeout=1)
-
     @asynccontextmanager
-    async def _connection(self, within: float = 10) -> AsyncIterator[PatientConnection]:
+    async def _connection(
+        self, within: float = 10, pool: AsyncConnectionPool[PatientConnection] | None = None
+    ) -> AsyncIterator[PatientConnection]:
         """A connection of the pool, had within so many seconds. Raises PoolTimeout."""
-        async with self.pool.connection(timeout=within) as connection:
+        pool = pool or self.pool
+        async with pool.connection(timeout=within) as connection:
             try:
                 with self.in_use.noted(connection):
                     yield connection
@@ -170,7 +187,7 @@ class Service:
                 if is_lost(error):
                     # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
                     with anyio.CancelScope(shield=True):
-                        await self.pool.drain()
+                        await pool.drain()
                 raise
 
     def _drained(self, drained: changes.Drained) -> None:
@@ -245,11 +262,13 @@ class Service:
 
     async def reasons_not_ready(self) -> list[str]:
         """One line for each thing that keeps the service from making progress."""
+        if self._waits_for is not None:
+            return [self._waits_for]
         reasons = []
         holder = None
         try:
             with anyio.fail_after(2):
-                async with self._connection(within=2) as connection:
+                async with self._connection(within=2, pool=self.http_pool) as connection:
                     reasons += await queries.readiness(connection)
                     await queries.set_a_tenant(connection)
                     holder = await backends.drain_holder(connection)
@@ -275,9 +294,11 @@ class Service:
     async def _update_gauges(self) -> None:
         # Whoever scrapes /metrics need not ask /health/ready as well.
         self.metrics.not_ready_reasons.set(len(await self.reasons_not_ready()))
+        if self._waits_for is not None:
+            return
         try:
             with anyio.fail_after(2):
-                async with self._connection(within=2) as connection:
+                async with self._connection(within=2, pool=self.http_pool) as connection:
                     rows = await queries.view_gauges(connection)
                     database = await queries.database_gauges(connection)
         except (TimeoutError, *DATABASE_TROUBLE):

@@ -1,24 +1,33 @@
-"""What is checked before the service serves, and how its connections are set up."""
+"""What is checked before the service serves, and how it waits for a database that can be used.
+
+What passes by itself (no answer, a standby, no connection free) is waited for; what no waiting mends (a password, a
+role, the schema) refuses the start: `errors.passes` decides.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
+import anyio
 import psycopg
 import structlog
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import PoolTimeout
 
-from listener import __version__, queries
-from listener.database_url import describe, libpq_url, session_options
-from listener.errors import SetupError, from_database
-from listener.revisions import head, known, session_option
+from listener import __version__, connections, pooler, queries
+from listener.backoff import Backoff
+from listener.database_url import describe, libpq_url
+from listener.errors import SetupError, UnavailableError, from_database, passes, reason
+from listener.revisions import head, known
 from listener.settings import Settings
-from listener.silence import PatientConnection, configured
 from listener.version import commit
 
 log = structlog.get_logger("listener")
 OLDEST_SERVER = 150000
-RECONNECT_PAUSE = 0.25  # seconds
+SAME_REASON_AGAIN = 60.0  # seconds until the log is told again what it was told
+
+Usable = TypeVar("Usable")
 
 
 def refuse_old_server(version: int) -> None:
@@ -74,23 +83,54 @@ def owned_by_another(owner: str) -> str:
     )
 
 
-async def check(url: str, settings: Settings) -> None:
-    """Writes the first log line. Raises SetupError, in one line, for whatever refuses a start."""
+async def until_usable(attempt: Callable[[], Awaitable[Usable]], on_trouble: Callable[[str], None]) -> Usable:
+    """What the first attempt brings that finds a database that can be used.
+
+    `on_trouble` is told why the last one did not. The log is told the same thing once a minute at the most, however
+    often it is tried. Raises SetupError for what no waiting mends.
+    """
+    backoff = Backoff(base=0.5, cap=connections.LONGEST_PAUSE)
+    said, said_at = "", 0.0
+    while True:
+        try:
+            return await attempt()
+        except UnavailableError as trouble:
+            why = str(trouble)
+        on_trouble(why)
+        delay = backoff.next_delay()
+        now = anyio.current_time()
+        if why != said or now - said_at >= SAME_REASON_AGAIN:
+            log.warning("waiting for the database", reason=why, retry_in=round(delay, 2))
+            said, said_at = why, now
+        await anyio.sleep(delay)
+
+
+def unavailable(error: psycopg.Error | PoolTimeout) -> UnavailableError | None:
+    """The error that is waited out; None where no waiting mends it."""
+    return UnavailableError(reason(error)) if isinstance(error, PoolTimeout) or passes(error) else None
+
+
+async def check(url: str, settings: Settings) -> bool:
+    """Writes the first log line; whether the database is reached through a pooler.
+
+    Raises SetupError, in one line, for whatever refuses a start, and UnavailableError for what may pass.
+    """
     try:
-        async with await _connect(url) as connection:
+        async with await connections.direct(url) as connection:
+            # A standby may lag behind: only what can be written to has the schema that counts.
+            if await queries.only_reads(connection):
+                raise UnavailableError(f"{describe(url)} is a standby, or read-only, and cannot be written to.")
             facts = await schema_facts(connection, url, settings)
-            if facts.in_recovery:
-                raise SetupError("this server is a standby and cannot be written to.", hint="Connect to the primary.")
             computing = await queries.computing_role(connection)
             if computing is None:
                 raise SetupError(
                     f"{describe(url)} has no schema listener that is whole: listener.refresh is not there.",
                     hint="Run: listener migrate",
                 )
-            if settings.listen_database_url is not None:
-                await _check_listening(connection, settings.listen_database_url.get_secret_value())
+            pooled = await pooler.is_pooled(connection)
+            await _check_listening(connection, settings)
     except psycopg.Error as error:
-        raise from_database(error) from error
+        raise unavailable(error) or from_database(error) from error
     log.info(
         "starting",
         version=__version__,
@@ -99,6 +139,8 @@ async def check(url: str, settings: Settings) -> None:
         migration=head(),
         postgresql=facts.server_version,
         role=facts.role,
+        connections=connections.most(settings),
+        pooler=pooled,
         settings=settings.effective(),
     )
     computing_role, unbound = computing
@@ -110,68 +152,29 @@ async def check(url: str, settings: Settings) -> None:
                 hint="Use the role from `listener roles`, or set LISTENER_ALLOW_SUPERUSER=true.",
             )
         log.warning("row-level security does not bind this role: only predicates keep tenants apart", role=role)
+    return pooled
 
 
-async def _check_listening(connection: psycopg.AsyncConnection[Any], url: str) -> None:
-    """Raises SetupError where LISTENER_LISTEN_DATABASE_URL leads to another database: nothing would ever be heard."""
-    libpq_url(url, "LISTENER_LISTEN_DATABASE_URL")
-    async with await _connect(url) as listening:
-        same = await queries.database_identity(listening) == await queries.database_identity(connection)
-    if not same:
-        raise SetupError(
-            f"LISTENER_LISTEN_DATABASE_URL reaches {describe(url)}, which is not the database of "
-            "LISTENER_DATABASE_URL.",
-            hint="Both must lead to one database, this one without a pooler between.",
-        )
-
-
-async def _connect(url: str) -> psycopg.AsyncConnection[Any]:
-    return await psycopg.AsyncConnection.connect(
-        libpq_url(url),
-        autocommit=True,
-        application_name="listener",
-        connect_timeout=10,
-        client_encoding="utf8",
-        options=session_options(url, session_option()),
+async def _check_listening(connection: psycopg.AsyncConnection[Any], settings: Settings) -> None:
+    """Raises SetupError where nothing would ever be heard: the way leads to another database, or through a pooler."""
+    given = settings.listen_database_url
+    name = "LISTENER_DATABASE_URL" if given is None else "LISTENER_LISTEN_DATABASE_URL"
+    url = (given or settings.database_url).get_secret_value()
+    libpq_url(url, name)
+    patience = settings.probe_timeout.total_seconds()
+    async with await connections.direct(url) as listening:
+        if given is not None and await queries.database_identity(listening) != await queries.database_identity(
+            connection
+        ):
+            raise SetupError(
+                f"{name} reaches {describe(url)}, which is not the database of LISTENER_DATABASE_URL.",
+                hint="Both must lead to one database, this one without a pooler between.",
+            )
+        if await pooler.hears(listening, connection, uuid.uuid4().hex, patience):
+            return
+        if not await pooler.is_pooled(listening):
+            raise UnavailableError(f"{describe(url)}: a notification did not arrive within {patience:g} s.")
+    raise SetupError(
+        f"{name} goes through a transaction pooler ({describe(url)}): no notification is ever heard there.",
+        hint="Set LISTENER_LISTEN_DATABASE_URL to a direct connection to the same database.",
     )
-
-
-def pool_options(url: str, settings: Settings) -> dict[str, Any]:
-    """Arguments for the pool: one connection for each worker, one to drain, one for the sweep and HTTP.
-
-    The server's three timeouts are needed to free the lock of a holder that died, froze, or lost its client.
-    """
-    timeout = int(settings.statement_timeout.total_seconds() * 1000)
-    probe_timeout = settings.probe_timeout.total_seconds()
-    return {
-        "conninfo": libpq_url(url),
-        "min_size": 2,
-        "max_size": settings.workers + 2,
-        "connection_class": PatientConnection,
-        "configure": configured(probe_timeout, settings.statement_timeout.total_seconds() + probe_timeout),
-        # A connection that could not be had is tried once more, and then given up; else the pool doubles its pauses,
-        # and would come back as long after an outage as that took. As long as nothing is there it tries anew.
-        "reconnect_timeout": RECONNECT_PAUSE,
-        "reconnect_failed": AsyncConnectionPool.check,
-        "kwargs": {
-            "autocommit": True,
-            "application_name": "listener",
-            "connect_timeout": max(2, int(probe_timeout)),
-            "client_encoding": "utf8",
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": int(probe_timeout * 1000),
-            "options": session_options(
-                url,
-                session_option(),
-                f"-c statement_timeout={timeout}",
-                "-c idle_in_transaction_session_timeout=60000",
-                "-c client_connection_check_interval=2000",
-                # A backend that cannot send its answer looks at none of those. Over TCP alone; elsewhere no effect.
-                "-c tcp_user_timeout=15000",
-                # A crash that loses a refresh loses the mark "clean" with it, and the drain before it likewise.
-                "-c synchronous_commit=off",
-            ),
-        },
-    }

@@ -14,11 +14,11 @@ from psycopg import sql
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, transaction, value
 from conftest import DEADLINE, Database, eventually, settings_for
 from listener import operations, queries
+from listener.connections import pool_options
 from listener.errors import SetupError
 from listener.refresh import Outcome
 from listener.sample import create_tenants
 from listener.service import Service
-from listener.startup import pool_options
 from listener.views import Change
 
 pytestmark = pytest.mark.anyio

@@ -12,8 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 from listener import dead_letters, errors, queries
-from listener.database_url import libpq_url, session_options
-from listener.revisions import session_option
+from listener.connections import CONNECT_TIMEOUT, pinned
+from listener.database_url import libpq_url, with_defaults
+from listener.pooler import transactions_with
 from listener.settings import Settings, load
 from listener.startup import schema_facts
 
@@ -50,15 +51,18 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 @asynccontextmanager
 async def connected(settings: Settings) -> AsyncIterator[Connection]:
-    """An autocommit connection. Raises SetupError where the schema is missing, or of another release."""
+    """An autocommit connection, through a transaction pooler or not.
+
+    Raises SetupError where the schema is missing, or of another release.
+    """
     url = libpq_url(settings.database_url.get_secret_value())
     async with await psycopg.AsyncConnection.connect(
-        url,
+        with_defaults(url, connect_timeout=CONNECT_TIMEOUT),
         autocommit=True,
         application_name="listener cli",
-        connect_timeout=10,
         client_encoding="utf8",
-        options=session_options(url, session_option()),
+        prepare_threshold=None,
+        cursor_factory=transactions_with(pinned()),
     ) as connection:
         await schema_facts(connection, url, settings)
         yield connection

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+import anyio
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from listener.errors import SetupError
+from listener.errors import ListenerError, SetupError
 
 
 def application(
@@ -67,7 +68,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(app: Starlette, bound: socket.socket) -> None:
-    """Serves until cancelled."""
-    server = _Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-    await server.serve(sockets=[bound])
+@contextlib.asynccontextmanager
+async def serving(app: Starlette, bound: socket.socket) -> AsyncIterator[None]:
+    """Serves while the body runs. An error of ours that the body raises is raised as it is, not in a group."""
+    raised: ListenerError | None = None
+    async with anyio.create_task_group() as tasks:
+        server = _Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        tasks.start_soon(server.serve, [bound])
+        try:
+            yield
+        except ListenerError as error:
+            raised = error
+        tasks.cancel_scope.cancel()
+    if raised is not None:
+        raise raised

@@ -1,0 +1,123 @@
+"""The connections of a replica: how many there are, and what their sessions are set to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from listener.database_url import session_options, with_defaults
+from listener.pooler import transactions_with
+from listener.revisions import head
+from listener.settings import Settings
+from listener.silence import PatientConnection, configured
+
+CONNECT_TIMEOUT = 10  # seconds, where the URL has none
+LONGEST_PAUSE = 10.0  # seconds between two attempts to reach the database, at start
+RECONNECT_PAUSE = 0.25
+
+Pool = AsyncConnectionPool[PatientConnection]
+
+
+def most(settings: Settings) -> int:
+    """The most that a replica has at once: a refresh each, one to drain, one to sweep, one for HTTP, one to listen."""
+    return settings.workers + 4
+
+
+def pinned() -> dict[str, str]:
+    """What every session, or every transaction, is set to."""
+    return {
+        # In `public` an application may have put functions and operators that fit a call better, and they would run as
+        # the service.
+        "search_path": "pg_catalog,pg_temp",
+        # Which release calls; listener.check_caller() refuses one that is too old for the schema.
+        "listener.migration": head(),
+    }
+
+
+async def direct(url: str) -> psycopg.AsyncConnection[Any]:
+    """One that belongs to no pool, and may lead through a pooler: nothing is set in its session."""
+    return await psycopg.AsyncConnection.connect(
+        with_defaults(url, connect_timeout=CONNECT_TIMEOUT),
+        autocommit=True,
+        application_name="listener",
+        client_encoding="utf8",
+        prepare_threshold=None,
+        cursor_factory=transactions_with(pinned()),
+    )
+
+
+@asynccontextmanager
+async def pool(url: str, settings: Settings, *, pooled: bool) -> AsyncIterator[Pool]:
+    """For workers, drain and sweep. Raises PoolTimeout where the database does not let it in."""
+    async with _opened(pool_options(url, settings, pooled=pooled)) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def http_pool(url: str, settings: Settings, *, pooled: bool) -> AsyncIterator[Pool]:
+    """For health checks and scrapes: one connection, which no worker can take from them. Raises PoolTimeout."""
+    options = pool_options(url, settings, pooled=pooled) | {"min_size": 1, "max_size": 1}
+    async with _opened(options) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def _opened(options: dict[str, Any]) -> AsyncIterator[Pool]:
+    opened: Pool = AsyncConnectionPool(**options, open=False, name="listener")
+    try:
+        await opened.open(wait=True)
+        yield opened
+    finally:
+        with anyio.CancelScope(shield=True):
+            await opened.close(timeout=1)
+
+
+def pool_options(url: str, settings: Settings, *, pooled: bool = False) -> dict[str, Any]:
+    """Arguments for the pool: one connection for each worker, one to drain, one for the sweep.
+
+    `pooled`: a pooler stands between, and sessions are not ours to set. The server's three timeouts are needed to free
+    the lock of a holder that died, froze, or lost its client.
+    """
+    probe_timeout = settings.probe_timeout.total_seconds()
+    session = pinned() | {
+        "statement_timeout": str(int(settings.statement_timeout.total_seconds() * 1000)),
+        "idle_in_transaction_session_timeout": "60000",
+        "client_connection_check_interval": "2000",
+        # A backend that cannot send its answer looks at none of those. Over TCP alone; elsewhere no effect.
+        "tcp_user_timeout": "15000",
+        # A crash that loses a refresh loses the mark "clean" with it, and the drain before it likewise.
+        "synchronous_commit": "off",
+    }
+    if pooled:
+        kwargs: dict[str, Any] = {
+            "prepare_threshold": None,
+            "cursor_factory": transactions_with(session),
+        }
+    else:
+        kwargs = {"options": session_options(url, session)}
+    return {
+        "conninfo": with_defaults(url, connect_timeout=max(2, int(probe_timeout))),
+        "min_size": 2,
+        "max_size": settings.workers + 2,
+        "connection_class": PatientConnection,
+        "configure": configured(probe_timeout, settings.statement_timeout.total_seconds() + probe_timeout),
+        # A connection that could not be had is tried once more, and then given up; else the pool doubles its pauses,
+        # and would come back as long after an outage as that took. As long as nothing is there it tries anew.
+        "reconnect_timeout": RECONNECT_PAUSE,
+        "reconnect_failed": AsyncConnectionPool.check,
+        "kwargs": {
+            "autocommit": True,
+            "application_name": "listener",
+            "client_encoding": "utf8",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": int(probe_timeout * 1000),
+            **kwargs,
+        },
+    }
