@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple, TypeVar
 
 import anyio
 import structlog
-from psycopg import pq
 from psycopg.rows import args_row
 
 from listener import queries
@@ -26,8 +25,9 @@ log = structlog.get_logger("listener.changes")
 BUSY_PAUSE = 0.05  # seconds
 # So many keys of a drain are named in its log line.
 NAMED_KEYS = 20
-# Rows received at once; libpq before 17 hands them over one by one.
-CHUNK = 1000 if pq.version() >= 170000 else 1  # noqa: PLR2004 - as libpq numbers its versions
+# Keys received at once: no more than a socket takes in, or a server whose client stopped reading would sit in the
+# middle of its answer for ever. Between two of them idle_in_transaction_session_timeout watches over it.
+PAGE = 100
 
 Value = TypeVar("Value")
 
@@ -176,38 +176,39 @@ async def drain(connection: AsyncConnection[Any], now: float, looked_before: flo
     could not see was not visible then, so no change of a tenant's own is older than that.
     """
     reader = _Reader(now, looked_before)
-    first: _Row | None = None
-    keys: list[Change] = []
-    # All keys together, once it is over: the rows come before the commit, and a refresh that began between the two
-    # would not see the version that this drain gives its key.
-    async with _rows(connection, "SELECT * FROM listener.drain()") as rows:
-        async for row in rows:
-            first = first or row
-            if row.view_id is not None and not row.paused:
-                keys.append(reader.change(row))
-    assert first is not None
+    async with connection.cursor(row_factory=args_row(_Row)) as cursor:
+        await cursor.execute("SELECT * FROM listener.drain()")
+        rows = await cursor.fetchall()
+    first = rows[0]
     if first.outcome != "drained":
         return Drained(first.outcome, restored=bool(first.restored))
+    if first.view_id is not None:
+        keys = [reader.change(row) for row in rows if not row.paused]
+    else:
+        # Very many: it has committed, and whoever else drains waits for none of this.
+        found = _paged(connection, "SELECT * FROM listener.drained_keys(%s)", first.version) if first.keys else None
+        keys = [] if found is None else [reader.change(row) async for row in found if not row.paused]
     return Drained("drained", first.changes, first.correlation_id, keys, bool(first.restored))
 
 
 async def pending(connection: AsyncConnection[Any], now: float, *, overdue: bool) -> AsyncGenerator[Change]:
     """The dirty keys in the database, all of them or the overdue ones; then the clean keys past their max_age.
 
-    They come as they are received, and the connection is busy until the last one was, or this is closed.
+    They come page by page, and the connection is busy until the last one came, or this is closed.
     """
     reader = _Reader(now, None)
-    async with _rows(connection, "SELECT * FROM listener.pending_keys(%s)", overdue) as rows:
+    async with aclosing(_paged(connection, "SELECT * FROM listener.pending_keys(%s)", overdue)) as rows:
         async for row in rows:
             yield reader.change(row)
 
 
 class _Row(NamedTuple):
-    """The columns of drain() and pending_keys(), in their order. Those of the key are NULL where there is none."""
+    """The columns of drain() and its like, in their order. Those of the key are NULL where there is none."""
 
     outcome: Any
     drained_at: Any
     changes: int
+    keys: int | None
     correlation_id: str
     app_correlation_id: str | None
     view_id: Any
@@ -223,19 +224,19 @@ class _Row(NamedTuple):
     edge: Literal["leading", "trailing"]
     bulk: bool
     paused: bool
-    restored: bool | None
+    restored: bool | None = None
 
 
-@asynccontextmanager
-async def _rows(
-    connection: AsyncConnection[Any], query: LiteralString, *parameters: object
-) -> AsyncIterator[AsyncIterator[_Row]]:
-    """The rows as they are received: in memory they would be several times the changes that are made of them."""
-    async with connection.cursor(row_factory=args_row(_Row)) as cursor:
-        # A generator, whatever its type says: until it is closed, the connection is locked.
-        stream = cast("AsyncGenerator[_Row]", cursor.stream(query, parameters, size=CHUNK))
-        async with aclosing(stream):
-            yield stream
+async def _paged(connection: AsyncConnection[Any], query: LiteralString, *parameters: object) -> AsyncGenerator[_Row]:
+    """The rows, of which there may be very many, through a cursor of the server: a page at a time is in memory."""
+    async with (
+        connection.transaction(),
+        connection.cursor("pending_keys", row_factory=args_row(_Row)) as cursor,
+    ):
+        cursor.itersize = PAGE
+        await cursor.execute(query, parameters)
+        async for row in cursor:
+            yield row
 
 
 class _Reader:

@@ -41,9 +41,49 @@ LANGUAGE sql STABLE ROWS 1 AS $function$
     ORDER BY r.refreshed_at DESC NULLS LAST LIMIT 1
 $function$;
 
+-- drained_keys(drain): the keys that a drain found changed, in the columns of drain(); the answer of a drain that found
+-- few, and where the keys of one that found many are read. Ages are as of the drain.
+CREATE OR REPLACE FUNCTION listener.drained_keys(drain bigint)
+RETURNS TABLE (
+    outcome text, drained_at timestamptz, changes bigint, keys bigint, correlation_id text, app_correlation_id text,
+    view_id integer, view_name text, tenant text, version bigint,
+    first_change_age double precision, last_change_age double precision,
+    refresh_started_age double precision, retry_in double precision,
+    quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean)
+LANGUAGE plpgsql STABLE
+-- Planning took half of a small drain. Every table here is reached by its key whatever its size, so the plan may be
+-- kept; and it must not have been made for small tables.
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET jit = off
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $function$
+BEGIN
+    RETURN QUERY
+    SELECT 'drained', d.drained_at, d.changes, d.keys, k.correlation_id, k.app_correlation_id, k.view_id, v.name,
+           k.tenant, k.version,
+           -- What an earlier drain found, and no refresh has shown yet, is older.
+           extract(epoch FROM d.drained_at - least(k.first_change_at, (
+               SELECT min(e.first_change_at) FROM listener.dirty_key e
+               WHERE e.view_id = k.view_id AND e.tenant = k.tenant
+                 AND e.version > coalesce(r.refreshed_version, -1))))::float8,
+           extract(epoch FROM d.drained_at - k.last_change_at)::float8,
+           extract(epoch FROM d.drained_at - r.started_at)::float8,
+           extract(epoch FROM r.retry_at - d.drained_at)::float8,
+           extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk,
+           v.paused_at IS NOT NULL
+    FROM listener.drain_log d
+    JOIN listener.dirty_key k ON k.version + 0 = d.id
+    JOIN listener.managed_view v ON v.id = k.view_id
+    LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true
+    WHERE d.id = drain;
+END
+$function$;
+
 -- drain(): folds every committed change that no drain has seen yet into dirty_key.
 --   outcome  'drained', one row per key touched; or one row 'nothing'; or one row 'busy': another session is draining
 --            and may have looked before your change, so ask again; never read it as "nothing new".
+--   keys     how many keys were touched. Of very many only this is said, in one row without a key: drained_keys(version)
+--            has them. The answer must fit into what a socket takes in without its reader: a client that stops reading
+--            would keep the transaction open, and with it the lock that all who drain need, for ever.
 --   restored: this database is a copy, or was restored, since the last drain
 --   ages and windows are in seconds by the server's clock.
 -- Reads change_log, view_source, managed_view, refresh_state; appends to dirty_key and drain_log; writes dead_letter.
@@ -54,22 +94,16 @@ $function$;
 -- Raises LSN05 outside READ COMMITTED, LSN06 for a service that is too old.
 CREATE OR REPLACE FUNCTION listener.drain()
 RETURNS TABLE (
-    outcome text, drained_at timestamptz, changes bigint, correlation_id text, app_correlation_id text,
+    outcome text, drained_at timestamptz, changes bigint, keys bigint, correlation_id text, app_correlation_id text,
     view_id integer, view_name text, tenant text, version bigint,
     first_change_age double precision, last_change_age double precision,
     refresh_started_age double precision, retry_in double precision,
     quiet_period double precision, max_wait double precision, edge text, bulk boolean, paused boolean,
     restored boolean)
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
--- Planning took half of a small drain. Every table here is reached by its key whatever its size, so the plan may be
--- kept; and it must not have been made for small tables.
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_bitmapscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-SET jit = off
+-- As for drained_keys().
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET jit = off
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $function$
 #variable_conflict use_column
 DECLARE
@@ -82,6 +116,7 @@ DECLARE
     is_copy boolean;
     batch text := gen_random_uuid()::text;
     this_drain bigint;
+    folded record;
 BEGIN
     PERFORM listener.check_caller('listener.drain()');
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, '')) THEN
@@ -110,7 +145,6 @@ BEGIN
                                            UNION SELECT last_drain.xid) i
                         WHERE i.xid < seen_below);
     END IF;
-    RETURN QUERY
     WITH again AS (
         -- Moves that an earlier drain saw and whose every possible writer with the old tenant has ended since.
         DELETE FROM listener.moved_tenant m
@@ -153,40 +187,46 @@ BEGIN
                           WHERE d.status = 'open' AND d.view_id IS NULL AND d.view_name = v.name
                             AND d.tenant = left(r.logged, 100) AND d.error_message = m.message)
     ), raised AS (
-        INSERT INTO listener.dirty_key AS k
+        INSERT INTO listener.dirty_key
             (view_id, tenant, version, first_change_at, last_change_at, bulk, correlation_id, app_correlation_id)
         SELECT t.view_id, t.tenant, this_drain, t.first_change, t.last_change, t.bulk, batch, t.app_correlation_id
         FROM touched t
-        RETURNING k.*
     ), logged AS (
         INSERT INTO listener.drain_log
             (id, drained_at, snapshot, xid, changes, keys, correlation_id, system_identifier, database_oid)
         SELECT this_drain, started, pg_current_snapshot(), pg_current_xact_id(), sum(p.changes),
                (SELECT count(*) FROM touched), batch, this_system, this_database
         FROM per_source p HAVING count(*) > 0
-        RETURNING changes
+        RETURNING changes, keys
     )
-    SELECT 'drained', started, l.changes, batch, k.app_correlation_id, k.view_id, v.name, k.tenant, k.version,
-           -- What an earlier drain found, and no refresh has shown yet, is older.
-           extract(epoch FROM started - least(k.first_change_at, (
-               SELECT min(e.first_change_at) FROM listener.dirty_key e
-               WHERE e.view_id = k.view_id AND e.tenant = k.tenant
-                 AND e.version > coalesce(r.refreshed_version, -1))))::float8,
-           extract(epoch FROM started - k.last_change_at)::float8,
-           extract(epoch FROM started - r.started_at)::float8, extract(epoch FROM r.retry_at - started)::float8,
-           extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk,
-           v.paused_at IS NOT NULL, is_copy
-    FROM logged l
-    LEFT JOIN (raised k JOIN listener.managed_view v ON v.id = k.view_id) ON true
-    LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true;
+    SELECT l.changes, l.keys,
+           -- What the rest of a row takes is about 350 bytes.
+           (SELECT sum(400 + octet_length(t.tenant) + coalesce(octet_length(t.app_correlation_id), 0))
+            FROM touched t) AS bytes
+    INTO folded FROM logged l;
+
+    drained_at := started;
+    restored := is_copy;
     -- Nothing new: nothing was written, and no transaction id was spent.
-    IF NOT FOUND THEN
+    IF folded.changes IS NULL THEN
         outcome := 'nothing';
-        drained_at := started;
         changes := 0;
-        restored := is_copy;
         RETURN NEXT;
+        RETURN;
     END IF;
+    -- Half of what a Unix socket holds.
+    IF folded.bytes <= 100000 THEN
+        RETURN QUERY SELECT k.*, is_copy FROM listener.drained_keys(this_drain) k;
+        IF FOUND THEN
+            RETURN;
+        END IF;
+    END IF;
+    outcome := 'drained';
+    changes := folded.changes;
+    keys := folded.keys;
+    correlation_id := batch;
+    version := this_drain;
+    RETURN NEXT;
 END
 $function$;
 
@@ -232,7 +272,7 @@ GROUP BY k.view_id, k.tenant;
 -- the first at start, and sweeps up the second.
 CREATE OR REPLACE FUNCTION listener.pending_keys(overdue boolean)
 RETURNS TABLE (
-    outcome text, drained_at timestamptz, changes bigint, correlation_id text, app_correlation_id text,
+    outcome text, drained_at timestamptz, changes bigint, keys bigint, correlation_id text, app_correlation_id text,
     view_id integer, view_name text, tenant text, version bigint,
     first_change_age double precision, last_change_age double precision,
     refresh_started_age double precision, retry_in double precision,
@@ -240,7 +280,8 @@ RETURNS TABLE (
     restored boolean)
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
-    SELECT 'dirty', n.now, 0::bigint, k.correlation_id, k.app_correlation_id, k.view_id, v.name, k.tenant, k.version,
+    SELECT 'dirty', n.now, 0::bigint, NULL::bigint, k.correlation_id, k.app_correlation_id, k.view_id, v.name,
+           k.tenant, k.version,
            extract(epoch FROM n.now - k.dirty_since)::float8, extract(epoch FROM n.now - k.last_change_at)::float8,
            extract(epoch FROM n.now - r.started_at)::float8, extract(epoch FROM r.retry_at - n.now)::float8,
            extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk, false,
@@ -251,7 +292,8 @@ SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmap
     LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true
     WHERE NOT overdue OR (k.dirty_since + v.max_wait < n.now AND coalesce(r.retry_at < n.now, true))
     UNION ALL
-    SELECT 'aged', n.now, 0::bigint, gen_random_uuid()::text, NULL, r.view_id, v.name, r.tenant, r.refreshed_version,
+    SELECT 'aged', n.now, 0::bigint, NULL, gen_random_uuid()::text, NULL, r.view_id, v.name, r.tenant,
+           r.refreshed_version,
            extract(epoch FROM n.now - (r.refreshed_at + v.max_age))::float8,
            extract(epoch FROM n.now - (r.refreshed_at + v.max_age))::float8,
            extract(epoch FROM n.now - r.started_at)::float8, extract(epoch FROM r.retry_at - n.now)::float8,

@@ -22,7 +22,7 @@ BEGIN
         'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)', 'listener.check_caller(text)', 'listener.serves(text)',
         'listener.lock_key(integer, text)', 'listener.new_changes(xid8, xid8[], timestamptz)',
         'listener.known_version(integer, text)', 'listener.state_of(integer, text)',
-        'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drain()', 'listener.fold_restored_log()',
+        'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drained_keys(bigint)', 'listener.drain()', 'listener.fold_restored_log()',
         'listener.pending_keys(boolean)', 'listener.images(regclass, regclass)',
         'listener.comparison_statement(listener.managed_view)', 'listener.missing_columns(listener.managed_view)',
         'listener.refresh(text, text)',
