@@ -13,6 +13,7 @@ import random
 import sys
 import uuid
 from contextlib import AsyncExitStack
+from functools import partial
 from random import Random
 
 import anyio
@@ -23,11 +24,12 @@ from chaos.replica import Replica
 from chaos.report import Report, judged, printed
 from chaos.storm import storm
 from chaos.verdict import calm, counted, verdict
-from chaos.world import DATABASE, World, make_tenants, set_up
+from chaos.world import DATABASE, World, make_tenants, set_up, until
 from listener.embedded import EmbeddedServer
 from proxy import proxy_to
 
 WARM_UP = 8.0  # seconds under load, before what the replicas hold is counted
+PATIENCE = 60.0
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ async def run(options: argparse.Namespace) -> Report:
         url = server.url(user="listener_service", database=DATABASE)
         replicas = []
         for number in range(options.replicas):
-            replica = Replica(f"replica {number + 1}", url, await opened.enter_async_context(proxy_to(url)))
+            replica = Replica(f"replica {number + 1}", await opened.enter_async_context(proxy_to(url)))
             opened.callback(replica.end)
             replicas.append(replica)
         canary, *others = tenants
@@ -72,7 +74,10 @@ async def run(options: argparse.Namespace) -> Report:
         await make_tenants(world)
         for replica in replicas:
             replica.start()
-        report = Report(options.seed)
+        with anyio.fail_after(PATIENCE):
+            for replica in replicas:
+                await until(partial(has_begun, replica), 0.1)
+        report = Report(options.seed, options.replicas * int(replicas[0].said("starting")[-1]["connections"]))
         watch = Canary(world, canary)
         async with anyio.create_task_group() as load:
             load.start_soon(world.write, options.rate, 4)
@@ -87,6 +92,11 @@ async def run(options: argparse.Namespace) -> Report:
         report.freshness = watch.samples
         await verdict(world, report)
     return report
+
+
+async def has_begun(replica: Replica) -> bool:
+    """Whether it serves."""
+    return bool(replica.said("serving"))
 
 
 main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -19,6 +20,7 @@ from chaos.world import World
 Fault = Callable[[World], Coroutine[Any, Any, None]]
 STORM = 2000  # notifications
 BULK = 20  # rows of each tenant
+SLOW = 50_000  # bytes a second
 FORGED = ("no JSON", "{}", "[" * 3000, '{"probe": 7}', "x" * 7999, "'; DROP TABLE tenants; --", '{"tenant_id": 1}')
 
 
@@ -90,10 +92,43 @@ async def no_connection_is_left(world: World) -> None:
 
 
 async def a_black_hole(world: World) -> None:
-    """A replica's connections stand and carry nothing to it."""
-    replica = world.random.choice(world.replicas)
-    replica.proxy.switch("deaf")
+    """A replica's connections stand and carry nothing, and new ones do no better; the old ones never will."""
+    proxy = world.random.choice(world.replicas).proxy
+    proxy.switch("hole", later="hole")
     await anyio.sleep(world.outage)
+    proxy.later = "forward"
+
+
+async def answers_lost(world: World) -> None:
+    world.random.choice(world.replicas).proxy.switch("deaf")
+
+
+async def requests_lost(world: World) -> None:
+    world.random.choice(world.replicas).proxy.switch("mute")
+
+
+async def a_stuck_link(world: World) -> None:
+    """What was sent meanwhile arrives afterwards."""
+    proxy = world.random.choice(world.replicas).proxy
+    proxy.switch("stuck", later="stuck")
+    await anyio.sleep(world.outage)
+    proxy.switch("forward")
+
+
+async def a_slow_link(world: World) -> None:
+    link = world.random.choice(world.replicas).proxy.link
+    link.rate = SLOW
+    await anyio.sleep(world.outage)
+    link.rate = math.inf
+
+
+async def notifications_lost(world: World) -> None:
+    """To all replicas: nobody is rung for."""
+    for replica in world.replicas:
+        replica.proxy.switch("unnotified")
+    await anyio.sleep(world.outage)
+    for replica in world.replicas:
+        replica.proxy.switch("forward")
 
 
 async def a_network_reset(world: World) -> None:
@@ -223,6 +258,11 @@ FAULTS: dict[str, Fault] = {
         the_server_is_gone,
         no_connection_is_left,
         a_black_hole,
+        answers_lost,
+        requests_lost,
+        a_stuck_link,
+        a_slow_link,
+        notifications_lost,
         a_network_reset,
         a_replica_killed,
         a_replica_deployed_anew,
@@ -245,6 +285,11 @@ FAULTS: dict[str, Fault] = {
 TAKE_THE_SERVER = {"the server crashes", "the server is gone", "no connection is left"}
 ASK_NO_SERVER = {
     "a black hole",
+    "answers lost",
+    "requests lost",
+    "a stuck link",
+    "a slow link",
+    "notifications lost",
     "a network reset",
     "a replica killed",
     "a replica deployed anew",

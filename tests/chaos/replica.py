@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +10,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from psycopg.conninfo import make_conninfo
-
-from proxy import PORT, Proxy
+from proxy import Proxy
 
 # Faults are over within seconds here; so must be what is waited for after them.
 HASTE = {
@@ -44,17 +43,15 @@ class Replica:
     """Started by `start`; whatever ended it, it can be started again."""
 
     name: str
-    url: str
     proxy: Proxy
     log: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     _process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """A new process; it serves once it can."""
-        through_proxy = make_conninfo(self.url, host=str(self.proxy.directory), port=PORT)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "listener", "run"],
-            env=os.environ | HASTE | {"LISTENER_DATABASE_URL": through_proxy},
+            env=os.environ | HASTE | {"LISTENER_DATABASE_URL": self.proxy.url},
             stdout=subprocess.DEVNULL,
             stderr=self.log,
         )
@@ -85,6 +82,11 @@ class Replica:
         """What all its processes have said."""
         size = self.log.tell()
         return os.pread(self.log.fileno(), size, 0).splitlines()
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        """The log lines of this event."""
+        mark = f'"event": "{event}"'.encode()
+        return [json.loads(line) for line in self.log_lines() if mark in line]
 
     def resources(self) -> Resources:
         """Of the running process, as the kernel counts them."""

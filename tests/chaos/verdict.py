@@ -52,7 +52,7 @@ async def verdict(world: World, report: Report) -> None:
             report.troubles.append(f"{replica.name} has ended")
         lines = replica.log_lines()
         report.log_lines += len(lines)
-        report.refreshes += sum(b'"event": "refreshed"' in line for line in lines)
+        report.refreshes += len(replica.said("refreshed"))
         report.troubles += [f"{replica.name} says: {line!r}" for line in lines if not line.startswith(b"{")][:3]
 
 
