@@ -70,7 +70,7 @@ async def test_a_renamed_column_disturbs_nobody(
         await anna.execute(insert, (ANNA,))
 
         async def is_shown() -> bool:
-            return await one(superuser, "SELECT quantity FROM public.sales WHERE tenant_id = %s", ANNA) == 4
+            return bool(await one(superuser, "SELECT quantity FROM public.sales WHERE tenant_id = %s", ANNA) == 4)
 
         await eventually(is_shown)
         await pauses_and_resumes(shop, "sales", ANNA)
