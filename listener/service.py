@@ -241,6 +241,7 @@ class Service:
                     # A window that was changed is taken over by the keys that wait.
                     if not change.aged:
                         self.debouncer.rewindow(key, change.window)
+                        self.workers.due.ring()
                     continue
                 self.debouncer.changed(change)
                 self.workers.due.ring()
