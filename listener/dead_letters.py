@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.rows import DictRow, dict_row
 
-from listener.errors import SECRET, one_line
+from listener.errors import one_line, without_secrets
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -57,7 +57,7 @@ async def record_failure(
     """Records a failed refresh, in a transaction of its own: the refresh took its record with it."""
     # What the database said, without the statement that it said it of: that is in the traceback.
     message = one_line(error.diag.message_primary or str(error)) + (f" ({error.sqlstate})" if error.sqlstate else "")
-    trace = SECRET.sub(r"\1***", "".join(traceback.format_exception(error)))
+    trace = without_secrets("".join(traceback.format_exception(error)))
     kind = error_type(error)
     cursor = await connection.execute(
         "SELECT failures, retry_in, letter_id::text"

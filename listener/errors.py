@@ -44,12 +44,23 @@ class ConnectionLostError(ListenerError):
     """No answer from the database: refused, broken, timed out."""
 
 
-SECRET = re.compile(r"(password=|://[^:/@\s]*:)[^@\s]+(?=@|\s|$)")
+# A URL's password reaches to the last @ of the word: one that was not escaped may hold some. After `password` stands
+# what libpq takes (password = 'it''s'), what a URL holds (?password=x&), and what SQL does (PASSWORD 'x').
+SECRET = re.compile(
+    r"""(://[^:/@\s]*:)\S+(?=@)
+      | (password\s*=\s*|password\s+(?='))(?:'(?:[^'\\]|''|\\.)*'|[^\s&'"]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for passwords."""
+    return SECRET.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
 def one_line(text: str) -> str:
     """The text without line breaks and without passwords."""
-    return SECRET.sub(r"\1***", " ".join(text.split()))
+    return without_secrets(" ".join(text.split()))
 
 
 def is_lost(error: psycopg.Error) -> bool:
@@ -85,6 +96,13 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
 
 # What a background loop waits out: the database says no, or nothing at all.
 DATABASE_TROUBLE = (psycopg.Error, PoolTimeout)
+
+
+def public_reason(error: BaseException) -> str:
+    """The same for whoever may ask over HTTP: what the server said of a statement can name a tenant, so only its kind."""
+    if not isinstance(error, psycopg.Error) or is_lost(error) or error.sqlstate == "LSN06":
+        return reason(error)
+    return f"{type(error).__name__} ({error.sqlstate}); the log has the text"
 
 
 def reason(error: BaseException) -> str:

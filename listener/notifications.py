@@ -21,7 +21,7 @@ import structlog
 
 from listener.backoff import Backoff
 from listener.database_url import libpq_url
-from listener.errors import from_database
+from listener.errors import public_reason, reason
 
 CHANNEL = "listener_changes"
 log = structlog.get_logger("listener.notifications")
@@ -33,7 +33,7 @@ class ListenState:
 
     connected: bool = False
     probe_answered: bool = False
-    trouble: str | None = None
+    trouble: str | None = None  # for anybody to see
     on_reconnect: Callable[[], None] = field(default=lambda: None)
     on_malformed: Callable[[], None] = field(default=lambda: None)
 
@@ -67,9 +67,9 @@ async def listen(
                 await _receive(connection, ring, state, probe_interval, probe_timeout, backoff)
         except (psycopg.Error, OSError) as error:
             state.connected = state.probe_answered = False
-            state.trouble = str(from_database(error)) if isinstance(error, psycopg.Error) else str(error)
+            state.trouble = public_reason(error)
             delay = backoff.next_delay()
-            log.warning("not listening; trying again", reason=state.trouble, retry_in=round(delay, 2))
+            log.warning("not listening; trying again", reason=reason(error), retry_in=round(delay, 2))
             await anyio.sleep(delay)
 
 
