@@ -121,9 +121,7 @@ SET search_path = pg_temp, public, pg_catalog;
 async def plant(database: Database, app: str) -> None:
     """Lets the application's role create objects, and has it create all of these."""
     async with database.connect() as superuser:
-        await superuser.execute(
-            sql.SQL(ALLOW).format(app=sql.Identifier(app), database=sql.Identifier(database.name))
-        )
+        await superuser.execute(sql.SQL(ALLOW).format(app=sql.Identifier(app), database=sql.Identifier(database.name)))
     async with database.connect(app) as application:
         await application.execute(PLANT)
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 # At most 40 bytes each: the names of two columns, a table and a view are made of it.
 NAMES = {
     "quotes": "it's \"q\"'); DROP TABLE canary; --",
-    "a quoted name's end": 'x"; DROP TABLE canary; -- \\\' %s %I {}',
+    "a quoted name's end": "x\"; DROP TABLE canary; -- \\' %s %I {}",
     "dollar quotes": "$capture$; DROP TABLE canary;$difference$",
     "lines": "one\ntwo\r\nthree\t$$ . %1$s {0} %(x)s",
     "more than ASCII": "Ünïcödé 漢字 🦄 [bold]x[/] \x1b[31m",

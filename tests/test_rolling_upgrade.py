@@ -58,7 +58,9 @@ def following(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / directory, clone / directory)
     (clone / "migrations/versions/9001_note.py").write_text(MIGRATION)
     drain = clone / "sql/09_drain.sql"
-    drain.write_text(drain.read_text().replace("batch text := gen_random_uuid()", "batch text := 'next ' || gen_random_uuid()"))
+    drain.write_text(
+        drain.read_text().replace("batch text := gen_random_uuid()", "batch text := 'next ' || gen_random_uuid()")
+    )
     assert "'next '" in drain.read_text()
     return clone
 
@@ -172,9 +174,10 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
     books: Database, following: Path, tmp_path: Path
 ) -> None:
     serves_from(following, NEXT)
-    async with replica(
-        books.url(), tmp_path / "this.log", LISTENER_SWEEP_INTERVAL="300ms", LISTENER_MAX_ATTEMPTS="1"
-    ) as this, load(books):
+    async with (
+        replica(books.url(), tmp_path / "this.log", LISTENER_SWEEP_INTERVAL="300ms", LISTENER_MAX_ATTEMPTS="1") as this,
+        load(books),
+    ):
         await this.until("refreshed")
         migrated = await run(following, books.url("listener_migrator"), "migrate")
         assert (migrated.returncode, migrated.stderr) == (0, "")

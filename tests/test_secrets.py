@@ -99,7 +99,13 @@ HOSTS = {
 @pytest.mark.parametrize("url", HOSTS.values(), ids=HOSTS)
 def test_whatever_keeps_a_connection_from_being_made_is_one_line(url: str) -> None:
     for name in ("LISTENER_DATABASE_URL", "LISTENER_LISTEN_DATABASE_URL"):
-        ended = listener("run", **({"LISTENER_DATABASE_URL": "postgresql:///none?host=/nowhere"} | {name: url.format(quote(SECRET, safe=""))}))
+        ended = listener(
+            "run",
+            **(
+                {"LISTENER_DATABASE_URL": "postgresql:///none?host=/nowhere"}
+                | {name: url.format(quote(SECRET, safe=""))}
+            ),
+        )
         assert ended.returncode == 1
         assert len([line for line in ended.stderr.splitlines() if line.startswith("listener: ")]) == 1
         assert_kept(ended.stdout + ended.stderr)
@@ -140,9 +146,13 @@ def test_something_else_on_the_port_is_one_line_without_the_password() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_service_whose_server_goes_away_keeps_the_password_to_itself(database: Database, tmp_path: Path) -> None:
+async def test_a_service_whose_server_goes_away_keeps_the_password_to_itself(
+    database: Database, tmp_path: Path
+) -> None:
     url = with_password(database, SECRET)
-    async with replica(url, tmp_path / "log", LISTENER_LISTEN_DATABASE_URL=url, LISTENER_SWEEP_INTERVAL="100ms") as service:
+    async with replica(
+        url, tmp_path / "log", LISTENER_LISTEN_DATABASE_URL=url, LISTENER_SWEEP_INTERVAL="100ms"
+    ) as service:
         await service.until("serving")
         pages = [(await service.get(path)).text for path in ("/health", "/health/ready", "/metrics")]
         async with Database(database.server, "postgres").connect() as administrator:
