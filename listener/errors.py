@@ -44,10 +44,11 @@ class ConnectionLostError(ListenerError):
     """No answer from the database: refused, broken, timed out."""
 
 
+LONGEST_LINE = 2000
 # A URL's password reaches to the last @ of the word: one that was not escaped may hold some. After `password` stands
 # what libpq takes (password = 'it''s'), what a URL holds (?password=x&), and what SQL does (PASSWORD 'x').
 SECRET = re.compile(
-    r"""(://[^:/@\s]*:)\S+(?=@)
+    r"""(://[^:/@\s]*:)\S{1,500}(?=@)
       | (password\s*=\s*|password\s+(?='))(?:'(?:[^'\\]|''|\\.)*'|[^\s&'"]+)""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -59,8 +60,9 @@ def without_secrets(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and without passwords."""
-    return without_secrets(" ".join(text.split()))
+    """The text without line breaks and without passwords; its beginning, where somebody raised a whole document."""
+    line = without_secrets(" ".join(text.split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
 
 
 def is_lost(error: psycopg.Error) -> bool:
@@ -74,7 +76,7 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
     `role` is who was connected, `needed` who may do it, where the caller knows them.
     """
     message = one_line(error.diag.message_primary or str(error)).removeprefix("validation_error: ")
-    hint = error.diag.message_hint
+    hint = one_line(error.diag.message_hint or "") or None
     if error.sqlstate is None or is_lost(error):
         return ConnectionLostError(f"the database does not answer: {message}")
     if error.sqlstate == "57014":

@@ -86,7 +86,9 @@ async def _receive(
         token = uuid.uuid4().hex
         try:
             with anyio.fail_after(probe_timeout):
-                await connection.execute("SELECT pg_catalog.pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),))
+                await connection.execute(
+                    "SELECT pg_catalog.pg_notify('listener_changes', %s)", (json.dumps({"probe": token}),)
+                )
         except TimeoutError:
             raise TimeoutError(f"a probe could not be sent within {probe_timeout:g} s") from None
         deadline = anyio.current_time() + probe_timeout
