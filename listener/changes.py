@@ -15,7 +15,7 @@ from listener import queries
 from listener.backoff import Backoff
 from listener.bell import Bell
 from listener.doorbell import SHORTEST_PAUSE, Doorbell
-from listener.errors import DATABASE_TROUBLE, reason
+from listener.errors import DATABASE_TROUBLE, public_reason, reason
 from listener.views import Change, RefreshKey, Window
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Drainer:
         self.bell = Bell()  # something may be in the change log
         self.doorbell = Doorbell(poll_interval)
         self.looked_at: float | None = None  # when the last drain that saw everything began
-        self.trouble: str | None = None
+        self.trouble: str | None = None  # why the last one failed, for anybody to see
         self._connection = connection
         self._on_drained = on_drained
         self._on_unheard = on_unheard
@@ -75,8 +75,8 @@ class Drainer:
                 outcome = (await self.look()).outcome
             except DATABASE_TROUBLE as error:
                 delay = self._backoff.next_delay()
-                self.trouble = reason(error)
-                log.warning("not draining; trying again", reason=self.trouble, retry_in=round(delay, 2))
+                self.trouble = public_reason(error)
+                log.warning("not draining; trying again", reason=reason(error), retry_in=round(delay, 2))
                 await anyio.sleep(delay)
                 self.bell.ring()
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,20 +15,33 @@ from rich.table import Table
 from rich.text import Text
 
 MINUTE, HOUR = 60, 3600  # seconds
+COMMANDS_OF_TERMINALS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters written out: a tenant's name must not move the cursor of who reads it."""
+    return COMMANDS_OF_TERMINALS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Printer(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(visible(one) if isinstance(one, str) else one for one in objects), **options)
+
+
 # Nothing that is printed is markup: the names of views and tenants may hold brackets. Where no person's terminal is at
 # the other end nothing is folded to its width.
-out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+out = _Printer(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
+err = _Printer(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def error(message: str) -> None:
     """One line on stderr."""
-    err.print(Text.assemble(("listener:", "bold red"), " ", message), soft_wrap=True)
+    err.print(Text.assemble(("listener:", "bold red"), " ", visible(message)), soft_wrap=True)
 
 
 def warning(message: str) -> None:
     """One line on stderr that stops nothing."""
-    err.print(Text.assemble(("listener:", "bold yellow"), " ", message), soft_wrap=True)
+    err.print(Text.assemble(("listener:", "bold yellow"), " ", visible(message)), soft_wrap=True)
 
 
 def print_json(value: object) -> None:
@@ -55,7 +69,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> Table:
             no_wrap=name == "view",
         )
     for row in rows:
-        made.add_row(*(Text(text(row[name])) for name in columns))
+        made.add_row(*(Text(visible(text(row[name])).replace("\n", r"\n").replace("\t", r"\t")) for name in columns))
     return made
 
 

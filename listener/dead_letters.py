@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import traceback
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
 
-from listener.errors import SECRET, one_line
+from listener.errors import one_line, without_secrets
+from listener.queries import spellings
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from listener.views import Change
 
+LONGEST_TRACE = 20_000
 WORKER = f"{socket.gethostname()}:{os.getpid()}"
 # SQLSTATE classes of failures that pass by themselves; the others are the definition's or the data's.
 TRANSIENT = {"40": "conflict", "53": "resources", "55": "lock", "57": "cancelled"}
@@ -67,7 +71,9 @@ async def record_failure(
     """Records a failed refresh, in a transaction of its own: the refresh took its record with it."""
     # What the database said, without the statement that it said it of: that is in the traceback.
     message = one_line(error.diag.message_primary or str(error)) + (f" ({error.sqlstate})" if error.sqlstate else "")
-    trace = SECRET.sub(r"\1***", "".join(traceback.format_exception(error)))
+    trace = without_secrets("".join(traceback.format_exception(error)))
+    if len(trace) > LONGEST_TRACE:
+        trace = f"{trace[: LONGEST_TRACE // 2]}\n…\n{trace[-LONGEST_TRACE // 2 :]}"
     kind = error_type(error)
     cursor = await connection.execute(
         "SELECT failures, retry_in, letter_id::text"
@@ -106,7 +112,12 @@ async def letters(
     tenant: str | None = None,
     status: str | None = "open",
 ) -> list[DictRow]:
-    """Dead letters, newest first, narrowed by what is given; `status` None: closed ones too."""
+    """Dead letters, newest first, narrowed by what is given; `status` None: closed ones too.
+
+    An id or a tenant may be spelled in any way that its type can be.
+    """
+    with contextlib.suppress(ValueError):
+        letter_id = None if letter_id is None else str(uuid.UUID(letter_id))
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
             """
@@ -116,11 +127,16 @@ async def letters(
             FROM listener.dead_letter d
             WHERE (%(id)s::text IS NULL OR d.id::text = %(id)s)
               AND (%(view)s::text IS NULL OR d.view_name = %(view)s)
-              AND (%(tenant)s::text IS NULL OR d.tenant = %(tenant)s)
+              AND (%(tenants)s::text[] IS NULL OR d.tenant = ANY (%(tenants)s))
               AND (%(status)s::text IS NULL OR d.status = %(status)s)
             ORDER BY d.failed_at DESC, d.id
             """,
-            {"id": letter_id, "view": view, "tenant": tenant, "status": status},
+            {
+                "id": letter_id,
+                "view": view,
+                "tenants": None if tenant is None else list(filter(None.__ne__, spellings(tenant).values())),
+                "status": status,
+            },
         )
         return await cursor.fetchall()
 

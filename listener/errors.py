@@ -56,12 +56,25 @@ PASSING = frozenset({"08", "40", "53", "54", "55", "57", "58"})
 READ_ONLY = "25006"
 
 
-SECRET = re.compile(r"(password=|://[^:/@\s]*:)[^@\s]+(?=@|\s|$)")
+LONGEST_LINE = 2000
+# A URL's password reaches to the last @ of the word: one that was not escaped may hold some. After `password` stands
+# what libpq takes (password = 'it''s'), what a URL holds (?password=x&), and what SQL does (PASSWORD 'x').
+SECRET = re.compile(
+    r"""(://[^:/@\s]*:)\S{1,500}(?=@)
+      | (password\s*=\s*|password\s+(?='))(?:'(?:[^'\\]|''|\\.)*'|[^\s&'"]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for passwords."""
+    return SECRET.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and without passwords."""
-    return SECRET.sub(r"\1***", " ".join(text.split()))
+    """The text without line breaks and without passwords; its beginning, where somebody raised a whole document."""
+    line = without_secrets(" ".join(text.split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
 
 
 def is_lost(error: psycopg.Error) -> bool:
@@ -86,7 +99,7 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
     `role` is who was connected, `needed` who may do it, where the caller knows them.
     """
     message = one_line(error.diag.message_primary or str(error)).removeprefix("validation_error: ")
-    hint = error.diag.message_hint
+    hint = one_line(error.diag.message_hint or "") or None
     if error.sqlstate is None and not passes(error):
         return SetupError(f"the database refuses the connection: {message}")
     if error.sqlstate == READ_ONLY:
@@ -112,6 +125,13 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
 
 # What a background loop waits out: the database says no, or nothing at all.
 DATABASE_TROUBLE = (psycopg.Error, PoolTimeout)
+
+
+def public_reason(error: BaseException) -> str:
+    """The same for whoever may ask over HTTP: what the server says of a statement can name a tenant, so its kind alone."""
+    if not isinstance(error, psycopg.Error) or is_lost(error) or error.sqlstate in {"LSN06", READ_ONLY}:
+        return reason(error)
+    return f"{type(error).__name__} ({error.sqlstate}); the log has the text"
 
 
 def reason(error: BaseException) -> str:

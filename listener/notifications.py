@@ -22,7 +22,7 @@ import structlog
 
 from listener.backoff import Backoff
 from listener.database_url import libpq_url
-from listener.errors import from_database
+from listener.errors import public_reason, reason
 from listener.silence import PatientConnection
 
 CHANNEL = "listener_changes"
@@ -36,7 +36,7 @@ class ListenState:
 
     connected: bool = False
     probe_answered: bool = False
-    trouble: str | None = None
+    trouble: str | None = None  # for anybody to see
     on_reconnect: Callable[[], None] = field(default=lambda: None)
     on_malformed: Callable[[], None] = field(default=lambda: None)
 
@@ -88,9 +88,9 @@ async def listen(
         except (psycopg.Error, OSError) as error:
             was_connected = state.connected
             state.connected = state.probe_answered = False
-            state.trouble = str(from_database(error)) if isinstance(error, psycopg.Error) else str(error)
+            state.trouble = public_reason(error)
             delay = backoff.next_delay()
-            log.warning("not listening; trying again", reason=state.trouble, retry_in=round(delay, 2))
+            log.warning("not listening; trying again", reason=reason(error), retry_in=round(delay, 2))
             if was_connected:
                 await on_lost()
             await anyio.sleep(delay)

@@ -124,7 +124,7 @@ async def freshness(connection: AsyncConnection[Any], tenant: str) -> list[DictR
                                                    WHEN 'integer' THEN %(number)s ELSE %(text)s END::text
             ORDER BY f.view_name
             """,
-            _spellings(tenant),
+            spellings(tenant),
         )
         return await cursor.fetchall()
 
@@ -139,13 +139,13 @@ async def is_tenant_of_any_view(connection: AsyncConnection[Any], tenant: str) -
                 WHERE t = CASE v.tenant_type WHEN 'uuid' THEN %(uuid)s WHEN 'bigint' THEN %(number)s
                                              WHEN 'integer' THEN %(number)s ELSE %(text)s END::text)
             """,
-            _spellings(tenant),
+            spellings(tenant),
         )
     ).fetchone()
     return bool(row and row[0])
 
 
-def _spellings(tenant: str) -> dict[str, str | None]:
+def spellings(tenant: str) -> dict[str, str | None]:
     """The tenant as each type writes it; None where it is not of the type."""
     spelled: dict[str, str | None] = {"text": tenant, "uuid": None, "number": None}
     with contextlib.suppress(ValueError):

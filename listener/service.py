@@ -22,7 +22,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from listener import backends, changes, connections, dead_letters, queries, startup, sweep, web
 from listener.debounce import Debouncer
-from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, reason
+from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, public_reason, reason
 from listener.metrics import Metrics
 from listener.notifications import ListenState, listen
 from listener.refresh import Outcome
@@ -218,7 +218,7 @@ class Service:
             async with self._connection() as connection:
                 await self._look_after(connection)
         except DATABASE_TROUBLE as error:
-            self._sweep_trouble = [f"the last sweep failed: {reason(error)}"]
+            self._sweep_trouble = [f"the last sweep failed: {public_reason(error)}"]
             log.warning("sweep failed; the next one tries again", reason=reason(error))
 
     async def _take_unheard(self) -> None:
@@ -262,7 +262,7 @@ class Service:
     # -- web -----------------------------------------------------------------------------------------------------
 
     async def reasons_not_ready(self) -> list[str]:
-        """One line for each thing that keeps the service from making progress."""
+        """One line for each thing that keeps the service from making progress; none names a tenant."""
         if self._waits_for is not None:
             return [self._waits_for]
         reasons = []
@@ -276,7 +276,8 @@ class Service:
         except TimeoutError:
             reasons.append("the database cannot be asked: no answer within 2 s")
         except DATABASE_TROUBLE as error:
-            reasons.append(f"the database cannot be asked: {reason(error)}")
+            reasons.append(f"the database cannot be asked: {public_reason(error)}")
+            log.warning("the database cannot be asked", reason=reason(error))
         if not self.listening.connected:
             reasons.append(f"not listening: {self.listening.trouble or 'connecting'}")
         elif not self.listening.probe_answered:

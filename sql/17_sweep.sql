@@ -2,7 +2,7 @@
 
 -- purge(letters_kept, batch): deletes what is consumed: up to `batch` log rows, the dirty_key rows that a refresh has
 -- shown, old drain records (all but the cursor and the last hour), closed dead letters older than `letters_kept`, and
--- what dropped views left. Below the xmin of the cursor's snapshot everything has been seen; the cursor is committed,
+-- what dropped views left, whose letters it closes. Below the xmin of the cursor's snapshot everything has been seen; the cursor is committed,
 -- or this statement could not see it. Each starts from the last purge's mark, so that nothing deleted before is crossed.
 -- Returns the number of log rows deleted; where that is `batch`, there may be more.
 CREATE OR REPLACE FUNCTION listener.purge(letters_kept interval DEFAULT '30 days', batch bigint DEFAULT 500000)
@@ -51,6 +51,10 @@ BEGIN
             ARRAY(SELECT o.id FROM listener.drain_log o WHERE o.id < cursor_id ORDER BY o.id LIMIT 5000));
     END IF;
     DELETE FROM listener.dead_letter d WHERE d.status <> 'open' AND d.closed_at < clock_timestamp() - letters_kept;
+    -- A failure that was recorded while its view was being dropped.
+    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = clock_timestamp()
+    WHERE d.status = 'open' AND d.view_id IS NOT NULL AND NOT EXISTS (
+        SELECT FROM listener.managed_view v WHERE v.id = d.view_id);
     -- From one view to the next through the index, backwards: the rows of those that are there are not read, and each
     -- step meets the newest version of a key first.
     DELETE FROM listener.refresh_state r WHERE r.view_id IN (

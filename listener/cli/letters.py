@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import psycopg
 import typer
 
-from listener import console, dead_letters, errors, operations
+from listener import console, dead_letters, errors, operations, queries
 from listener.cli.session import Connection, Json, app, with_connection
 
 letters_app = typer.Typer(
@@ -15,6 +15,7 @@ letters_app = typer.Typer(
 )
 app.add_typer(letters_app, name="dead-letters")
 
+NONE = "no dead letters"
 OneLetter = Annotated[str | None, typer.Argument(metavar="[ID]", help="a letter's id")]
 OfView = Annotated[str | None, typer.Option("--view", help="letters of this view")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="letters of this tenant")]
@@ -31,11 +32,11 @@ def list_letters(
     """The open dead letters, newest first."""
 
     async def act(connection: Connection) -> None:
-        rows = await dead_letters.letters(connection, view=view, tenant=tenant, status=None if closed else "open")
+        rows = await _of(connection, view, tenant, status=None if closed else "open")
         if as_json:
             console.print_json(rows)
         elif not rows:
-            console.out.print("no dead letters")
+            console.out.print(NONE)
         for row in [] if as_json else rows:
             _print_letter(row)
 
@@ -60,7 +61,7 @@ def show(letter_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json 
     """One letter whole, with its traceback."""
 
     async def act(connection: Connection) -> None:
-        (row,) = await _chosen(connection, letter_id, None, None, everything=False, status=None)
+        row = await _one(connection, letter_id)
         if as_json:
             console.print_json(row)
             return
@@ -86,6 +87,8 @@ def retry(
         skipped = [letter["id"] for letter in chosen if letter["view_id"] is None]
         if as_json:
             console.print_json(rows)
+        elif not chosen:
+            console.out.print(NONE)
         for row in [] if as_json else rows:
             changed = f", {console.count(row['rows'], 'row')} changed" if row["rows"] is not None else ""
             console.out.print(f"{_key(row['view'], row['tenant_id'])}: {row['outcome']}{changed}", soft_wrap=True)
@@ -98,32 +101,57 @@ def retry(
 
 
 @letters_app.command()
-def discard(letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant = None, everything: All = False) -> None:
+def discard(
+    letter_id: OneLetter = None, view: OfView = None, tenant: OfTenant = None, everything: All = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
     """Closes these letters without a retry. A key that still fails gets a new one."""
 
     async def act(connection: Connection) -> None:
         chosen = await _chosen(connection, letter_id, view, tenant, everything=everything)
-        closed = [await dead_letters.discard(connection, letter["id"]) for letter in chosen]
-        console.out.print(f"{console.count(sum(closed), 'letter')} discarded")
+        discarded = [letter["id"] for letter in chosen if await dead_letters.discard(connection, letter["id"])]
+        if as_json:
+            console.print_json({"discarded": discarded})
+        else:
+            console.out.print(f"{console.count(len(discarded), 'letter')} discarded")
 
     with_connection(act)
 
 
-async def _chosen(
-    connection: Connection,
-    letter_id: str | None,
-    view: str | None,
-    tenant: str | None,
-    *,
-    everything: bool,
-    status: str | None = "open",
-) -> list[dict[str, Any]]:
-    if not (letter_id or view or tenant or everything):
-        raise errors.SetupError("say which letters: an ID, --view, --tenant or --all.")
-    found = await dead_letters.letters(connection, letter_id=letter_id, view=view, tenant=tenant, status=status)
+async def _one(connection: Connection, letter_id: str) -> dict[str, Any]:
+    found = await dead_letters.letters(connection, letter_id=letter_id, status=None)
     if not found:
-        raise errors.SetupError("there is no such letter.", hint="See: listener dead-letters list --closed")
+        raise errors.SetupError(
+            f"there is no such letter: {letter_id}", hint="See: listener dead-letters list --closed"
+        )
+    return found[0]
+
+
+async def _of(
+    connection: Connection, view: str | None, tenant: str | None, *, status: str | None = "open"
+) -> list[dict[str, Any]]:
+    """Letters of a view, with or without its schema, and of a tenant. Raises RefusedError for no such view."""
+    found = await dead_letters.letters(connection, view=view, tenant=tenant, status=status)
+    if not found and view is not None and not await dead_letters.letters(connection, view=view, status=None):
+        # One that was dropped has letters, too; one that has none must be there.
+        name = await queries.view_name(connection, view)
+        found = await dead_letters.letters(connection, view=name, tenant=tenant, status=status)
     return found
+
+
+async def _chosen(
+    connection: Connection, letter_id: str | None, view: str | None, tenant: str | None, *, everything: bool
+) -> list[dict[str, Any]]:
+    """The open letters that are meant. Raises SetupError where nothing is said, too much, or a letter is closed."""
+    given = [letter_id is not None, view is not None or tenant is not None, everything]
+    if sum(given) != 1:
+        raise errors.SetupError("say which letters: an ID, or --view and --tenant, or --all.")
+    if letter_id is None:
+        return await _of(connection, view, tenant)
+    letter = await _one(connection, letter_id)
+    if letter["status"] != "open":
+        raise errors.SetupError(f"letter {letter['id']} is {letter['status']} already.")
+    return [letter]
 
 
 async def _retry(connection: Connection, letter: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +159,8 @@ async def _retry(connection: Connection, letter: dict[str, Any]) -> dict[str, An
     try:
         outcome = await operations.refresh_one(connection, letter["view_name"], letter["tenant_id"])
     except psycopg.Error as error:
+        if connection.closed:
+            raise
         return {**row, "outcome": f"failed: {errors.from_database(error)}", "rows": None}
     changed = outcome.inserted + outcome.updated + outcome.deleted
     return {**row, "outcome": outcome.outcome, "rows": changed if outcome.outcome == "refreshed" else None}
