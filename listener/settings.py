@@ -102,7 +102,10 @@ class Settings(BaseSettings):
     statement_timeout: ServerTimeout = Field(
         default=timedelta(seconds=60), description="the longest that one refresh may run"
     )
-    grace_period: Duration = Field(default=timedelta(seconds=10), description="after SIGTERM, for refreshes under way")
+    grace_period: Duration = Field(
+        default=timedelta(seconds=10),
+        description="how long an end takes after SIGTERM; refreshes under way have all of it but 4s",
+    )
     max_attempts: int = Field(
         default=5, ge=1, le=1_000_000, description="failures of a key before it goes to the dead letters"
     )

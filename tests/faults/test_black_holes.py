@@ -144,9 +144,9 @@ async def test_the_keys_of_a_drain_whose_answer_was_lost_are_known_to_the_next(b
 
 
 async def test_a_backend_that_cannot_send_its_answer_gives_the_drains_lock_back(books: Database, lines: Lines) -> None:
-    # More rows than the sockets on the way hold; and a drain's rows come before its commit.
-    await log_many_changes(books, 4000)
     async with books.connect() as superuser, locked(books, "listener", "dirty_key") as release:
+        # More rows than the sockets on the way hold; and a drain's rows come before its commit.
+        await log_many_changes(books, 4000)
         async with transaction(books) as application:
             await book(application, ANNA, 100)
         stuck = await caught(superuser, DRAIN)
