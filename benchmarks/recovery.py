@@ -21,7 +21,7 @@ KILL: LiteralString = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WH
 # The pool serves its connections in turn: the one that was used last is not the next one's.
 KILLS: dict[str, LiteralString] = {
     "the listening backend": KILL + "application_name = 'listener listen'",
-    "a worker's backend": KILL + "pid = (SELECT pid FROM pg_stat_activity WHERE application_name = 'listener'"
+    "the pool's next": KILL + "pid = (SELECT pid FROM pg_stat_activity WHERE application_name = 'listener'"
     " ORDER BY state_change LIMIT 1)",
     "the whole pool": KILL + "application_name = 'listener'",
     "all of them": KILL + "application_name IN ('listener', 'listener listen')",
@@ -34,8 +34,8 @@ def run(server: EmbeddedServer, options: argparse.Namespace) -> list[Result]:
         "From a fault until a change is shown (ms)",
         ["fault", "times", "p50", "p99", "max"],
         note=(
-            "Kills: from pg_terminate_backend, the change is written right after it. The worker's backend is the one "
-            "that the pool serves next. The restart is an immediate one, with recovery: from the moment in which the "
+            "Kills: from pg_terminate_backend, the change is written right after it. In mid-refresh: the change is the "
+            "one that is being refreshed. The restart is an immediate one, with recovery: from the moment in which the "
             "server takes connections; the change was written just before. The targets are p99 <= 1000 and <= 2000."
         ),
     )
@@ -60,6 +60,11 @@ def run(server: EmbeddedServer, options: argparse.Namespace) -> list[Result]:
                         _until_shown(administrator, tenant, _write(writer, tenant))
                         took.append(time.perf_counter() - started)
                     result.rows.append(_row(f"pg_terminate_backend: {fault}", took))
+                took = [
+                    _in_mid_refresh(server, administrator, writer, tenants[number % TENANTS])
+                    for number in range(options.kills)
+                ]
+                result.rows.insert(1, _row("pg_terminate_backend: a worker's, in mid-refresh", took))
             took = []
             for number in range(options.restarts):
                 tenant = tenants[number % TENANTS]
@@ -73,6 +78,25 @@ def run(server: EmbeddedServer, options: argparse.Namespace) -> list[Result]:
                 took.append(time.perf_counter() - started)
             result.rows.append(_row("an immediate restart of the server", took))
     return [result]
+
+
+def _in_mid_refresh(
+    server: EmbeddedServer, administrator: psycopg.Connection[Any], writer: psycopg.Connection[Any], tenant: uuid.UUID
+) -> float:
+    time.sleep(PAUSE)
+    waits = KILL + "application_name = 'listener' AND wait_event_type = 'Lock' AND query LIKE '%listener.refresh(%'"
+    # A connection of its own: within a transaction pg_stat_activity does not change.
+    with _connected(server, "postgres") as holder, holder.transaction():
+        holder.execute("LOCK TABLE dashboard.mv_realtime_revenue IN EXCLUSIVE MODE")
+        change = _write(writer, tenant)
+        started = time.perf_counter()
+        deadline = started + PATIENCE
+        while not administrator.execute(waits).rowcount:
+            started = time.perf_counter()
+            if started > deadline:
+                raise RuntimeError(f"no refresh began within {PATIENCE:g} s")
+    _until_shown(administrator, tenant, change)
+    return time.perf_counter() - started
 
 
 def _connected(server: EmbeddedServer, user: str) -> psycopg.Connection[Any]:

@@ -23,7 +23,7 @@ from listener.views import Change
 log = structlog.get_logger("listener.workers")
 
 BUSY_PAUSE = 0.05  # seconds
-CONNECTION_PAUSE = 0.5
+CONNECTION_PAUSE = 0.1
 UNKNOWN_VIEW = "LSN01"
 
 

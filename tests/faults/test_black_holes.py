@@ -172,6 +172,15 @@ async def test_listening_and_pool_in_a_black_hole_at_once_are_replaced(books: Da
     await until_well(books, lines.running)
 
 
+async def test_idle_connections_are_replaced_when_the_listening_one_is_lost(books: Database, lines: Lines) -> None:
+    lines.listening.switch("hole")
+    lines.pool.switch("hole")
+    await booked(books, lines)
+    # Nobody had to wait for one of them first.
+    assert (lines.reconnects, lines.given_up) == (1, 0)
+    await until_well(books, lines.running)
+
+
 async def test_what_is_accepted_and_stays_silent_says_so_and_keeps_nothing_from_coming_back(
     books: Database, lines: Lines
 ) -> None:

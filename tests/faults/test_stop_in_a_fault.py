@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of a refresh, while the database is frozen or cannot be heard: the service ends all the same."""
+"""SIGTERM in mid-refresh while the database is frozen or cannot be heard: the service ends all the same."""
 
 from __future__ import annotations
 
