@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     )
     sweep_interval: Duration = Field(default=timedelta(seconds=5), description="how often to look for what was missed")
     probe_interval: Duration = Field(
-        default=timedelta(seconds=10), description="how often the listening connection is probed"
+        default=timedelta(seconds=10), description="how often the connections are probed"
     )
     probe_timeout: Duration = Field(default=timedelta(seconds=5), description="how long a probe may take")
     statement_timeout: ServerTimeout = Field(
