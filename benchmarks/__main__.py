@@ -7,7 +7,19 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import backlog, bulk, calm, capture, drain, held_snapshot, idle, refresh, sustained, write_path
+from benchmarks import (
+    backlog,
+    bulk,
+    calm,
+    capture,
+    drain,
+    held_snapshot,
+    idle,
+    recovery,
+    refresh,
+    sustained,
+    write_path,
+)
 from benchmarks.bench import Result, environment
 from listener.embedded import EmbeddedServer
 
@@ -21,6 +33,7 @@ ALL = {
     "backlog": backlog,
     "drain": drain,
     "held-snapshot": held_snapshot,
+    "recovery": recovery,
     "idle": idle,
 }
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -48,6 +61,8 @@ def main() -> None:
     parser.add_argument("--load-seconds", type=float, default=30, help="sustained: how long each rate (30)")
     parser.add_argument("--hold-seconds", type=float, default=600, help="held-snapshot: how long (600)")
     parser.add_argument("--hold-rate", type=float, default=5000, help="held-snapshot: writes a second (5000)")
+    parser.add_argument("--kills", type=int, default=100, help="recovery: how often each is killed (100)")
+    parser.add_argument("--restarts", type=int, default=20, help="recovery: how often the server restarts (20)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/benchmarks.md too")
     options = parser.parse_args()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -34,21 +34,24 @@ class Result:
 @contextmanager
 def database(server: EmbeddedServer, name: str) -> Iterator[psycopg.Connection[Any]]:
     """A fresh database with the schema listener; a superuser's connection to it, autocommit. Dropped at the end."""
-    drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+    _administer(server, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+    _administer(server, "CREATE DATABASE {}", name)
+    try:
+        settings = Settings(database_url=SecretStr(server.url(database=name)))
+        with psycopg.connect(server.url(database=name), autocommit=True) as connection:
+            connection.execute("SET client_min_messages = warning")
+            connection.execute(roles_script(settings, name).encode())
+            connection.execute("GRANT CREATE, USAGE ON SCHEMA public TO listener_owner")
+            connection.execute("GRANT USAGE ON SCHEMA public TO listener_service")
+            upgrade(settings)
+            yield connection
+    finally:
+        _administer(server, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+
+def _administer(server: EmbeddedServer, statement: LiteralString, name: str) -> None:
     with psycopg.connect(server.url(), autocommit=True) as administrator:
-        administrator.execute(drop)
-        administrator.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        try:
-            settings = Settings(database_url=SecretStr(server.url(database=name)))
-            with psycopg.connect(server.url(database=name), autocommit=True) as connection:
-                connection.execute("SET client_min_messages = warning")
-                connection.execute(roles_script(settings, name).encode())
-                connection.execute("GRANT CREATE, USAGE ON SCHEMA public TO listener_owner")
-                connection.execute("GRANT USAGE ON SCHEMA public TO listener_service")
-                upgrade(settings)
-                yield connection
-        finally:
-            administrator.execute(drop)
+        administrator.execute(sql.SQL(statement).format(sql.Identifier(name)))
 
 
 @contextmanager

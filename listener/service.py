@@ -197,7 +197,9 @@ class Service:
         self.workers.due.ring()
 
     async def _after_grace(self) -> None:
-        await anyio.sleep(self.settings.grace_period.total_seconds())
+        grace = self.settings.grace_period.total_seconds()
+        # To cancel, to leave and to close the pool may take a second each, where the server does not answer.
+        await anyio.sleep(max(grace - 4, grace / 2))
         log.warning(
             "the grace period is over: refreshes are cancelled and stay dirty", refreshes=self.workers.under_way
         )

@@ -96,13 +96,16 @@ class Settings(BaseSettings):
     )
     sweep_interval: Duration = Field(default=timedelta(seconds=5), description="how often to look for what was missed")
     probe_interval: Duration = Field(
-        default=timedelta(seconds=10), description="how often the listening connection is probed"
+        default=timedelta(seconds=10), description="how often the connections are probed"
     )
     probe_timeout: Duration = Field(default=timedelta(seconds=5), description="how long a probe may take")
     statement_timeout: ServerTimeout = Field(
         default=timedelta(seconds=60), description="the longest that one refresh may run"
     )
-    grace_period: Duration = Field(default=timedelta(seconds=10), description="after SIGTERM, for refreshes under way")
+    grace_period: Duration = Field(
+        default=timedelta(seconds=10),
+        description="how long an end takes after SIGTERM; refreshes under way have all of it but 4s",
+    )
     max_attempts: int = Field(
         default=5,
         ge=1,

@@ -23,7 +23,7 @@ from listener.views import Change
 log = structlog.get_logger("listener.workers")
 
 BUSY_PAUSE = 0.05  # seconds
-CONNECTION_PAUSE = 0.5
+CONNECTION_PAUSE = 0.1
 UNKNOWN_VIEW = "LSN01"
 RELEASE_TOO_OLD = "LSN06"
 TOO_OLD_PAUSE = 5.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 import httpx
 import pytest
 
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, settled, transaction
-from conftest import Database, RunningService, eventually, settings_for
+from conftest import Database, RunningService, eventually
+from listener import web
 
 pytestmark = pytest.mark.anyio
 
@@ -105,9 +108,18 @@ async def test_nothing_but_the_three_pages_is_there_and_nothing_can_be_sent_to_t
             assert (answer.status_code, answer.text) == (404, "Not Found"), path
 
 
-async def test_the_pages_are_on_loopback_unless_somebody_says_otherwise(books: Database) -> None:
-    assert settings_for(books.url()).http_host == "127.0.0.1"
-    async with books.service() as running:
-        assert running.service._socket.getsockname()[0] == "127.0.0.1"
-    async with books.service(http_host="0.0.0.0") as running:  # noqa: S104 - said so
-        assert running.service._socket.getsockname()[0] == "0.0.0.0"  # noqa: S104 - the same
+@pytest.mark.parametrize(("given", "address"), [({}, "127.0.0.1"), ({"http_host": "0.0.0.0"}, "0.0.0.0")])  # noqa: S104
+async def test_the_pages_are_on_loopback_unless_somebody_says_otherwise(
+    books: Database, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], address: str
+) -> None:
+    bound: list[str] = []
+    bind = web.bind
+
+    def noting(host: str, port: int) -> socket.socket:
+        made = bind(host, port)
+        bound.append(made.getsockname()[0])
+        return made
+
+    monkeypatch.setattr(web, "bind", noting)
+    async with books.service(**given):
+        assert bound == [address]

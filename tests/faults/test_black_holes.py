@@ -144,9 +144,9 @@ async def test_the_keys_of_a_drain_whose_answer_was_lost_are_known_to_the_next(b
 
 
 async def test_a_backend_that_cannot_send_its_answer_gives_the_drains_lock_back(books: Database, lines: Lines) -> None:
-    # More rows than the sockets on the way hold; and a drain's rows come before its commit.
-    await log_many_changes(books, 4000)
     async with books.connect() as superuser, locked(books, "listener", "dirty_key") as release:
+        # More rows than the sockets on the way hold; and a drain's rows come before its commit.
+        await log_many_changes(books, 4000)
         async with transaction(books) as application:
             await book(application, ANNA, 100)
         stuck = await caught(superuser, DRAIN)
@@ -169,6 +169,15 @@ async def test_listening_and_pool_in_a_black_hole_at_once_are_replaced(books: Da
     await lines.running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
     assert lines.reconnects == 1
     assert await revenue(books) == 1
+    await until_well(books, lines.running)
+
+
+async def test_idle_connections_are_replaced_when_the_listening_one_is_lost(books: Database, lines: Lines) -> None:
+    lines.listening.switch("hole")
+    lines.pool.switch("hole")
+    await booked(books, lines)
+    # Nobody had to wait for one of them first.
+    assert (lines.reconnects, lines.given_up) == (1, 0)
     await until_well(books, lines.running)
 
 

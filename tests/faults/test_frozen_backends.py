@@ -1,4 +1,4 @@
-"""Backends that are stopped by SIGSTOP: the server says that they are at work, and nobody can tell them from slow ones."""
+"""Backends that are frozen by SIGSTOP: the server says that they are at work, as it says of slow ones."""
 
 from __future__ import annotations
 
