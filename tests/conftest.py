@@ -169,15 +169,27 @@ class Database:
         async with connection:
             yield connection
 
+    @property
+    def directory(self) -> str:
+        """Where the server's socket is."""
+        return str(conninfo_to_dict(self.url()).get("host"))
+
     @asynccontextmanager
     async def service(self, **settings: Any) -> AsyncIterator[RunningService]:
         """A running service, in this process, as the service's role; stopped at the end."""
+        async with self.starting(**settings) as running:
+            with anyio.fail_after(DEADLINE):
+                await running.service.started.wait()
+            yield running
+
+    @asynccontextmanager
+    async def starting(self, **settings: Any) -> AsyncIterator[RunningService]:
+        """The same from its first moment: HTTP answers, and it may wait for its database."""
         running = RunningService()
         running.service = Service(settings_for(self.url(), **settings), on_outcome=running.record)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(running.service.run)
-            with anyio.fail_after(DEADLINE):
-                await running.service.started.wait()
+            await eventually(lambda: running.service.port)
             try:
                 yield running
             finally:

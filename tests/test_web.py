@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from books import ANNA, LEDGER_VIEW, book, open_books, settled, transaction
-from conftest import Database, RunningService, eventually
+from conftest import Database, eventually
 from listener.errors import SetupError
 from listener.web import bind
+from web_client import get, is_ready, reasons
 
 pytestmark = pytest.mark.anyio
-
-
-async def get(running: RunningService, path: str) -> httpx.Response:
-    async with httpx.AsyncClient() as client:
-        return await client.get(f"http://127.0.0.1:{running.service.port}{path}", timeout=10)
-
-
-async def reasons(running: RunningService) -> str:
-    response = await get(running, "/health/ready")
-    body = response.json()
-    assert (response.status_code == 503) == bool(body["reasons"])
-    return "; ".join(body["reasons"])
-
-
-async def is_ready(running: RunningService) -> bool:
-    return await reasons(running) == ""
 
 
 async def test_a_service_that_makes_progress_is_ready(sample: Database) -> None:

@@ -1,0 +1,112 @@
+"""PgBouncer between: everything works through it but hearing, for which a start without a direct way is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import pytest
+from psycopg import sql
+
+from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, transaction
+from command import listener
+from conftest import Database, eventually, settings_for
+from listener import operations, queries
+from listener.errors import SetupError
+from listener.service import Service
+from pgbouncer import pgbouncer
+from web_client import is_ready
+
+pytestmark = [pytest.mark.anyio, pytest.mark.debian]
+
+
+@pytest.fixture
+async def books(sample: Database) -> Database:
+    """A view that shows what a refresh's session is set to, and sessions that are not so by themselves."""
+    await open_books(sample)
+    async with sample.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE listener_owner;
+            SELECT listener.create_view('sessions', $q$
+                SELECT tenant_id, id AS row_id, current_setting('transaction_isolation') AS isolation,
+                       current_setting('statement_timeout') AS longest,
+                       current_setting('synchronous_commit') AS durable,
+                       current_setting('idle_in_transaction_session_timeout') AS idle,
+                       current_setting('client_connection_check_interval') AS looks
+                FROM public.revenue_ledger $q$,
+                '{tenant_id,row_id}', tenants_query => 'SELECT id FROM public.tenants');
+            RESET ROLE;
+            """
+        )
+        await superuser.execute(
+            sql.SQL("ALTER DATABASE {} SET default_transaction_isolation = 'serializable'").format(
+                sql.Identifier(sample.name)
+            )
+        )
+    return sample
+
+
+async def test_all_of_it_works_through_a_transaction_pooler_with_a_direct_way_to_listen(books: Database) -> None:
+    async with pgbouncer(books, "transaction") as pooled:
+        settings = {"database_url": pooled.url(), "listen_database_url": books.url(), "statement_timeout": "17s"}
+        async with books.service(sweep_interval=3600.0, **settings) as running:
+            await settled(books, running)
+            # So often that a driver which prepares statements has done so, on whichever backend it had.
+            for cents in range(1, 21):
+                seen = len(running.outcomes)
+                for tenant in (ANNA, BEN):
+                    async with transaction(books, tenant) as application:
+                        await book(application, tenant, cents * 100)
+                for tenant in (ANNA, BEN):
+                    await running.until_refreshed(LEDGER_VIEW, tenant, after=seen)
+            await settled(books, running)
+            await eventually(lambda: is_ready(running))
+    assert await revenue(books) == 210
+    async with books.connect("listener_service") as service:
+        names = [row["view"] for row in await queries.views(service) if row["view"] != "sessions"]
+        assert [d async for _, _, d in operations.verify(service, names) if d is not None] == []
+    async with books.connect() as superuser:
+        cursor = await superuser.execute("SELECT DISTINCT isolation, longest, durable, idle, looks FROM sessions")
+        assert await cursor.fetchall() == [("read committed", "17s", "off", "1min", "2s")]
+        assert await (await superuser.execute("SELECT * FROM listener.dead_letter")).fetchall() == []
+
+
+@pytest.mark.parametrize("listens_through_it", [False, True])
+async def test_nothing_is_ever_heard_through_a_transaction_pooler_and_the_start_is_refused(
+    books: Database, *, listens_through_it: bool
+) -> None:
+    # One backend for all: whoever notifies itself hears itself.
+    async with pgbouncer(books, "transaction", pool_size=1) as pooled:
+        given = {"listen_database_url": pooled.url()} if listens_through_it else {}
+        named = "LISTENER_LISTEN_DATABASE_URL" if listens_through_it else "LISTENER_DATABASE_URL"
+        with pytest.raises(SetupError, match=f"^{named} goes through a transaction pooler .* direct connection"):
+            await Service(settings_for(pooled.url(), probe_timeout="300ms", **given)).run()
+
+
+async def test_a_session_pooler_needs_no_direct_way(books: Database) -> None:
+    async with (
+        pgbouncer(books, "session", pool_size=20) as pooled,
+        books.service(sweep_interval=3600.0, database_url=pooled.url()) as running,
+    ):
+        await settled(books, running)
+        seen = len(running.outcomes)
+        async with transaction(books) as application:
+            await book(application, ANNA, 100)
+        await running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
+        await eventually(lambda: is_ready(running))
+
+
+async def test_commands_work_through_a_transaction_pooler(books: Database) -> None:
+    async with pgbouncer(books, "transaction") as pooled:
+        for user, *command in (
+            ("listener_service", "sweep"),
+            ("listener_service", "status"),
+            ("listener_service", "explain", LEDGER_VIEW, "--tenant", str(ANNA)),
+            ("listener_service", "verify"),
+            ("listener_migrator", "pause", LEDGER_VIEW),
+            ("listener_migrator", "resume", LEDGER_VIEW),
+        ):
+            done = await anyio.to_thread.run_sync(partial(listener, *command, url=pooled.url(user)))
+            assert (done.returncode, done.stderr) == (0, ""), command
