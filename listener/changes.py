@@ -182,12 +182,11 @@ async def drain(connection: AsyncConnection[Any], now: float, looked_before: flo
     first = rows[0]
     if first.outcome != "drained":
         return Drained(first.outcome, restored=bool(first.restored))
-    if first.view_id is not None:
-        keys = [reader.change(row) for row in rows if not row.paused]
-    else:
-        # Very many: it has committed, and whoever else drains waits for none of this.
-        found = _paged(connection, "SELECT * FROM listener.drained_keys(%s)", first.version) if first.keys else None
-        keys = [] if found is None else [reader.change(row) async for row in found if not row.paused]
+    keys = [reader.change(row) for row in rows if row.view_id is not None and not row.paused]
+    if first.view_id is None and first.keys:
+        # Very many, and only now that the drain has committed: whoever else drains waits for none of this.
+        async with aclosing(_paged(connection, "SELECT * FROM listener.drained_keys(%s)", first.version)) as found:
+            keys = [reader.change(row) async for row in found if not row.paused]
     return Drained("drained", first.changes, first.correlation_id, keys, bool(first.restored))
 
 

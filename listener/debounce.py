@@ -8,10 +8,15 @@ and never before a retry that it waits for, nor within `quiet_period` of the sta
 Of the keys that are due, the one whose `max_wait` runs out first goes first, so a tenant that writes all the time
 cannot starve the others. Bulk keys (filling, shared tables) come after all others, but have every fourth turn, so
 that they cannot be starved either. While a key is being refreshed, changes to it are kept and not handed out.
+
+A tenant has half of the workers at most, and one at least: its keys may be slow and always the most overdue, and would
+otherwise have all. What it has too many of is held back, also from a worker that is idle then: whoever comes next would
+have to wait for a slow refresh. "All tenants" counts as a tenant.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -46,9 +51,10 @@ class _Place(NamedTuple):
 
 
 class Debouncer:
-    """The keys that wait for a refresh, and those that are being refreshed."""
+    """The keys that wait for a refresh, and those that are being refreshed by so many workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        self._tenant_limit = max(1, workers // 2)
         self._waiting: dict[RefreshKey, Change] = {}
         self._running: set[RefreshKey] = set()
         self._started: dict[RefreshKey, float] = {}
@@ -58,6 +64,9 @@ class Debouncer:
         self._timers: list[_Place] = []
         self._ready: dict[bool, list[_Place]] = {False: [], True: []}
         self._turn = 0
+        self._running_of: Counter[str] = Counter()
+        # Ready keys of tenants that had all they may have when it was the key's turn; out of the way of the others.
+        self._held_back: dict[tuple[str, bool], list[_Place]] = {}
 
     def __len__(self) -> int:
         """Keys waiting, whether due or not."""
@@ -100,13 +109,14 @@ class Debouncer:
         self._turn += 1
         bulk_first = self._turn % BULK_TURN == 0
         for bulk in (bulk_first, not bulk_first):
-            place = self._first(self._ready[bulk])
+            place = self._next_ready(bulk)
             if place is not None:
                 heappop(self._ready[bulk])
                 key = place.key
                 del self._places[key]
                 change = self._waiting.pop(key)
                 self._running.add(key)
+                self._running_of[key.tenant] += 1
                 self._started[key] = now
                 self._longest_quiet_period = max(self._longest_quiet_period, change.window.quiet_period)
                 return change
@@ -114,13 +124,13 @@ class Debouncer:
 
     def next_due(self) -> float | None:
         """When take() can next return something; None when nothing waits that is not running."""
-        if any(self._first(heap) is not None for heap in self._ready.values()):
+        if any(self._next_ready(bulk) is not None for bulk in self._ready):
             return float("-inf")
         return self._next_timer()
 
     def finished(self, key: RefreshKey, version: int) -> None:
         """The key was refreshed; `version` is reflected. A change that came meanwhile waits for its own turn."""
-        self._running.discard(key)
+        self._ran(key)
         change = self._waiting.get(key)
         if change is None or change.version <= version:
             self._waiting.pop(key, None)
@@ -130,7 +140,7 @@ class Debouncer:
 
     def again(self, change: Change, retry_at: float) -> None:
         """The key was not refreshed (busy, failed): it waits again, until `retry_at` at least."""
-        self._running.discard(change.key)
+        self._ran(change.key)
         newer = self._waiting.get(change.key)
         self.changed(replace(change, retry_at=retry_at))
         if newer is not None:
@@ -155,6 +165,23 @@ class Debouncer:
         """Forgets the starts of refreshes that no quiet period reaches back to any more."""
         before = now - self._longest_quiet_period
         self._started = {k: s for k, s in self._started.items() if s > before or k in self._running}
+
+    def _ran(self, key: RefreshKey) -> None:
+        if key not in self._running:
+            return
+        self._running.remove(key)
+        self._running_of[key.tenant] -= 1
+        if not self._running_of[key.tenant]:
+            del self._running_of[key.tenant]
+        # The tenant may have one more: the first that was held back, of either kind. Whichever is not taken then is
+        # held back again.
+        for bulk in self._ready:
+            held = self._held_back.get((key.tenant, bulk), [])
+            place = self._first(held)
+            if place is not None:
+                heappush(self._ready[bulk], heappop(held))
+            if not held:
+                self._held_back.pop((key.tenant, bulk), None)
 
     def _wait(self, change: Change) -> None:
         key = change.key
@@ -188,6 +215,16 @@ class Debouncer:
             if self._places.get(heap[0].key) is heap[0]:
                 return heap[0]
             heappop(heap)
+        return None
+
+    def _next_ready(self, bulk: bool) -> _Place | None:  # noqa: FBT001 - one of two heaps
+        """The first ready key whose tenant may have one more; those before it are held back."""
+        ready = self._ready[bulk]
+        while (place := self._first(ready)) is not None:
+            tenant = place.key.tenant
+            if self._running_of[tenant] < self._tenant_limit:
+                return place
+            heappush(self._held_back.setdefault((tenant, bulk), []), heappop(ready))
         return None
 
     def _next_timer(self) -> float | None:

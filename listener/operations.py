@@ -13,7 +13,7 @@ import psycopg
 from listener import changes, dead_letters, queries
 from listener.dead_letters import RetryPolicy
 from listener.errors import from_database, is_lost, one_line
-from listener.refresh import Outcome, refresh
+from listener.refresh import Outcome, refresh, refresh_now
 from listener.views import EVERYBODY, RefreshKey
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ async def refresh_one(connection: AsyncConnection[Any], view: str, tenant: str, 
     """Refreshes a key now; waits up to `patience` seconds for whoever is at it."""
     deadline = anyio.current_time() + patience
     while True:
-        outcome = await refresh(connection, RefreshKey(0, view, tenant), 0)
+        outcome = await refresh_now(connection, RefreshKey(0, view, tenant))
         if outcome.outcome != "busy" or anyio.current_time() > deadline:
             return outcome
         await anyio.sleep(BUSY_WAIT)
@@ -128,7 +128,7 @@ async def sweep_once(
         for change in todo:
             result: Outcome | Failed
             try:
-                result = await refresh(connection, change.key, change.version)
+                result = await refresh(connection, change)
                 expanded = expanded or result.outcome == "expanded"
             except psycopg.Error as error:
                 if policy is None or _ends_it_all(connection, error):

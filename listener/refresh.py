@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from listener.views import EVERYBODY, RefreshKey
+from listener.views import EVERYBODY, Change, RefreshKey
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -16,30 +16,44 @@ class Outcome:
     """What a refresh did.
 
     Rows of the target inserted, updated, deleted; the dirty version that is now reflected. `expanded` wrote "all
-    tenants" out as `inserted` keys; `busy` and `paused` did nothing.
+    tenants" out as `inserted` keys; `fresh`, `busy` and `paused` did nothing: another replica had shown the version, is
+    at it, or nobody is to be.
     """
 
-    outcome: Literal["refreshed", "expanded", "busy", "paused"]
+    outcome: Literal["refreshed", "expanded", "fresh", "busy", "paused"]
     inserted: int = 0
     updated: int = 0
     deleted: int = 0
     version: int = 0
 
 
-async def refresh(connection: AsyncConnection[Any], key: RefreshKey, version: int) -> Outcome:
-    """Refreshes the key in a transaction of its own. `version` is what an expansion reflects at least.
+async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
+    """Refreshes the key in a transaction of its own, unless its version is shown already and it is not aged.
 
     Raises psycopg.Error: whatever the definition raises, a timeout, a lost connection. Nothing was written then.
     """
-    if key.tenant == EVERYBODY:
-        cursor = await connection.execute("SELECT outcome, tenants FROM listener.expand(%s)", (key.view,))
-        row = await cursor.fetchone()
-        assert row is not None
-        return Outcome(row[0], inserted=row[1] or 0, version=version)
+    key = change.key
+    if change.aged:
+        return await refresh_now(connection, key)
     cursor = await connection.execute(
-        "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh(%s::text, %s::text)",
-        (key.view, key.tenant),
+        "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh_dirty(%s, %s::text, %s::text, %s)",
+        (key.view_id, key.view, key.tenant, change.version),
     )
-    row = await cursor.fetchone()
+    return _outcome(await cursor.fetchone())
+
+
+async def refresh_now(connection: AsyncConnection[Any], key: RefreshKey) -> Outcome:
+    """Refreshes the key whether it is dirty or not. Raises as refresh()."""
+    if key.tenant == EVERYBODY:
+        cursor = await connection.execute("SELECT outcome, tenants, 0, 0, 0 FROM listener.expand(%s)", (key.view,))
+    else:
+        cursor = await connection.execute(
+            "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh(%s::text, %s::text)",
+            (key.view, key.tenant),
+        )
+    return _outcome(await cursor.fetchone())
+
+
+def _outcome(row: tuple[Any, ...] | None) -> Outcome:
     assert row is not None
     return Outcome(row[0], row[1] or 0, row[2] or 0, row[3] or 0, row[4] or 0)

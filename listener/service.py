@@ -53,7 +53,7 @@ class Service:
         self.settings = settings
         self.started = anyio.Event()
         self.metrics = Metrics()
-        self.debouncer = Debouncer()
+        self.debouncer = Debouncer(settings.workers)
         self.listening = ListenState(
             on_reconnect=self.metrics.reconnects.inc, on_malformed=self.metrics.malformed_notifications.inc
         )

@@ -113,7 +113,7 @@ class Workers:
     async def _refresh(self, connection: psycopg.AsyncConnection[Any], change: Change) -> Outcome:
         key = change.key
         started = anyio.current_time()
-        outcome = await refresh(connection, key, change.version)
+        outcome = await refresh(connection, change)
         ended = anyio.current_time()
         self._metrics.refreshes.labels(key.view, outcome.outcome).inc()
         if outcome.outcome == "busy":

@@ -150,6 +150,35 @@ CREATE OR REPLACE FUNCTION listener.refresh(
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
 LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::pg_catalog.text) $function$;
 
+-- is_shown(view_id, tenant, version): whether a refresh has shown this version of the key, and none failed since.
+CREATE OR REPLACE FUNCTION listener.is_shown(view_id integer, tenant text, version bigint) RETURNS boolean
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_bitmapscan = off SET enable_sort = off AS $function$
+BEGIN
+    RETURN EXISTS (SELECT FROM listener.state_of(is_shown.view_id, is_shown.tenant) r
+                   WHERE r.refreshed_version >= is_shown.version AND r.failures = 0);
+END
+$function$;
+
+-- refresh_dirty(view_id, view, tenant, version): what a replica does for a key that it heard of: refresh(), or expand()
+-- for "all tenants" (inserted: how many); and nothing where another replica has shown this version meanwhile: 'fresh'.
+CREATE OR REPLACE FUNCTION listener.refresh_dirty(
+    view_id integer, view text, tenant text, INOUT version bigint,
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF listener.is_shown(view_id, tenant, version) THEN
+        outcome := 'fresh';
+    ELSIF tenant = '' THEN
+        SELECT e.outcome, e.tenants INTO outcome, inserted FROM listener.expand(view) e;
+    ELSE
+        SELECT r.outcome, r.inserted, r.updated, r.deleted, r.version INTO outcome, inserted, updated, deleted, version
+        FROM listener.refresh(view, tenant) r;
+    END IF;
+END
+$function$;
+
 -- refresh_materialized_view_for_tenant(tenant_id, view_name): refresh() under the name, and with the order of
 -- arguments, that callers of a home-made refresh function expect. Returns the outcome.
 CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_id text, view_name text) RETURNS text

@@ -9,12 +9,14 @@ from typing import Literal
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from listener.debounce import Debouncer
 from listener.views import Change, RefreshKey, Window
 
 KEYS = [RefreshKey(view, f"view{view}", tenant) for view in (1, 2) for tenant in ("a", "b")]
+MORE_KEYS = [RefreshKey(view, f"view{view}", tenant) for view in (1, 2, 3, 4) for tenant in ("a", "b", "")]
+MANY = 1000  # workers: more than any tenant has keys
 # Whole numbers, so that sums are exact. The properties hold for any window with max_wait >= quiet_period.
 EDGES: tuple[Literal["leading", "trailing"], ...] = ("leading", "trailing")
 WINDOWS = st.builds(
@@ -57,7 +59,7 @@ class Simulation:
 
     windows: dict[RefreshKey, Window]
     now: float = 0
-    debouncer: Debouncer = field(default_factory=Debouncer)
+    debouncer: Debouncer = field(default_factory=lambda: Debouncer(MANY))
     known: dict[RefreshKey, Known] = field(default_factory=dict)
     ends: list[tuple[float, RefreshKey, float | None]] = field(default_factory=list)
     lasts: Callable[[], tuple[int, int | None]] = lambda: (0, None)
@@ -153,14 +155,23 @@ class SlowTaker(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
-        self.debouncer = Debouncer()
+        self.debouncer = Debouncer(MANY)
+        self.limit = MANY
         self.first: dict[RefreshKey, int] = {}
         self.bulk: dict[RefreshKey, bool] = {}
         self.running: dict[RefreshKey, Change] = {}
         self.version = 0
         self.served: list[tuple[bool, bool, bool]] = []  # normal due, bulk due, bulk was served
 
-    @rule(key=st.sampled_from(KEYS), bulk=st.booleans(), wait=st.integers(0, 9))
+    @initialize(workers=st.integers(1, 7))
+    def begin(self, workers: int) -> None:
+        self.debouncer = Debouncer(workers)
+        self.limit = max(1, workers // 2)
+
+    def has_enough(self, key: RefreshKey) -> bool:
+        return sum(running.tenant == key.tenant for running in self.running) >= self.limit
+
+    @rule(key=st.sampled_from(MORE_KEYS), bulk=st.booleans(), wait=st.integers(0, 9))
     def change(self, key: RefreshKey, *, bulk: bool, wait: int) -> None:
         self.version += 1
         self.bulk[key] = self.bulk.get(key, True) and bulk
@@ -171,13 +182,20 @@ class SlowTaker(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         due = {
-            bulk: [key for key in self.first if key not in self.running and self.bulk[key] is bulk]
+            bulk: [
+                key
+                for key in self.first
+                if key not in self.running and self.bulk[key] is bulk and not self.has_enough(key)
+            ]
             for bulk in (False, True)
         }
+        next_due = self.debouncer.next_due()
+        assert not any(due.values()) or (next_due is not None and next_due <= self.now), "a worker would sleep"
         change = self.debouncer.take(self.now)
         if change is None:
             assert not due[False]
             assert not due[True]
+            assert self.debouncer.next_due() is None, "a worker would not sleep"
             self.served.clear()
             return
         peers = due[change.bulk]
@@ -186,6 +204,7 @@ class SlowTaker(RuleBasedStateMachine):
         self.served.append((bool(due[False]), bool(due[True]), change.bulk))
         self.running[change.key] = change
         del self.first[change.key], self.bulk[change.key]
+        assert sum(running.tenant == change.key.tenant for running in self.running) <= self.limit
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -212,7 +231,7 @@ class SlowTaker(RuleBasedStateMachine):
     def it_holds_what_waits_and_what_runs(self) -> None:
         assert len(self.debouncer) == len(self.first)
         assert self.debouncer.running == len(self.running)
-        for key in KEYS:
+        for key in MORE_KEYS:
             assert (key in self.debouncer) is (key in self.first or key in self.running)
 
 
@@ -225,7 +244,7 @@ TestASlowTakerGetsTheEarliestDeadlineAndStarvesNobody = SlowTaker.TestCase
 @ALWAYS
 @given(WINDOWS, st.integers(1, 20), st.integers(0, 20))
 def test_a_key_that_failed_waits_for_its_retry(window: Window, retry: int, change_after: int) -> None:
-    debouncer = Debouncer()
+    debouncer = Debouncer(MANY)
     debouncer.changed(change_of(KEYS[0], window, 0))
     start = debouncer.next_due()
     assert start is not None
@@ -245,7 +264,7 @@ def test_a_key_that_failed_waits_for_its_retry(window: Window, retry: int, chang
 
 def test_a_change_while_running_is_kept_and_one_that_the_refresh_saw_is_not() -> None:
     for seen, waits in ((1, True), (2, False)):
-        debouncer = Debouncer()
+        debouncer = Debouncer(MANY)
         window = Window(1, 2, "leading")
         debouncer.changed(change_of(KEYS[0], window, 0, 1))
         assert debouncer.take(0) is not None
@@ -257,7 +276,7 @@ def test_a_change_while_running_is_kept_and_one_that_the_refresh_saw_is_not() ->
 
 @pytest.mark.parametrize(("edge", "due"), [("leading", 0), ("trailing", 5)])
 def test_the_edge_decides_whether_a_calm_key_is_due_at_once(edge: Literal["leading", "trailing"], due: int) -> None:
-    debouncer = Debouncer()
+    debouncer = Debouncer(MANY)
     debouncer.changed(change_of(KEYS[0], Window(5, 20, edge), 0))
     assert debouncer.next_due() == due
     debouncer.changed(change_of(KEYS[0], Window(5, 20, edge), 3, 2))
@@ -265,7 +284,7 @@ def test_the_edge_decides_whether_a_calm_key_is_due_at_once(edge: Literal["leadi
 
 
 def test_a_start_is_remembered_until_no_quiet_period_reaches_back_to_it() -> None:
-    debouncer = Debouncer()
+    debouncer = Debouncer(MANY)
     window = Window(5, 20, "leading")
     debouncer.changed(change_of(KEYS[0], window, 0))
     assert debouncer.take(0) is not None

@@ -20,6 +20,7 @@ from listener.refresh import Outcome
 from listener.sample import create_tenants
 from listener.service import Service
 from listener.views import Change
+from overlaps import record_refreshes, wrong_refreshes
 
 pytestmark = pytest.mark.anyio
 
@@ -176,33 +177,12 @@ async def test_a_row_leaves_the_ninety_days_at_midnight_with_no_write(books: Dat
             assert await answer(changes) == before
 
 
-# The refreshes of one target, each from its first write, after it got the key's lock, to before it gives it back.
-RECORD_REFRESHES: LiteralString = """
-    CREATE TABLE refreshed (n bigint GENERATED ALWAYS AS IDENTITY, view_id int, tenant text, during tstzrange);
-    CREATE FUNCTION record() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
-        INSERT INTO public.refreshed (view_id, tenant, during)
-        SELECT NEW.view_id, NEW.tenant, tstzrange(began, clock_timestamp())
-        FROM (SELECT nullif(current_setting('test.began', true), '')::timestamptz AS began) b WHERE began IS NOT NULL;
-        RETURN NULL;
-    END $$;
-    CREATE FUNCTION begin() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-        PERFORM set_config('test.began', clock_timestamp()::text, true)
-        WHERE coalesce(current_setting('test.began', true), '') = '';
-        RETURN NULL;
-    END $$;
-    CREATE TRIGGER begin BEFORE INSERT OR UPDATE OR DELETE ON dashboard.mv_realtime_revenue
-        FOR EACH STATEMENT EXECUTE FUNCTION begin();
-    CREATE TRIGGER record AFTER INSERT OR UPDATE ON listener.refresh_state FOR EACH ROW
-        WHEN (NEW.tenant <> '') EXECUTE FUNCTION record();
-"""
-
-
 async def test_two_replicas_share_the_work_and_every_target_is_exact(books: Database) -> None:
     tenants = [uuid.UUID(int=n) for n in range(1, 21)]
     async with books.connect("listener_app") as application:
         await create_tenants(application, [(tenant, str(tenant)) for tenant in tenants])
     async with books.connect() as superuser:
-        await superuser.execute(RECORD_REFRESHES)
+        await record_refreshes(superuser)
         async with books.service() as one, books.service() as other:
 
             def both_worked() -> bool:
@@ -219,10 +199,7 @@ async def test_two_replicas_share_the_work_and_every_target_is_exact(books: Data
             await eventually(lambda: queries.all_fresh(superuser))
         refreshed = await (await superuser.execute("SELECT count(DISTINCT tenant) FROM refreshed")).fetchone()
         assert refreshed == (len(tenants) + 2,)
-        at_once = await superuser.execute(
-            "SELECT FROM refreshed a JOIN refreshed b USING (view_id, tenant) WHERE a.n < b.n AND a.during && b.during"
-        )
-        assert await at_once.fetchall() == []
+        assert await wrong_refreshes(superuser) == []
     async with books.connect("listener_service") as service:
         names = [row["view"] for row in await queries.views(service)]
         assert [d async for _, _, d in operations.verify(service, names) if d is not None] == []

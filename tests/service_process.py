@@ -1,0 +1,110 @@
+"""`listener run` as a process among others: its log is read as it comes, each line an event to wait for.
+
+Nothing here blocks the event loop, so that a test can write, wait and look while several services run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+
+from command import ROOT, environment
+from conftest import DEADLINE
+
+
+class ServiceProcess:
+    """One replica. `log` has every line that it wrote, in order."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.log: list[dict[str, Any]] = []
+        self._wrote = anyio.Event()
+
+    async def read(self) -> None:
+        """Takes the log in, to its end."""
+        assert self.process.stderr is not None
+        try:
+            async for line in self.process.stderr:
+                self.log.append(json.loads(line))
+                self._tell()
+        finally:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._wrote.set()
+        self._wrote = anyio.Event()
+
+    async def until(self, event: str, *, after: int = 0, **fields: object) -> dict[str, Any]:
+        """The first log line of this event with these fields, from line number `after` on."""
+
+        def is_it(line: dict[str, Any]) -> bool:
+            return line["event"] == event and fields.items() <= line.items()
+
+        with anyio.fail_after(DEADLINE):
+            while True:
+                wrote = self._wrote
+                for line in self.log[after:]:
+                    if is_it(line):
+                        return line
+                assert self.process.returncode is None, f"it ended without {event} {fields}: {self.log[-3:]}"
+                await wrote.wait()
+
+    def logged(self, event: str, *, after: int = 0, **fields: object) -> list[dict[str, Any]]:
+        """The log lines until now of this event with these fields, from line number `after` on."""
+        return [line for line in self.log[after:] if line["event"] == event and fields.items() <= line.items()]
+
+    @property
+    def port(self) -> int:
+        """Of its HTTP; once it serves."""
+        (serving,) = self.logged("serving")
+        return int(serving["http"].rpartition(":")[2])
+
+    def send(self, what: signal.Signals) -> None:
+        """SIGSTOP, SIGCONT, and whatever ends it."""
+        self.process.send_signal(what)
+
+    async def end(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it, stopped or not; its exit code."""
+        self.send(how)
+        if how != signal.SIGKILL:
+            self.send(signal.SIGCONT)
+        with anyio.fail_after(DEADLINE):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def service_process(url: str, **settings: str) -> AsyncIterator[ServiceProcess]:
+    """`listener run` on this database, which may not serve yet when the block begins; killed at its end if it runs.
+
+    Settings as the environment has them, without LISTENER_.
+    """
+    given = {f"LISTENER_{name.upper()}": value for name, value in settings.items()}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "listener",
+        "run",
+        env=environment(LISTENER_DATABASE_URL=url, LISTENER_LOG_FORMAT="json", **given),
+        stderr=PIPE,
+        cwd=ROOT,
+        # The longest line names twenty keys, or has a traceback.
+        limit=2**20,
+    )
+    service = ServiceProcess(process)
+    async with anyio.create_task_group() as reading:
+        reading.start_soon(service.read)
+        try:
+            yield service
+        finally:
+            if process.returncode is None:
+                process.kill()
+            with anyio.CancelScope(shield=True):
+                await process.wait()
