@@ -133,7 +133,7 @@ async def test_services_of_two_releases_work_beside_each_other_while_the_schema_
 ) -> None:
     migrator = books.url("listener_migrator")
     brisk = {"LISTENER_SWEEP_INTERVAL": "300ms"}
-    async with replica(books.url(), tmp_path / "this.log", **brisk) as this:
+    async with replica(books.url(), tmp_path / "this.log", clone=ROOT, **brisk) as this:
         async with load(books):
             await this.until("refreshed")
             early = await run(following, books.url(), "run")
@@ -145,7 +145,7 @@ async def test_services_of_two_releases_work_beside_each_other_while_the_schema_
             migrated = await run(following, migrator, "migrate")
             assert (migrated.returncode, migrated.stderr) == (0, "")
             await this.until("the schema is newer than this service, and serves it", schema=NEXT, service=head())
-        async with replica(books.url(), tmp_path / "next.log", following, **brisk) as other:
+        async with replica(books.url(), tmp_path / "next.log", clone=following, **brisk) as other:
             async with load(books):
                 assert (await other.until("starting"))["migration"] == NEXT
                 await other.until("serving")
@@ -205,7 +205,7 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
                 f"listener: the schema is at migration {NEXT} and no longer serves this release, which is of {head()}. "
                 "Upgrade this service: use the release that migrated the schema, or a newer one."
             )
-    async with replica(books.url(), tmp_path / "next.log", following) as other:
+    async with replica(books.url(), tmp_path / "next.log", clone=following) as other:
         async with transaction(books) as application:
             await book(application, ANNA, 100)
         # What was left of either release's time.
@@ -228,7 +228,10 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
 async def test_the_schema_can_go_while_two_services_run_and_come_back(books: Database, tmp_path: Path) -> None:
     migrator = books.url("listener_migrator")
     brisk = {"LISTENER_SWEEP_INTERVAL": "200ms"}
-    async with replica(books.url(), tmp_path / "1", **brisk) as one, replica(books.url(), tmp_path / "2", **brisk) as two:
+    async with (
+        replica(books.url(), tmp_path / "1", clone=ROOT, **brisk) as one,
+        replica(books.url(), tmp_path / "2", clone=ROOT, **brisk) as two,
+    ):
         async with load(books):
             for service in (one, two):
                 await service.until("refreshed")

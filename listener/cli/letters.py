@@ -121,16 +121,14 @@ def discard(
 async def _one(connection: Connection, letter_id: str) -> dict[str, Any]:
     found = await dead_letters.letters(connection, letter_id=letter_id, status=None)
     if not found:
-        raise errors.SetupError(
-            f"there is no such letter: {letter_id}", hint="See: listener dead-letters list --closed"
-        )
+        raise errors.SetupError(f"there is no letter {letter_id}.", hint="See: listener dead-letters list --closed")
     return found[0]
 
 
 async def _of(
     connection: Connection, view: str | None, tenant: str | None, *, status: str | None = "open"
 ) -> list[dict[str, Any]]:
-    """Letters of a view, which may be spelled with its schema, and of a tenant. Raises RefusedError for no such view."""
+    """Letters of a view, spelled with its schema or without, and of a tenant. Raises RefusedError for no such view."""
     found = await dead_letters.letters(connection, view=view, tenant=tenant, status=status)
     if not found and view is not None and not await dead_letters.letters(connection, view=view, status=None):
         # One that was dropped has letters, too; one that has none must be there.
