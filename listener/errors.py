@@ -128,7 +128,7 @@ DATABASE_TROUBLE = (psycopg.Error, PoolTimeout)
 
 
 def public_reason(error: BaseException) -> str:
-    """The same for whoever may ask over HTTP: what the server says of a statement can name a tenant, so its kind alone."""
+    """The same for whoever asks over HTTP: what the server said of a statement can name a tenant, so only its kind."""
     if not isinstance(error, psycopg.Error) or is_lost(error) or error.sqlstate in {"LSN06", READ_ONLY}:
         return reason(error)
     return f"{type(error).__name__} ({error.sqlstate}); the log has the text"

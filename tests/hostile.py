@@ -14,8 +14,8 @@ from conftest import Database
 # What PostgreSQL 14 gave to everybody, and many databases still do.
 ALLOW = "GRANT CREATE ON SCHEMA public TO {app}; GRANT TEMPORARY ON DATABASE {database} TO {app}"
 
-# Run by the application's role. A name in the path's first schema wins; so does, in any, one whose parameters fit better
-# than those of pg_catalog: "char" for text, name for text, anything for a polymorphic or variadic one.
+# Run by the application's role. A name in the path's first schema wins; so does, in any, one whose parameters fit
+# better than those of pg_catalog: "char" for text, name for text, anything for a polymorphic or variadic one.
 PLANT: LiteralString = """
 -- Or it would fall into its own traps.
 SET search_path = pg_catalog;
@@ -51,7 +51,8 @@ BEGIN
                              AND NOT 'internal'::regtype = ANY (p.proargtypes)
                              AND NOT 'cstring'::regtype = ANY (p.proargtypes)
             UNION ALL SELECT 2, s.type, 'text' FROM simple s
-            UNION ALL SELECT 2, s.type || ', ' || r.type, 'text' FROM simple s, simple r WHERE s.number < 6 AND r.number < 6
+            UNION ALL SELECT 2, s.type || ', ' || r.type, 'text' FROM simple s, simple r
+                      WHERE s.number < 6 AND r.number < 6
             UNION ALL SELECT 2, 'text, ' || s.type || ', ' || r.type, 'text' FROM simple s, simple r
                       WHERE s.number < 4 AND r.number < 4) AS a (ord, arguments, result)
         ORDER BY u.proname, a.arguments, a.ord
@@ -63,7 +64,8 @@ BEGIN
     FOR wanted IN
         SELECT o.name, o.result, l.type AS l, r.type AS r
         FROM (VALUES ('=', 'boolean'), ('<>', 'boolean'), ('<', 'boolean'), ('>', 'boolean'), ('<=', 'boolean'),
-                     ('>=', 'boolean'), ('||', 'text'), ('+', 'bigint'), ('*', 'bigint'), ('~', 'boolean')) AS o (name, result)
+                     ('>=', 'boolean'), ('~', 'boolean'), ('||', 'text'), ('+', 'bigint'), ('*', 'bigint'))
+            AS o (name, result)
         CROSS JOIN unnest(ARRAY['text', 'name', 'integer', 'bigint', 'oid', '"char"', 'regclass', 'name[]', 'integer[]',
                                 'uuid', 'double precision', 'public.evil']) AS l (type)
         CROSS JOIN unnest(ARRAY['text', 'name', 'integer', 'bigint', 'oid', '"char"', 'regclass', 'name[]', 'integer[]',
@@ -78,7 +80,7 @@ BEGIN
                        wanted.l, wanted.r, 'operator' || wanted.name);
     END LOOP;
     -- Casts to a type of the application's own, taken wherever nothing else fits.
-    FOR wanted IN SELECT t.type FROM unnest(ARRAY['text', 'name', 'integer', 'bigint', 'uuid', 'regclass']) AS t (type) LOOP
+    FOR wanted IN SELECT t.type FROM unnest('{text,name,integer,bigint,uuid,regclass}'::text[]) AS t (type) LOOP
         EXECUTE format('CREATE FUNCTION public.to_evil(%s) RETURNS public.evil LANGUAGE plpgsql AS %L', wanted.type,
                        format(body, 'cast of ' || wanted.type));
         EXECUTE format('CREATE CAST (%1$s AS public.evil) WITH FUNCTION public.to_evil(%1$s) AS IMPLICIT', wanted.type);
@@ -88,7 +90,7 @@ BEGIN
         RETURN true;
     END$spring$;
     -- Types, whose conversion calls something.
-    FOR wanted IN SELECT t.type FROM unnest(ARRAY['text', 'uuid', 'name', 'jsonb', 'xid', 'xid8', 'regclass']) AS t (type) LOOP
+    FOR wanted IN SELECT t.type FROM unnest('{text,uuid,name,jsonb,xid,xid8,regclass}'::text[]) AS t (type) LOOP
         EXECUTE format('CREATE DOMAIN public.%I AS pg_catalog.%1$I CHECK (public.spring())', wanted.type);
     END LOOP;
 END
@@ -109,7 +111,9 @@ BEGIN
     LOOP
         EXECUTE pg_catalog.format('CREATE TEMPORARY TABLE %I (word text CHECK (public.spring()))', wanted.relname);
     END LOOP;
-    FOR wanted IN SELECT t.type FROM pg_catalog.unnest('{text,uuid,name,jsonb,xid,xid8,regclass}'::pg_catalog._text) AS t (type) LOOP
+    FOR wanted IN
+        SELECT t.type FROM pg_catalog.unnest('{text,uuid,name,jsonb,xid,xid8,regclass}'::pg_catalog._text) AS t (type)
+    LOOP
         EXECUTE pg_catalog.format('CREATE DOMAIN pg_temp.%I AS pg_catalog.%1$I CHECK (public.spring())', wanted.type);
     END LOOP;
 END

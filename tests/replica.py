@@ -57,16 +57,20 @@ class Replica:
             return await anyio.to_thread.run_sync(self.process.wait)
 
 
-@asynccontextmanager
-async def replica(url: str, log: Path, clone: Path = ROOT, **settings: str) -> AsyncIterator[Replica]:
-    """A service of the release in `clone`, by default this one; killed at the end if it still runs."""
+def start(url: str, log: Path, clone: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "listener", "run"],
             env=environment(LISTENER_DATABASE_URL=url, LISTENER_LOG_FORMAT="json", **settings),
             stderr=file,
             cwd=clone,
         )
+
+
+@asynccontextmanager
+async def replica(url: str, log: Path, *, clone: Path | None = None, **settings: str) -> AsyncIterator[Replica]:
+    """A service of the release in `clone`, by default this one; killed at the end if it still runs."""
+    process = start(url, log, clone or ROOT, settings)
     try:
         yield Replica(process, log)
     finally:

@@ -88,9 +88,9 @@ async def test_bad_ids_unknown_views_and_contradictions_are_one_line(books: Data
     await fail(books)
     one = letters(books)[0]["id"]
     for arguments, what in (
-        (["show", "x"], "there is no such letter: x. See: listener dead-letters list --closed"),
-        (["show", NOBODY], "there is no such letter"),
-        (["retry", "%s' OR true --"], "there is no such letter"),
+        (["show", "x"], "there is no letter x. See: listener dead-letters list --closed"),
+        (["show", NOBODY], "there is no letter"),
+        (["retry", "%s' OR true --"], "there is no letter"),
         (["list", "--view", "nothing"], "there is no managed view 'nothing'"),
         (["discard", "--view", "nothing", "--tenant", str(ANNA)], "there is no managed view 'nothing'"),
         (["discard"], "say which letters"),
@@ -244,8 +244,9 @@ async def test_a_huge_error_is_cut_and_does_not_fill_the_log_or_the_tables(books
                     USING DETAIL = repeat('d', 1000000), HINT = repeat('h', 1000000);
             END $$;
             SET ROLE listener_owner;
-            SELECT listener.create_view('speeches', 'SELECT tenant_id, public.speech(currency) AS n FROM public.revenue_ledger',
-                '{tenant_id}', tenants_query => 'SELECT id FROM public.tenants', depends_on => '{}');
+            SELECT listener.create_view('speeches',
+                'SELECT tenant_id, public.speech(currency) AS n FROM public.revenue_ledger', '{tenant_id}',
+                tenants_query => 'SELECT id FROM public.tenants', depends_on => '{}');
             """
         )
     swept = listener("sweep", url=books.url(), LISTENER_MAX_ATTEMPTS="1")

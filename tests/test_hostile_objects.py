@@ -47,7 +47,7 @@ WRITES: dict[str, LiteralString] = {
     "insert": """
         INSERT INTO public.attribution_allocations
             (tenant_id, channel_code, model_version, allocated_revenue_cents, confidence_score)
-        SELECT t, 'email', 'v', 1, 1 FROM pg_catalog.unnest(ARRAY[$$11111111-1111-4111-8111-111111111111$$]::pg_catalog.uuid[]) t
+        VALUES ('11111111-1111-4111-8111-111111111111', 'email', 'v', 1, 1)
         """,
     "update": "UPDATE public.attribution_allocations SET channel_code = 'post'",
     "merge": """
@@ -144,7 +144,7 @@ async def test_the_service_and_its_commands_call_nothing_of_the_applications(boo
 
 
 MANAGE: list[LiteralString] = [
-    """SELECT listener.create_view('states', 'SELECT DISTINCT l.tenant_id, l.state, l.amount_cents FROM revenue_ledger l',
+    """SELECT listener.create_view('states', 'SELECT l.tenant_id, l.state, l.amount_cents FROM revenue_ledger l',
            '{tenant_id,state,amount_cents}', tenants_query => 'SELECT id FROM tenants', target_rls => true)""",
     "SELECT listener.set_window('states', quiet_period => '1 s')",
     "SELECT listener.pause('states')",

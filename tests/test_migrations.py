@@ -201,3 +201,30 @@ async def test_a_server_that_is_too_old_is_refused(database: Database, monkeypat
         upgrade(settings_for(database.url("listener_migrator")))
     with pytest.raises(SetupError, match="is too old: 15 or newer is needed"):
         await check(database.url(), settings_for(database.url()))
+
+
+def test_a_migration_that_meets_a_lock_keeps_no_writer_waiting_and_goes_on_when_it_is_gone(database: Database) -> None:
+    at_work = (
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'listener migrate' AND wait_event_type = 'Lock'"
+    )
+
+    def waiting(connection: psycopg.Connection[Any]) -> list[tuple[int]]:
+        return connection.execute(at_work.encode()).fetchall()
+
+    with (
+        psycopg.connect(database.url("postgres")) as writer,
+        psycopg.connect(database.url("postgres"), autocommit=True) as other,
+        ThreadPoolExecutor() as threads,
+    ):
+        append = b"INSERT INTO listener.change_log (xid, changed_at, tenant) VALUES ('1', now(), '')"
+        writer.execute(append)
+        uninstalling = threads.submit(listener, "uninstall", "--yes", url=database.url("listener_migrator"))
+        while not (first := waiting(other)):
+            assert not uninstalling.done(), uninstalling.result()
+        # It stands in the queue before this one, and leaves it.
+        other.execute(append)
+        while waiting(other) in ([], first):
+            assert not uninstalling.done(), uninstalling.result()
+        writer.rollback()
+        assert uninstalling.result().returncode == 0, uninstalling.result().stderr
+    assert rows(database, "SELECT to_regnamespace('listener')") == [(None,)]

@@ -127,7 +127,7 @@ async def test_odd_names_go_the_whole_way(odd: Database, tmp_path: Path) -> None
     views = {name: await arrange(odd, name) for name in NAMES.values()}
     values = sorted([*NAMES.values(), *MORE])
     settings = {"LISTENER_MAX_ATTEMPTS": "1", "LISTENER_SWEEP_INTERVAL": "300ms"}
-    async with replica(odd.url(), tmp_path / "log", **settings) as service:
+    async with replica(odd.url(), tmp_path / "log", clone=None, **settings) as service:
         await service.until("serving")
         for name in views:
             for tenant in values:
@@ -188,7 +188,7 @@ async def test_odd_names_go_the_whole_way(odd: Database, tmp_path: Path) -> None
 async def test_odd_names_that_nothing_has_are_refused_in_one_line(odd: Database, name: str) -> None:
     assert "there is no managed view" in one_line("refresh", name, "--tenant", name, url=odd.url())
     assert "no view has a tenant" in one_line("status", "--tenant", name, url=odd.url())
-    assert "there is no such letter" in one_line("dead-letters", "show", name, url=odd.url())
+    assert "there is no letter" in one_line("dead-letters", "show", name, url=odd.url())
     async with odd.connect("listener_migrator") as migrator:
         for statement in (
             "SELECT listener.create_view(%(odd)s, 'SELECT 1 AS tenant_id', '{tenant_id}')",

@@ -1,4 +1,4 @@
-"""Releases beside each other: the next one migrates, and the services of this one go on or say that they cannot."""
+"""The schema is upgraded, or goes, under services that run: they go on where they can, and say so where they cannot."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ async def test_services_of_two_releases_work_beside_each_other_while_the_schema_
 ) -> None:
     migrator = books.url("listener_migrator")
     brisk = {"LISTENER_SWEEP_INTERVAL": "300ms"}
-    async with replica(books.url(), tmp_path / "this.log", **brisk) as this:
+    async with replica(books.url(), tmp_path / "this.log", clone=ROOT, **brisk) as this:
         async with load(books):
             await this.until("refreshed")
             early = await run(following, books.url(), "run")
@@ -145,7 +145,7 @@ async def test_services_of_two_releases_work_beside_each_other_while_the_schema_
             migrated = await run(following, migrator, "migrate")
             assert (migrated.returncode, migrated.stderr) == (0, "")
             await this.until("the schema is newer than this service, and serves it", schema=NEXT, service=head())
-        async with replica(books.url(), tmp_path / "next.log", following, **brisk) as other:
+        async with replica(books.url(), tmp_path / "next.log", clone=following, **brisk) as other:
             async with load(books):
                 assert (await other.until("starting"))["migration"] == NEXT
                 await other.until("serving")
@@ -205,7 +205,7 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
                 f"listener: the schema is at migration {NEXT} and no longer serves this release, which is of {head()}. "
                 "Upgrade this service: use the release that migrated the schema, or a newer one."
             )
-    async with replica(books.url(), tmp_path / "next.log", following) as other:
+    async with replica(books.url(), tmp_path / "next.log", clone=following) as other:
         async with transaction(books) as application:
             await book(application, ANNA, 100)
         # What was left of either release's time.
@@ -223,3 +223,37 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
             cursor = await superuser.execute("SELECT count(*) FROM listener.dead_letter")
             assert await cursor.fetchone() == (0,)
         assert await other.stop() == 0
+
+
+async def test_the_schema_can_go_while_two_services_run_and_come_back(books: Database, tmp_path: Path) -> None:
+    migrator = books.url("listener_migrator")
+    brisk = {"LISTENER_SWEEP_INTERVAL": "200ms"}
+    async with (
+        replica(books.url(), tmp_path / "1", clone=ROOT, **brisk) as one,
+        replica(books.url(), tmp_path / "2", clone=ROOT, **brisk) as two,
+    ):
+        async with load(books):
+            for service in (one, two):
+                await service.until("refreshed")
+            gone = await anyio.to_thread.run_sync(lambda: listener("uninstall", "--yes", url=migrator))
+            assert (gone.returncode, gone.stderr) == (0, "")
+            for service in (one, two):
+                await service.until("sweep failed; the next one tries again")
+                ready = await service.get("/health/ready")
+                assert (ready.status_code, (await service.get("/health")).status_code) == (503, 200)
+                assert "not draining: " in ready.text
+        # The writers were not disturbed, and what is left is theirs.
+        async with books.connect() as superuser:
+            cursor = await superuser.execute(
+                "SELECT to_regnamespace('listener'), (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'listener%'),"
+                " (SELECT count(*) > 0 FROM dashboard.mv_realtime_revenue)"
+            )
+            assert await cursor.fetchone() == (None, 0, True)
+            await superuser.execute(f'GRANT CREATE ON DATABASE "{books.name}" TO listener_owner'.encode())
+        assert listener("migrate", url=migrator).returncode == 0
+
+        async def are_ready() -> bool:
+            return {(await service.get("/health/ready")).status_code for service in (one, two)} == {200}
+
+        await eventually(are_ready)
+        assert [await service.stop() for service in (one, two)] == [0, 0]

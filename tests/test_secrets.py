@@ -178,7 +178,7 @@ async def test_a_service_whose_server_goes_away_keeps_the_password_to_itself(
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
-        ("could not connect to postgresql://u:Gehe1m@Wort@h/d, gave up", "could not connect to postgresql://u:***@h/d, gave up"),
+        ("cannot reach postgresql://u:Gehe1m@Wort@h/d, gave up", "cannot reach postgresql://u:***@h/d, gave up"),
         ("host=h password='it''s Gehe1m' user=u", "host=h password=*** user=u"),
         (r"password = 'it\'s Gehe1m'", "password = ***"),
         ("ALTER ROLE x PASSWORD 'Gehe1m'", "ALTER ROLE x PASSWORD ***"),

@@ -125,7 +125,7 @@ NOT_THE_APPLICATIONS = [
     "SELECT listener.end_lease()",
     "SELECT listener.record_refusal('v', 't', 'm', NULL, 'w')",
     "SELECT listener.mark_all_dirty(1)",
-    "CREATE TEMPORARY TABLE t (a int); CREATE TRIGGER t AFTER INSERT ON t EXECUTE FUNCTION listener.capture_1_truncate()",
+    "CREATE TEMPORARY TABLE t (); CREATE TRIGGER t AFTER INSERT ON t EXECUTE FUNCTION listener.capture_1_truncate()",
     "INSERT INTO dashboard.mv_realtime_revenue (tenant_id) VALUES ('11111111-1111-4111-8111-111111111111')",
     "SELECT * FROM dashboard.mv_realtime_revenue",
     "SELECT * FROM mv_reconciliation_status",
@@ -216,7 +216,8 @@ async def test_every_function_of_ours_has_a_pinned_path_where_it_lends_rights_an
             """
             SELECT p.oid::regprocedure::text, p.prorettype = 'trigger'::regtype, p.prosecdef,
                    'search_path=pg_catalog, pg_temp' = ANY (coalesce(p.proconfig, '{}')),
-                   EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a WHERE a.grantee = 0),
+                   EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+                           WHERE a.grantee = 0),
                    o.rolsuper
             FROM pg_proc p JOIN pg_roles o ON o.oid = p.proowner WHERE p.pronamespace = 'listener'::regnamespace
             """

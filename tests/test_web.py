@@ -25,6 +25,12 @@ async def test_a_port_that_is_bound_is_taken_at_once(sample: Database) -> None:
         bind("127.0.0.1", bound.getsockname()[1])
 
 
+@pytest.mark.parametrize("host", ["300.1.1.1", "a..b", "é" * 80])
+def test_an_address_that_is_none_is_refused(host: str) -> None:
+    with pytest.raises(SetupError, match="cannot listen on"):
+        bind(host, 0)
+
+
 async def test_unforced_row_level_security_is_a_reason(sample: Database) -> None:
     async with sample.connect() as superuser, sample.service() as running:
         await eventually(lambda: is_ready(running))

@@ -28,7 +28,7 @@ TROUBLE = """
     GRANT SELECT ON public.visits TO listener_service;
     SELECT listener.create_view('visited', 'SELECT tenant_id, sum(n)::bigint AS n FROM public.visits GROUP BY 1',
                                 '{tenant_id}');
-    SELECT listener.create_view('told', 'SELECT tenant_id, public.tell(tenant_id::text) AS n FROM public.revenue_ledger',
+    SELECT listener.create_view('told', 'SELECT tenant_id, public.tell(tenant_id::text) FROM public.revenue_ledger',
                                 '{tenant_id}', tenants_query => 'SELECT id FROM public.tenants', depends_on => '{}');
     RESET ROLE;
 """

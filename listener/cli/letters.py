@@ -121,9 +121,7 @@ def discard(
 async def _one(connection: Connection, letter_id: str) -> dict[str, Any]:
     found = await dead_letters.letters(connection, letter_id=letter_id, status=None)
     if not found:
-        raise errors.SetupError(
-            f"there is no such letter: {letter_id}", hint="See: listener dead-letters list --closed"
-        )
+        raise errors.SetupError(f"there is no letter {letter_id}.", hint="See: listener dead-letters list --closed")
     return found[0]
 
 

@@ -52,10 +52,10 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         bound.bind((host, port))
         bound.listen()
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two for what can be no host's name
         bound.close()
         raise SetupError(
-            f"cannot listen on {host}:{port}: {error.strerror}.",
+            f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}.",
             hint="Set LISTENER_HTTP_PORT or LISTENER_HTTP_HOST.",
         ) from error
     return bound
