@@ -71,7 +71,7 @@ class PatientConnection(psycopg.AsyncConnection[Any]):
         """Ends the connection under whoever waits for it."""
         self._given_up = why
         # Of a duplicate: libpq closes its own.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as same:
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.pgconn.socket)) as same:
             same.shutdown(socket.SHUT_RDWR)
 
     def _noted(self, gen: PQGen[Value]) -> PQGen[Value]:
