@@ -65,7 +65,7 @@ class Drainer:
         self._on_unheard = on_unheard
         self._unheard = False  # a drain may have been committed whose answer did not come: its keys are not known
         self._lock = anyio.Lock()
-        self._backoff = Backoff(base=0.1, cap=1)
+        self._backoff = Backoff(base=0.05, cap=1)
 
     async def run(self) -> None:
         """Until cancelled. Whatever the database says is waited out."""

@@ -105,7 +105,7 @@ def pool_options(url: str, settings: Settings, *, pooled: bool = False) -> dict[
         "min_size": 2,
         "max_size": settings.workers + 2,
         "connection_class": PatientConnection,
-        "configure": configured(probe_timeout, settings.statement_timeout.total_seconds() + probe_timeout),
+        "configure": configured(probe_timeout),
         # A connection that could not be had is tried once more, and then given up; else the pool doubles its pauses,
         # and would come back as long after an outage as that took. As long as nothing is there it tries anew.
         "reconnect_timeout": RECONNECT_PAUSE,

@@ -55,7 +55,7 @@ async def listen(
 
     `on_probe` may use the connection after each probe that came back, `on_lost` is called once it was lost.
     """
-    backoff = Backoff(base=0.1, cap=RETRY_CAP)
+    backoff = Backoff(base=0.05, cap=RETRY_CAP)
     connected_before = False
     while True:
         try:

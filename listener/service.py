@@ -57,7 +57,11 @@ class Service:
         self.listening = ListenState(
             on_reconnect=self.metrics.reconnects.inc, on_malformed=self.metrics.malformed_notifications.inc
         )
-        self.in_use = InUse(settings.probe_timeout.total_seconds(), self.metrics.given_up.inc)
+        self.in_use = InUse(
+            settings.probe_timeout.total_seconds(),
+            (settings.statement_timeout + settings.probe_timeout).total_seconds(),
+            self.metrics.given_up.inc,
+        )
         self.drainer = changes.Drainer(
             self._connection, self._drained, self._take_unheard, settings.poll_interval.total_seconds()
         )

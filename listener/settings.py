@@ -95,9 +95,7 @@ class Settings(BaseSettings):
         default=timedelta(milliseconds=100), description="how often to look for changes while nobody may notify"
     )
     sweep_interval: Duration = Field(default=timedelta(seconds=5), description="how often to look for what was missed")
-    probe_interval: Duration = Field(
-        default=timedelta(seconds=10), description="how often the connections are probed"
-    )
+    probe_interval: Duration = Field(default=timedelta(seconds=10), description="how often the connections are probed")
     probe_timeout: Duration = Field(default=timedelta(seconds=5), description="how long a probe may take")
     statement_timeout: ServerTimeout = Field(
         default=timedelta(seconds=60), description="the longest that one refresh may run"

@@ -71,7 +71,7 @@ class PatientConnection(psycopg.AsyncConnection[Any]):
         """Ends the connection under whoever waits for it."""
         self._given_up = why
         # Of a duplicate: libpq closes its own.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as same:
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.pgconn.socket)) as same:
             same.shutdown(socket.SHUT_RDWR)
 
     def _noted(self, gen: PQGen[Value]) -> PQGen[Value]:
@@ -97,22 +97,25 @@ class PatientConnection(psycopg.AsyncConnection[Any]):
                 self.give_up(f"no answer within {self.patience:g} s")
 
 
-def configured(first: float, then: float) -> Callable[[PatientConnection], Awaitable[None]]:
-    """For the pool: what a new connection is asked. It may take `first` seconds, and every later answer `then`."""
+def configured(patience: float) -> Callable[[PatientConnection], Awaitable[None]]:
+    """For the pool: what a new connection is asked, and how long that, and whatever the pool asks, may take."""
 
     async def configure(connection: PatientConnection) -> None:
-        connection.patience = first
+        connection.patience = patience
         connection.is_direct = await backends.backend_pid(connection) == connection.info.backend_pid
-        connection.patience = then
 
     return configure
 
 
 class InUse:
-    """The connections of the pool that are in use; `on_given_up` is told of each that is given up here."""
+    """The connections of the pool that are in use. `timeout`, `patience`: seconds.
 
-    def __init__(self, timeout: float, on_given_up: Callable[[], None]) -> None:
+    `on_given_up` is told of each that is given up because the server says that no answer will come.
+    """
+
+    def __init__(self, timeout: float, patience: float, on_given_up: Callable[[], None]) -> None:
         self._timeout = timeout
+        self._patience = patience
         self._on_given_up = on_given_up
         self._connections: set[PatientConnection] = set()
 
@@ -120,9 +123,11 @@ class InUse:
     def noted(self, connection: PatientConnection) -> Iterator[None]:
         """While it is in use."""
         self._connections.add(connection)
+        before, connection.patience = connection.patience, self._patience
         try:
             yield
         finally:
+            connection.patience = before
             self._connections.remove(connection)
 
     async def judge(self, listening: psycopg.AsyncConnection[Any]) -> None:

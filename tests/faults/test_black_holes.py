@@ -19,7 +19,7 @@ from proxy import Mode, Proxy, proxy_to
 pytestmark = pytest.mark.anyio
 
 # The probe alone finds it out: no sweep comes to its help, and no timeout of the server's.
-PROBING = {"sweep_interval": "1h", "probe_interval": "200ms", "probe_timeout": "700ms"}
+PROBING = {"sweep_interval": "1h", "probe_interval": "200ms", "probe_timeout": "1s"}
 
 
 class Lines:

@@ -20,7 +20,7 @@ async def books(sample: Database) -> Database:
 
 async def test_a_connection_on_which_no_notification_comes_is_replaced(books: Database) -> None:
     async with proxy_to(books.url()) as proxy:
-        probing = {"listen_database_url": proxy.url, "probe_interval": "200ms", "probe_timeout": "500ms"}
+        probing = {"listen_database_url": proxy.url, "probe_interval": "200ms", "probe_timeout": "1s"}
         async with books.service(sweep_interval="1h", **probing) as running:
             await settled(books, running)
             await eventually(lambda: running.service.listening.probe_answered)

@@ -19,11 +19,14 @@ async def books(sample: Database) -> Database:
     return sample
 
 
-async def test_answers_that_come_late_but_come_raise_no_alarm(books: Database) -> None:
+@pytest.mark.parametrize("slow", ["every connection", "the pool"])
+async def test_answers_that_come_late_but_come_raise_no_alarm(books: Database, slow: str) -> None:
     async with proxy_to(books.url()) as proxy:
         # An answer takes many times as long as the time between two probes, and no probe as long as it may.
         probing = {"probe_interval": "10ms", "probe_timeout": "5s", "sweep_interval": "1h"}
-        async with books.service(database_url=SecretStr(proxy.url), **probing) as running:
+        listening = books.url() if slow == "the pool" else proxy.url
+        links = {"database_url": SecretStr(proxy.url), "listen_database_url": SecretStr(listening)}
+        async with books.service(**probing, **links) as running:
             await settled(books, running)
             proxy.link.rate = 2000
             for _ in range(2):
