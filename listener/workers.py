@@ -15,7 +15,7 @@ from psycopg_pool import PoolTimeout
 from listener import dead_letters
 from listener.bell import Bell
 from listener.debounce import Debouncer
-from listener.errors import DATABASE_TROUBLE, is_lost, reason
+from listener.errors import DATABASE_TROUBLE, READ_ONLY, is_lost, reason
 from listener.metrics import Metrics
 from listener.refresh import Outcome, refresh
 from listener.views import Change
@@ -24,6 +24,8 @@ log = structlog.get_logger("listener.workers")
 
 BUSY_PAUSE = 0.05  # seconds
 CONNECTION_PAUSE = 0.1
+# A standby is not promoted within moments, and each attempt costs a connection.
+STANDBY_PAUSE = 5.0
 UNKNOWN_VIEW = "LSN01"
 RELEASE_TOO_OLD = "LSN06"
 TOO_OLD_PAUSE = 5.0
@@ -148,7 +150,7 @@ class Workers:
             return None
         # Lost, or cancelled by our own shutdown: no fault of the key's.
         if self._stopping or is_lost(error):
-            return anyio.current_time() + CONNECTION_PAUSE
+            return anyio.current_time() + (STANDBY_PAUSE if error.sqlstate == READ_ONLY else CONNECTION_PAUSE)
         # The schema was migrated under us; the drain says so, and whoever replaces us refreshes the key.
         if error.sqlstate == RELEASE_TOO_OLD:
             return anyio.current_time() + TOO_OLD_PAUSE

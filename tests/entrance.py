@@ -27,17 +27,20 @@ class Entrance:
 
     def __init__(self, database: Database, tasks: asyncio.TaskGroup) -> None:
         self.attempts: list[float] = []
-        self._server_socket = f"{database.directory}/.s.PGSQL.5432"
-        self._database = database.name
+        self._leads_to = database
         self._tasks = tasks
         self._mode: Mode = "refused"
         self._writers: set[StreamWriter] = set()
         self._opened = AsyncExitStack()
         self._port = 0
 
-    def url(self, user: str = "listener_service", *, port: int | None = None) -> str:
+    def url(self, user: str = "listener_service") -> str:
         """The database, reached through here. An attempt to connect that hangs takes two seconds, libpq's least."""
-        return f"postgresql://{user}@127.0.0.1:{port or self._port}/{self._database}?connect_timeout=2&sslmode=disable"
+        return f"postgresql://{user}@127.0.0.1:{self._port}/{self._leads_to.name}?connect_timeout=2&sslmode=disable"
+
+    def lead_to(self, database: Database) -> None:
+        """Another server's, for connections that are made from now on; those that stand are left alone."""
+        self._leads_to = database
 
     async def switch(self, mode: Mode) -> None:
         """Breaks what is open, and is in the new mode from then on."""
@@ -71,7 +74,7 @@ class Entrance:
 
     async def _forward(self, from_client: StreamReader, to_client: StreamWriter) -> None:
         try:
-            from_server, to_server = await asyncio.open_unix_connection(self._server_socket)
+            from_server, to_server = await asyncio.open_unix_connection(f"{self._leads_to.directory}/.s.PGSQL.5432")
         except OSError:
             to_client.transport.abort()
             return

@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import psycopg
 import pytest
 
 from books import ANNA, BEN, book, open_books, transaction
 from command import ROOT, environment, listener
 from conftest import DEADLINE, Database, eventually
+from entrance import entrance_to
 from process import running
 
 pytestmark = pytest.mark.anyio
@@ -53,7 +57,7 @@ async def waits_for_the_test(connection: psycopg.AsyncConnection[Any]) -> bool:
 def test_the_first_log_line_says_what_runs_and_where(sample: Database) -> None:
     with running(sample) as service:
         line = service.until("starting")
-        assert line.keys() >= {"version", "commit", "database", "migration", "postgresql", "settings"}
+        assert line.keys() >= {"version", "commit", "database", "migration", "postgresql", "connections", "settings"}
         assert line["database"].startswith("listener_service@")
         assert line["settings"]["sweep_interval"] == "5s"
         service.until("serving")
@@ -101,6 +105,20 @@ async def test_a_service_ended_in_mid_refresh_loses_nothing(slow: Database, end:
                 return await cursor.fetchone() == (300,)
 
             await eventually(is_shown)
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["between two attempts", "while an attempt hangs"])
+async def test_a_service_that_waits_for_its_database_ends_when_it_is_told_to(sample: Database, *, hangs: bool) -> None:
+    async with entrance_to(sample) as entrance:
+        unreachable = Database(replace(sample.server, url=lambda user, _: entrance.url(user)), sample.name)
+        with running(unreachable) as service:
+            await anyio.to_thread.run_sync(service.until, "waiting for the database")
+            if hangs:
+                await entrance.switch("silent")
+                await eventually(lambda: entrance.attempts)
+            service.process.send_signal(signal.SIGTERM)
+            await anyio.to_thread.run_sync(service.until, "stopped")
+            assert await anyio.to_thread.run_sync(service.process.wait, 30) == 0
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
