@@ -7,7 +7,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import backlog, bulk, calm, capture, drain, held_snapshot, idle, refresh, sustained, write_path
+from benchmarks import backlog, bulk, calm, capture, drain, held_snapshot, idle, noisy, refresh, sustained, write_path
 from benchmarks.bench import Result, environment
 from listener.embedded import EmbeddedServer
 
@@ -18,6 +18,7 @@ ALL = {
     "bulk": bulk,
     "refresh": refresh,
     "sustained": sustained,
+    "noisy": noisy,
     "backlog": backlog,
     "drain": drain,
     "held-snapshot": held_snapshot,
@@ -40,12 +41,14 @@ def main() -> None:
     parser.add_argument(
         "--writers", type=int, nargs="+", default=[1, 4, 16, 64], help="write-path: how many writers (1 4 16 64)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="write-path, capture, bulk: how often each (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="write-path, capture, bulk, noisy: how often each (3)")
     parser.add_argument("--burst", type=float, default=4, help="write-path: seconds of each run (4)")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[1000, 1500, 2000, 3000, 4000], help="sustained: writes a second"
     )
-    parser.add_argument("--load-seconds", type=float, default=30, help="sustained: how long each rate (30)")
+    parser.add_argument(
+        "--load-seconds", type=float, default=30, help="sustained, noisy: how long each rate or turn (30)"
+    )
     parser.add_argument("--hold-seconds", type=float, default=600, help="held-snapshot: how long (600)")
     parser.add_argument("--hold-rate", type=float, default=5000, help="held-snapshot: writes a second (5000)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
