@@ -15,6 +15,7 @@ from benchmarks import (
     drain,
     held_snapshot,
     idle,
+    noisy,
     recovery,
     refresh,
     sustained,
@@ -30,6 +31,7 @@ ALL = {
     "bulk": bulk,
     "refresh": refresh,
     "sustained": sustained,
+    "noisy": noisy,
     "backlog": backlog,
     "drain": drain,
     "held-snapshot": held_snapshot,
@@ -53,12 +55,14 @@ def main() -> None:
     parser.add_argument(
         "--writers", type=int, nargs="+", default=[1, 4, 16, 64], help="write-path: how many writers (1 4 16 64)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="write-path, capture, bulk: how often each (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="write-path, capture, bulk, noisy: how often each (3)")
     parser.add_argument("--burst", type=float, default=4, help="write-path: seconds of each run (4)")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[1000, 1500, 2000, 3000, 4000], help="sustained: writes a second"
     )
-    parser.add_argument("--load-seconds", type=float, default=30, help="sustained: how long each rate (30)")
+    parser.add_argument(
+        "--load-seconds", type=float, default=30, help="sustained, noisy: how long each rate or turn (30)"
+    )
     parser.add_argument("--hold-seconds", type=float, default=600, help="held-snapshot: how long (600)")
     parser.add_argument("--hold-rate", type=float, default=5000, help="held-snapshot: writes a second (5000)")
     parser.add_argument("--kills", type=int, default=100, help="recovery: how often each is killed (100)")

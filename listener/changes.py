@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, LiteralString, NamedTuple, TypeV
 
 import anyio
 import structlog
+from psycopg import sql
 from psycopg.rows import args_row
 
 from listener import queries
@@ -228,14 +229,17 @@ class _Row(NamedTuple):
 
 async def _paged(connection: AsyncConnection[Any], query: LiteralString, *parameters: object) -> AsyncGenerator[_Row]:
     """The rows, of which there may be very many, through a cursor of the server: a page at a time is in memory."""
-    async with (
-        connection.transaction(),
-        connection.cursor("pending_keys", row_factory=args_row(_Row)) as cursor,
-    ):
-        cursor.itersize = PAGE
-        await cursor.execute(query, parameters)
-        async for row in cursor:
-            yield row
+    page = sql.SQL("FETCH {} FROM pending_keys").format(PAGE)
+    async with connection.transaction(), connection.cursor(row_factory=args_row(_Row)) as cursor:
+        await cursor.execute("DECLARE pending_keys NO SCROLL CURSOR FOR " + query, parameters)
+        while True:
+            # What it returns depends on the cursor: not to be prepared.
+            await cursor.execute(page, prepare=False)
+            rows = await cursor.fetchall()
+            for row in rows:
+                yield row
+            if len(rows) < PAGE:
+                return
 
 
 class _Reader:

@@ -33,7 +33,12 @@ class Metrics:
             buckets=SECONDS,
             registry=r,
         )
-        self.dirty_keys = Gauge("listener_dirty_keys", "Keys with a change that is not shown.", ["view"], registry=r)
+        self.dirty_keys = Gauge(
+            "listener_dirty_keys",
+            "Keys with a change that is not shown, of views that are not paused.",
+            ["view"],
+            registry=r,
+        )
         self.oldest_dirty_age = Gauge(
             "listener_oldest_dirty_age_seconds",
             "Age of the oldest change that is not shown.",
@@ -41,6 +46,9 @@ class Metrics:
             registry=r,
         )
         self.dead_letters = Gauge("listener_dead_letters", "Open dead letters.", ["view"], registry=r)
+        self.paused = Gauge(
+            "listener_paused", "1 where the view is paused; its keys do not count as dirty.", ["view"], registry=r
+        )
         self.sweep_recovered = Counter("listener_sweep_recovered", "Keys that only the sweep found.", registry=r)
         self.capture_repaired = Counter(
             "listener_capture_repaired",
@@ -67,9 +75,9 @@ class Metrics:
 
     def show(self, views: Iterable[Mapping[str, Any]]) -> None:
         """Takes queries.view_gauges over; a view that was dropped is no longer shown."""
-        gauges = (self.dirty_keys, self.oldest_dirty_age, self.dead_letters)
+        gauges = (self.dirty_keys, self.oldest_dirty_age, self.dead_letters, self.paused)
         for gauge in gauges:
             gauge.clear()
         for view in views:
-            for gauge, value in zip(gauges, ("dirty_keys", "oldest_dirty_age", "dead_letters"), strict=True):
+            for gauge, value in zip(gauges, ("dirty_keys", "oldest_dirty_age", "dead_letters", "paused"), strict=True):
                 gauge.labels(view["view"]).set(view[value])

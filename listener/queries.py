@@ -96,7 +96,10 @@ async def computing_role(connection: AsyncConnection[Any]) -> tuple[str, bool] |
 
 
 async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
-    """Per view: dirty keys, the age in seconds of the oldest, open dead letters."""
+    """Per view: dirty keys, the age in seconds of the oldest, open dead letters, 1 where it is paused, else 0.
+
+    A paused view is stale because somebody wants it so: its keys are not counted as dirty.
+    """
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
             """
@@ -104,10 +107,11 @@ async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
                    coalesce(d.keys, 0) AS dirty_keys,
                    coalesce(extract(epoch FROM clock_timestamp() - d.since), 0)::float8 AS oldest_dirty_age,
                    (SELECT count(*) FROM listener.dead_letter l
-                    WHERE l.view_id = v.id AND l.status = 'open') AS dead_letters
+                    WHERE l.view_id = v.id AND l.status = 'open') AS dead_letters,
+                   (v.paused_at IS NOT NULL)::int AS paused
             FROM listener.managed_view v
             LEFT JOIN (SELECT k.view_id, count(*) AS keys, min(k.dirty_since) AS since
-                       FROM listener.dirty k GROUP BY k.view_id) d ON d.view_id = v.id
+                       FROM listener.dirty k GROUP BY k.view_id) d ON d.view_id = v.id AND v.paused_at IS NULL
             ORDER BY v.name
             """
         )

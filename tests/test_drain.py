@@ -10,6 +10,7 @@ import pytest
 from psycopg import AsyncConnection
 
 from conftest import Database
+from listener import changes
 from shop import (
     ANNA,
     BALANCE,
@@ -255,3 +256,27 @@ async def test_dirty_since_is_the_oldest_change_that_is_not_refreshed(
         await order(app, ANNA, "c")
         await drain(service)
         assert await one(service, since, ANNA) > first
+
+
+@pytest.mark.parametrize("tenants", [3, 3000])
+async def test_few_keys_are_in_the_answer_and_very_many_are_read_after_the_commit(
+    shop: Database, service: AsyncConnection[Any], tenants: int
+) -> None:
+    async with shop.connect() as superuser:
+        await superuser.execute(
+            "INSERT INTO shop.orders (tenant_id, product) SELECT lpad(n::text, 32, '0')::uuid, 'a'"
+            " FROM generate_series(1, %s) n",
+            (tenants,),
+        )
+    async with service.transaction(force_rollback=True):
+        answer = await rows(service, "SELECT keys, tenant, length(d::text) FROM listener.drain() d")
+        assert {keys for keys, _, _ in answer} == {2 * tenants}
+        assert (len(answer) == 2 * tenants) is (tenants == 3)
+        assert sum(length for _, _, length in answer) < 100_000
+    drained = await changes.drain(service, now=1000.0)
+    assert service.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+    assert len({change.key for change in drained.keys}) == len(drained.keys) == 2 * tenants
+    assert {change.correlation_id for change in drained.keys} == {drained.correlation_id}
+    assert {change.version for change in drained.keys} == {await one(service, "SELECT max(id) FROM listener.drain_log")}
+    assert all(900 < change.first_change <= 1000 for change in drained.keys)
+    assert (await changes.drain(service, now=1001.0)).outcome == "nothing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -11,6 +12,8 @@ import pytest
 from psycopg import AsyncConnection, sql
 
 from conftest import DEADLINE, Database
+from listener import changes
+from listener.refresh import Outcome, refresh
 from shop import (
     ANNA,
     BERT,
@@ -256,3 +259,23 @@ async def test_whoever_may_call_it_computes_what_the_service_would(
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             await app.execute("SELECT * FROM public.sales")
     assert await differences(superuser, "sales") == []
+
+
+async def test_what_another_replica_has_shown_is_left_as_it_is_unless_it_is_newer_or_failed_since(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    async with application(shop, ANNA) as app:
+        await order(app, ANNA, "bread")
+    (change,) = (await changes.drain(service, 0)).keys
+    assert (await refresh(service, change)).outcome == "refreshed"
+    state = "SELECT xmin, r.*::text FROM listener.refresh_state r ORDER BY 2"
+    before = await rows(superuser, state)
+    assert await refresh(service, change) == Outcome("fresh", version=change.version)
+    assert await rows(superuser, state) == before
+    assert (await refresh(service, replace(change, version=change.version + 1))).outcome == "refreshed"
+    assert (await refresh(service, replace(change, aged=True))).outcome == "refreshed"
+    await superuser.execute("UPDATE listener.refresh_state SET failures = 1")
+    assert (await refresh(service, change)).outcome == "refreshed"
+    failing = "SELECT tenant_id FROM listener.freshness WHERE status = 'failing'"
+    assert (BERT,) in await rows(superuser, failing)
+    assert (ANNA,) not in await rows(superuser, failing)

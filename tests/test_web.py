@@ -85,8 +85,26 @@ async def test_every_metric_is_there_and_none_names_a_tenant(sample: Database) -
         "listener_changes_drained_total", "listener_refreshes_total", "listener_refresh_duration_seconds_count",
         "listener_staleness_seconds_count", "listener_dirty_keys", "listener_oldest_dirty_age_seconds",
         "listener_sweep_recovered_total", "listener_reconnects_total", "listener_lock_busy_total",
-        "listener_dead_letters", "listener_not_ready_reasons",
+        "listener_dead_letters", "listener_not_ready_reasons", "listener_paused",
     }  # fmt: skip
     assert samples["listener_refreshes_total"].keys() == {"view", "outcome"}
     for name in ("refresh_duration_seconds_count", "staleness_seconds_count", "dirty_keys", "dead_letters"):
         assert samples[f"listener_{name}"].keys() == {"view"}
+
+
+async def test_the_keys_of_a_paused_view_do_not_count_as_dirty(sample: Database) -> None:
+    await open_books(sample)
+    labels = f'{{view="{LEDGER_VIEW}"}}'
+    async with sample.connect() as superuser, sample.service(sweep_interval=3600.0) as running:
+        await settled(sample, running)
+        await superuser.execute("SELECT listener.pause(%s)", (LEDGER_VIEW,))
+        seen = len(running.outcomes)
+        async with transaction(sample) as application:
+            await book(application, ANNA, 100)
+        await running.until_refreshed("mv_daily_revenue_summary", ANNA, after=seen)
+        text = (await get(running, "/metrics")).text
+        assert f"listener_paused{labels} 1.0\n" in text
+        assert f"listener_dirty_keys{labels} 0.0\n" in text
+        assert f"listener_oldest_dirty_age_seconds{labels} 0.0\n" in text
+        dirty = await superuser.execute("SELECT FROM listener.dirty WHERE tenant = %s", (str(ANNA),))
+        assert dirty.rowcount == 1
