@@ -4,8 +4,9 @@
 -- from being refreshed, or its tenants from being kept apart: the cause, and the statement that mends it. Shown by
 -- /health/ready and by `listener explain`.
 --   view: NULL where no view reads the source
+-- Without jit, which would compile for seconds what runs for milliseconds.
 CREATE OR REPLACE FUNCTION listener.view_troubles() RETURNS TABLE (view text, trouble text)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
     WITH read AS (
         SELECT s.id, s.tenant_column, s.through_id, v.name AS view, v.tenant_secured, c.oid AS relid,
                c.relrowsecurity AND c.relforcerowsecurity AS secured, format('%I.%I', s.schema_name, s.table_name) AS source
