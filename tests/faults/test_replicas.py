@@ -321,11 +321,15 @@ async def test_replicas_come_and_go_under_load_and_nothing_is_lost_or_done_twice
     over = anyio.Event()
 
     async def keep_writing(tenant: Any) -> None:
-        for cents in count(1):
-            if over.is_set():
-                return
-            await write(sample, tenant, cents)
-            written[tenant] += cents
+        async with sample.connect("listener_app") as application:
+            await application.execute("SELECT set_config('app.current_tenant_id', %s, false)", (str(tenant),))
+            for cents in count(1):
+                if over.is_set():
+                    return
+                await book(application, tenant, cents)
+                written[tenant] += cents
+                # The pace of the load, and nothing that is waited for: as fast as it can, it would be all that runs.
+                await anyio.sleep(0.02)
 
     async def one_more() -> None:
         """Until another write of each tenant was shown."""
