@@ -29,6 +29,8 @@ async def test_a_frozen_listening_backend_is_replaced(books: Database) -> None:
     async with books.connect() as superuser, books.service(**BRISK | {"sweep_interval": "1h"}) as running:
         await settled(books, running)
         await eventually(lambda: running.service.listening.probe_answered)
+        # While it polls, it needs no notification.
+        await eventually(lambda: running.service.drainer.doorbell.state == "resting")
         seen = len(running.outcomes)
         with frozen(*await backends(superuser, LISTENING)):
             async with transaction(books) as application:
