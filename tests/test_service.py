@@ -243,7 +243,7 @@ async def test_settings_of_a_refresh_do_not_stay_on_the_pooled_connections(books
                 assert row is not None
                 assert not row[0]
                 assert not row[1]
-                assert row[2] == '"$user", public'
+                assert row[2] == "pg_catalog,pg_temp"
                 assert row[3] == time_zone
 
 
