@@ -89,7 +89,10 @@ class Settings(BaseSettings):
     )
 
     workers: int = Field(
-        default=4, ge=1, le=100, description="refreshes at the same time, each on a connection of its own"
+        default=4,
+        ge=1,
+        le=100,
+        description="refreshes at the same time, each on a connection of its own; a replica has four more",
     )
     poll_interval: Duration = Field(
         default=timedelta(milliseconds=100), description="how often to look for changes while nobody may notify"
