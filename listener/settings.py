@@ -92,7 +92,8 @@ class Settings(BaseSettings):
         default=4,
         ge=1,
         le=100,
-        description="refreshes at the same time, each on a connection of its own; one tenant has half of them at most",
+        description="refreshes at the same time, each on a connection of its own; one tenant has half of them at most;"
+        " a replica has four connections more",
     )
     poll_interval: Duration = Field(
         default=timedelta(milliseconds=100), description="how often to look for changes while nobody may notify"

@@ -16,7 +16,7 @@ from conftest import Database, RunningService, eventually
 from listener import operations, queries
 
 LISTENING, POOL = "listener listen", "listener"
-REFRESH, DRAIN = "%listener.refresh(%", "%listener.drain()%"
+REFRESH, DRAIN = r"%listener.refresh\_dirty(%", "%listener.drain()%"
 
 
 async def backends(superuser: AsyncConnection[Any], application_name: str) -> set[int]:

@@ -89,7 +89,10 @@ def _default(value: object) -> str:
 
 @app.command(epilog=_settings_help())
 def run() -> None:
-    """Runs the service: listens, drains, debounces, refreshes, sweeps. SIGTERM ends it within the grace period."""
+    """Runs the service: listens, drains, debounces, refreshes, sweeps. SIGTERM ends it within the grace period.
+
+    A database that cannot be reached, or is a standby, is waited for; what no waiting mends ends it at once, exit 1.
+    """
     settings = load()
     logs.configure(settings.log_level, settings.log_format)
     anyio.run(service.run, settings)

@@ -11,7 +11,7 @@ import pytest
 from backends import DRAIN, LISTENING, REFRESH, backends, caught, frozen, kill, locked, until_well
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, transaction, value
 from conftest import Database, eventually
-from listener import operations, queries
+from listener import operations
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +41,7 @@ async def test_a_frozen_listening_backend_is_replaced(books: Database) -> None:
 
 async def reasons_why(superuser: psycopg.AsyncConnection[Any]) -> str:
     """What `listener explain` says of the key."""
-    return "\n".join(operations.reasons(await queries.explain_key(superuser, LEDGER_VIEW, str(ANNA))))
+    return "\n".join(operations.reasons(await operations.explain(superuser, LEDGER_VIEW, str(ANNA))))
 
 
 @pytest.mark.parametrize("end", ["continued", "killed"])
