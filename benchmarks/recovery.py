@@ -84,7 +84,9 @@ def _in_mid_refresh(
     server: EmbeddedServer, administrator: psycopg.Connection[Any], writer: psycopg.Connection[Any], tenant: uuid.UUID
 ) -> float:
     time.sleep(PAUSE)
-    waits = KILL + "application_name = 'listener' AND wait_event_type = 'Lock' AND query LIKE '%listener.refresh(%'"
+    waits = (
+        KILL + "application_name = 'listener' AND wait_event_type = 'Lock' AND query LIKE '%listener.refresh\\_dirty(%'"
+    )
     # A connection of its own: within a transaction pg_stat_activity does not change.
     with _connected(server, "postgres") as holder, holder.transaction():
         holder.execute("LOCK TABLE dashboard.mv_realtime_revenue IN EXCLUSIVE MODE")

@@ -15,7 +15,7 @@ async def backend_pid(connection: AsyncConnection[Any]) -> int:
 
 
 async def unanswering(connection: AsyncConnection[Any], pids: list[int], timeout: float) -> dict[int, str]:
-    """Those of the backends that have nothing to tell their clients, or cannot tell it, and why; `timeout`: seconds.
+    """Those of the backends that have nothing to tell their clients, and why; `timeout`: seconds.
 
     One whose state this role may not see is not among them.
     """
@@ -25,8 +25,7 @@ async def unanswering(connection: AsyncConnection[Any], pids: list[int], timeout
         FROM (SELECT p.pid,
                      CASE WHEN a.pid IS NULL THEN 'its backend is gone'
                           WHEN a.state LIKE 'idle%%' AND clock_timestamp() - a.state_change
-                               >= make_interval(secs => %(timeout)s) THEN 'its backend has nothing to do'
-                          WHEN a.wait_event = 'ClientWrite' THEN 'its backend cannot write to it' END AS why
+                               >= make_interval(secs => %(timeout)s) THEN 'its backend has nothing to do' END AS why
               FROM unnest(%(pids)s::int[]) AS p (pid) LEFT JOIN pg_stat_activity a ON a.pid = p.pid) AS u
         WHERE u.why IS NOT NULL
         """,

@@ -88,8 +88,6 @@ def pool_options(url: str, settings: Settings, *, pooled: bool = False) -> dict[
         "statement_timeout": str(int(settings.statement_timeout.total_seconds() * 1000)),
         "idle_in_transaction_session_timeout": "60000",
         "client_connection_check_interval": "2000",
-        # A backend that cannot send its answer looks at none of those. Over TCP alone; elsewhere no effect.
-        "tcp_user_timeout": "15000",
         # A crash that loses a refresh loses the mark "clean" with it, and the drain before it likewise.
         "synchronous_commit": "off",
     }

@@ -6,7 +6,6 @@ connections of the pool that have brought no byte for `probe_timeout`, by their 
 
     the backend is gone                                             the end did not reach us
     it has been idle for `probe_timeout`, by the server's clock     the request or the answer was lost on the way
-    it waits to write to us                                         the answer is stuck on the way
 
 Those are given up, and ended at the server. A backend that is at work is left alone, and so is a slow link: bytes come.
 Behind a transaction pooler nobody knows the backend's pid; a frozen process says that it is at work. For both there is
@@ -152,5 +151,5 @@ class InUse:
                 self._on_given_up()
                 connection.give_up(f"no answer came: {why}")
                 ended.append(pid)
-        # Our end may not reach them, and one that cannot write would keep its locks.
+        # Our end may not reach them.
         await backends.end(listening, ended)

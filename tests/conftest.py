@@ -236,14 +236,14 @@ class RunningService:
                 await happened.wait()
 
     async def until_refreshed(self, view: str, tenant: object, *, after: int = 0) -> Outcome:
-        """Until this key was refreshed, counting outcomes from number `after` on; the outcome."""
+        """Until this key was refreshed, or found to be, counting outcomes from number `after` on; the outcome."""
         found: list[Outcome] = []
 
         def seen() -> bool:
             found[:] = [
                 o
                 for c, o in self.outcomes[after:]
-                if (c.key.view, c.key.tenant) == (view, str(tenant)) and o.outcome == "refreshed"
+                if (c.key.view, c.key.tenant) == (view, str(tenant)) and o.outcome in {"refreshed", "fresh"}
             ]
             return bool(found)
 
