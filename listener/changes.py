@@ -144,11 +144,14 @@ class Drainer:
         """Finds out whether capture may notify here, which an operator can change. Raises psycopg.Error."""
         async with self._lock, self._connection() as connection:
             must_poll = await queries.must_poll(connection)
-            if (self.doorbell.must_poll and not must_poll) or await queries.lease_is_wrong(connection):
+            close = (self.doorbell.must_poll and not must_poll) or await queries.lease_is_wrong(connection)
+            changed = close or must_poll != self.doorbell.must_poll
+            if close:
                 # Whoever wrote until now did not ring.
                 await self._close(connection)
             self.doorbell.must_poll = must_poll
-        self.bell.ring()
+        if changed:
+            self.bell.ring()
 
     async def take_over(self) -> None:
         """At start: ends the lease that whoever ran before may have left, and looks until all who saw it have ended.

@@ -213,10 +213,11 @@ class Service:
 
     async def _sweep_once(self) -> None:
         try:
-            rung = self.drainer.bell.is_rung
+            # Before it looks: what it finds may start the polling.
+            attended = self.drainer.bell.is_rung or self.drainer.doorbell.state != "resting"
             drained = len((await self.drainer.look()).keys)
             missed = await self._take_dirty(overdue=True)
-            recovered = 0 if rung or self.drainer.doorbell.state != "resting" else drained
+            recovered = 0 if attended else drained
             self.metrics.sweep_recovered.inc(recovered + missed)
             # Not sooner: what began during the sweep must still be known to it.
             self.debouncer.forget_starts(anyio.current_time())
