@@ -4,6 +4,7 @@ PYTHON = python3
 VENV = .venv
 UV_VERSION = 0.13.9
 ARGS =
+CHAOS_SECONDS ?= 600
 # A recorded ledger, which two tests replay: UCI Online Retail, summed per invoice.
 LISTENER_REPLAY_FILE ?= ../shared/data/online_retail_invoices.csv.gz
 HAS_LEDGER := $(shell test -f "$(LISTENER_REPLAY_FILE)" && echo yes)
@@ -52,7 +53,7 @@ bench: $(INSTALLED) ## the benchmarks: make bench ARGS="--help"
 	@$(VENV)/bin/python -m benchmarks $(ARGS)
 
 chaos: $(INSTALLED) ## faults at random against three replicas for CHAOS_SECONDS=600: make chaos ARGS="--help"
-	@PYTHONPATH=tests $(VENV)/bin/python -m chaos $(ARGS)
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) PYTHONPATH=tests $(VENV)/bin/python -m chaos $(ARGS)
 
 lock: $(VENV)/bin/python ## write requirements/*.lock anew; make lock ARGS=--upgrade takes later versions
 	@echo "installing uv $(UV_VERSION)"

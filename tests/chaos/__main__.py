@@ -34,8 +34,10 @@ PATIENCE = 60.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
-    seconds = float(os.environ.get("CHAOS_SECONDS") or 600)
-    parser.add_argument("--seconds", type=float, default=seconds, help="how long faults are drawn (CHAOS_SECONDS, 600)")
+    seconds = float(os.environ["CHAOS_SECONDS"])
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"how long faults are drawn (CHAOS_SECONDS: {seconds:g})"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="the same faults again")
     parser.add_argument("--outage", type=float, default=5.0, help="seconds that a fault with a duration lasts (5)")
     parser.add_argument("--replicas", type=int, default=3, help="two at least (3)")
