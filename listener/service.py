@@ -152,15 +152,19 @@ class Service:
     @asynccontextmanager
     async def _connection(self, within: float = 10) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """A connection of the pool, had within so many seconds. Raises PoolTimeout."""
-        async with self.pool.connection(timeout=within) as connection:
-            try:
-                yield connection
-            except psycopg.Error as error:
-                if is_lost(error):
-                    # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
-                    with anyio.CancelScope(shield=True):
-                        await self.pool.drain()
-                raise
+        connection = await self.pool.getconn(timeout=within)
+        try:
+            yield connection
+        except psycopg.Error as error:
+            if is_lost(error):
+                # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
+                with anyio.CancelScope(shield=True):
+                    await self.pool.drain()
+            raise
+        finally:
+            # Cancelled while it is given back, it would be lost, and its place in the pool with it.
+            with anyio.CancelScope(shield=True):
+                await self.pool.putconn(connection)
 
     def _drained(self, drained: changes.Drained) -> None:
         self.metrics.changes_drained.inc(drained.changes)
