@@ -183,16 +183,20 @@ class Service:
     ) -> AsyncIterator[PatientConnection]:
         """A connection of the pool, had within so many seconds. Raises PoolTimeout."""
         pool = pool or self.pool
-        async with pool.connection(timeout=within) as connection:
-            try:
-                with self.in_use.noted(connection):
-                    yield connection
-            except psycopg.Error as error:
-                if is_lost(error):
-                    # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
-                    with anyio.CancelScope(shield=True):
-                        await pool.drain()
-                raise
+        connection = await pool.getconn(timeout=within)
+        try:
+            with self.in_use.noted(connection):
+                yield connection
+        except psycopg.Error as error:
+            if is_lost(error):
+                # The others have most likely gone the same way. Found out one by one, each would cost a backoff.
+                with anyio.CancelScope(shield=True):
+                    await pool.drain()
+            raise
+        finally:
+            # Cancelled while it is given back, it would be lost, and its place in the pool with it.
+            with anyio.CancelScope(shield=True):
+                await pool.putconn(connection)
 
     def _drained(self, drained: changes.Drained) -> None:
         self.metrics.changes_drained.inc(drained.changes)

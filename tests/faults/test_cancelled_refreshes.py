@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Any
 
+import anyio.lowlevel
 import pytest
 from psycopg import AsyncConnection
 
@@ -62,3 +64,27 @@ async def test_a_cancelled_refresh_leaves_no_query_and_no_lock_and_is_done_later
         for _ in range(running.service.pool.max_size):
             async with running.service.pool.connection(timeout=10) as connection:
                 await connection.execute("SELECT 1")
+
+
+async def test_a_connection_that_whoever_was_cancelled_gives_back_is_not_lost(shop: Database) -> None:
+    async with shop.service(sweep_interval=3600.0, workers=1) as running, anyio.create_task_group() as tasks:
+        service = running.service
+        await eventually(lambda: service.drainer.doorbell.state == "resting")
+        has_one, scope = anyio.Event(), anyio.CancelScope()
+
+        async def use_one() -> None:
+            with scope:
+                async with service._connection():
+                    has_one.set()
+                    await anyio.sleep_forever()
+
+        tasks.start_soon(use_one)
+        await has_one.wait()
+        # Another one is given or taken just then.
+        async with service.pool._lock:
+            scope.cancel()
+            for _ in range(10):
+                await anyio.lowlevel.checkpoint()
+        async with AsyncExitStack() as taken:
+            for _ in range(service.pool.max_size):
+                await taken.enter_async_context(service.pool.connection(timeout=10))

@@ -35,10 +35,10 @@ async def too_slow(shop: Database, write: Write) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def locked_table(shop: Database, write: Write) -> AsyncIterator[None]:
-    """A migration of the application sits on the source, for longer than lock_timeout allows."""
-    await write()
+    """Somebody's migration sits on the target, for longer than lock_timeout allows."""
     async with shop.connect(autocommit=False) as migration:
-        await migration.execute("LOCK TABLE shop.orders IN ACCESS EXCLUSIVE MODE")
+        await migration.execute("LOCK TABLE public.gated IN ACCESS EXCLUSIVE MODE")
+        await write()
         yield
 
 
