@@ -20,6 +20,7 @@ import anyio
 import anyio.to_thread
 
 from chaos.canary import Canary, NeverShownError
+from chaos.faults import FAULTS
 from chaos.replica import Replica
 from chaos.report import Report, judged, printed
 from chaos.storm import storm
@@ -34,9 +35,8 @@ PATIENCE = 60.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
-    seconds = float(os.environ["CHAOS_SECONDS"])
     parser.add_argument(
-        "--seconds", type=float, default=seconds, help=f"how long faults are drawn (CHAOS_SECONDS: {seconds:g})"
+        "--seconds", type=float, default=os.environ["CHAOS_SECONDS"], help="how long faults are drawn (CHAOS_SECONDS)"
     )
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="the same faults again")
     parser.add_argument("--outage", type=float, default=5.0, help="seconds that a fault with a duration lasts (5)")
@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100.0, help="writes a second (100)")
     parser.add_argument("--only", metavar="FAULT", action="append", help="faults of this name alone; may be repeated")
     options = parser.parse_args()
+    if unknown := set(options.only or ()) - set(FAULTS):
+        parser.error(f"unknown fault {', '.join(sorted(unknown))}; there are: {', '.join(FAULTS)}")
     if options.replicas < 2:
         parser.error("--replicas: two at least, or nobody takes over")
     # Connections that break are what this is about.
