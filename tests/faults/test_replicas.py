@@ -20,7 +20,7 @@ from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, transaction
 from conftest import Database, eventually
 from listener import operations, queries
 from overlaps import record_refreshes, wrong_refreshes
-from service_process import ServiceProcess, service_process
+from process import ServiceProcess, service_process
 
 pytestmark = pytest.mark.anyio
 
