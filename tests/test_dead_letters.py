@@ -131,6 +131,9 @@ async def test_a_retry_shows_what_came_of_each_key(books: Database) -> None:
 
 
 async def test_the_correlation_id_leads_from_the_letter_to_the_logs(books: Database) -> None:
+    # Shown before the service starts: a key that has failed would wait for its retry, whatever is written.
+    await mend(books)
+    listener("sweep", url=books.url())
     async with service_process(books.url(), max_attempts="1") as service:
         await service.until("serving")
         async with transaction(books) as application:

@@ -112,12 +112,8 @@ async def load(books: Database) -> AsyncIterator[None]:
 
 async def all_is_shown(books: Database) -> None:
     """Until the log is consumed and nothing is dirty; then every target equals its definition."""
-
-    async def is_fresh() -> bool:
-        async with books.connect() as superuser:
-            return await queries.all_fresh(superuser)
-
-    await eventually(is_fresh)
+    async with books.connect() as superuser:
+        await eventually(lambda: queries.all_fresh(superuser))
     verified = await anyio.to_thread.run_sync(lambda: listener("verify", url=books.url()))
     assert verified.returncode == 0, verified.stdout
     async with books.connect() as superuser:
@@ -210,12 +206,8 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
             await book(application, ANNA, 100)
         # What was left of either release's time.
         await other.until("refreshed", view=LEDGER_VIEW, tenant_id=str(ANNA))
-
-        async def is_fresh() -> bool:
-            async with books.connect() as superuser:
-                return await queries.all_fresh(superuser)
-
-        await eventually(is_fresh)
+        async with books.connect() as superuser:
+            await eventually(lambda: queries.all_fresh(superuser))
         verified = await run(following, books.url(), "verify")
         assert verified.returncode == 0, verified.stdout
         async with books.connect() as superuser:

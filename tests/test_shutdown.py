@@ -6,15 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any
 
-import psycopg
 import pytest
 
 from books import ANNA, BEN, book, open_books, transaction
 from command import ROOT, environment, listener
 from conftest import DEADLINE, Database, eventually
 from entrance import entrance_to
+from gates import FIRST, close, create_slow_view, open_gate, waiting_at
 from process import service_process
 
 pytestmark = pytest.mark.anyio
@@ -22,33 +21,12 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 async def slow(sample: Database) -> Database:
-    """A view whose refresh waits for a lock that the test holds: slow for as long as the test says."""
+    """A view whose refresh is slow for as long as the test says."""
     await open_books(sample)
     async with sample.connect() as superuser:
-        await superuser.execute(
-            """
-            CREATE FUNCTION wait_for_test() RETURNS int LANGUAGE plpgsql STABLE AS $$ BEGIN
-                PERFORM pg_advisory_xact_lock_shared(7);
-                RETURN 0;
-            END $$;
-            SELECT listener.create_view('slow', 'SELECT tenant_id, sum(revenue_cents)::bigint + wait_for_test() AS cents
-                FROM revenue_ledger GROUP BY tenant_id', '{tenant_id}', tenants_query => 'SELECT id FROM tenants',
-                depends_on => '{}');
-            """
-        )
+        await create_slow_view(superuser)
     assert listener("sweep", url=sample.url()).returncode == 0
     return sample
-
-
-async def waits_for_the_test(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether a refresh of `slow` is under way: it waits for the lock."""
-    cursor = await connection.execute(
-        """
-        SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 7
-            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        """
-    )
-    return cursor.rowcount > 0
 
 
 async def test_the_first_log_line_says_what_runs_and_where(sample: Database) -> None:
@@ -65,15 +43,15 @@ async def test_the_first_log_line_says_what_runs_and_where(sample: Database) -> 
 
 async def test_a_refresh_under_way_is_finished_when_it_can_be_within_the_grace_time(slow: Database) -> None:
     async with slow.connect() as holder:
-        await holder.execute("SELECT pg_advisory_lock(7)")
+        await close(holder, FIRST)
         async with service_process(slow.url()) as service:
             await service.until("serving")
             async with transaction(slow) as application:
                 await book(application, ANNA, 100)
-            await eventually(lambda: waits_for_the_test(holder))
+            await eventually(lambda: waiting_at(holder, FIRST))
             service.send(signal.SIGTERM)
             await service.until("stopping")
-            await holder.execute("SELECT pg_advisory_unlock(7)")
+            await open_gate(holder, FIRST)
             await service.until("refreshed", view="slow", tenant_id=str(ANNA))
             assert await service.ended() == 0
         row = await (await holder.execute("SELECT cents FROM slow WHERE tenant_id = %s", (ANNA,))).fetchone()
@@ -83,15 +61,15 @@ async def test_a_refresh_under_way_is_finished_when_it_can_be_within_the_grace_t
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
 async def test_a_service_ended_in_mid_refresh_loses_nothing(slow: Database, end: signal.Signals) -> None:
     async with slow.connect() as holder:
-        await holder.execute("SELECT pg_advisory_lock(7)")
+        await close(holder, FIRST)
         async with service_process(slow.url(), grace_period="100ms") as service:
             await service.until("serving")
             async with transaction(slow, BEN) as application:
                 await book(application, BEN, 300)
-            await eventually(lambda: waits_for_the_test(holder))
+            await eventually(lambda: waiting_at(holder, FIRST))
             assert await service.end(end) == (0 if end == signal.SIGTERM else -end)
         assert await (await holder.execute("SELECT * FROM slow")).fetchall() == []
-        await holder.execute("SELECT pg_advisory_unlock(7)")
+        await open_gate(holder, FIRST)
         # By the second service, or by the first one's backend, which went on when it got its lock: either is right.
         async with service_process(slow.url()):
 
