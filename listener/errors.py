@@ -47,9 +47,10 @@ class UnavailableError(ListenerError):
 # What the server, libpq or a pooler says when it refuses a connection for good. A failed attempt to connect has no
 # SQLSTATE, so its text is all there is; what stands in another language is waited out.
 REFUSALS = re.compile(
-    r"authentication failed|no password supplied|(role|database|user) \".*?\" does not exist|no such (database|user)"
-    r"|pg_hba\.conf|not permitted to log in|permission denied (for|to)|does not support SSL|certificate"
-    r"|unsupported startup parameter|unrecognized configuration parameter|invalid value for parameter"
+    r"authentication (failed|method requirement)|no password supplied|no such (database|user)"
+    r"|(role|database|user) \".*?\" does not exist|pg_hba\.conf|not permitted to log in|permission denied (for|to)"
+    r"|does not support SSL|certificate|unsupported startup parameter|unrecognized configuration parameter"
+    r"|invalid value for parameter"
 )
 # SQLSTATE classes of what passes by itself: connection, conflict, resources, limits, lock, stopping, the system.
 PASSING = frozenset({"08", "40", "53", "54", "55", "57", "58"})

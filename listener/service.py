@@ -38,10 +38,12 @@ log = structlog.get_logger("listener.service")
 async def run(settings: Settings) -> None:
     """Runs the service until SIGTERM or SIGINT. Raises SetupError where it cannot start."""
     service = Service(settings)
-    async with anyio.create_task_group() as signals:
-        signals.start_soon(_stop_on_signal, service)
-        await service.run()
-        signals.cancel_scope.cancel()
+    # Before anything is tried: an attempt to connect may fail before another task had its turn.
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with anyio.create_task_group() as listening:
+            listening.start_soon(_stop_on_signal, signals, service)
+            await service.run()
+            listening.cancel_scope.cancel()
 
 
 class Service:
@@ -322,7 +324,6 @@ class Service:
         self.metrics.notification_queue_ratio.set(database.notification_queue_ratio)
 
 
-async def _stop_on_signal(service: Service) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            service.stop()
+async def _stop_on_signal(signals: AsyncIterator[signal.Signals], service: Service) -> None:
+    async for _ in signals:
+        service.stop()

@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, sql
 
 from books import settled
 from conftest import Database, RunningService, eventually
-from listener import operations, queries
+from on_call import differences
 
 LISTENING, POOL = "listener listen", "listener"
 REFRESH, DRAIN = r"%listener.refresh\_dirty(%", "%listener.drain()%"
@@ -95,7 +95,7 @@ async def drained_all(superuser: AsyncConnection[Any]) -> bool:
 async def until_well(database: Database, running: RunningService) -> None:
     """Until all is shown; then every target is as defined, nobody holds a lock, and no key has failed."""
     await settled(database, running)
-    async with database.connect() as superuser, database.connect("listener_service") as service:
+    async with database.connect() as superuser:
 
         async def nobody_holds_a_lock() -> bool:
             cursor = await superuser.execute(
@@ -105,6 +105,5 @@ async def until_well(database: Database, running: RunningService) -> None:
             return cursor.rowcount == 0
 
         await eventually(nobody_holds_a_lock)
-        names = [row["view"] for row in await queries.views(service)]
-        assert [d async for _, _, d in operations.verify(service, names) if d is not None] == []
+        assert await differences(database) == []
         assert await (await superuser.execute("SELECT * FROM listener.dead_letter")).fetchall() == []

@@ -98,6 +98,8 @@ async def entrance_to(database: Database) -> AsyncIterator[Entrance]:
     async with asyncio.TaskGroup() as tasks:
         entrance = Entrance(database, tasks)
         await entrance.switch("refused")
-        yield entrance
-        await entrance.switch("refused")
-        await entrance._opened.aclose()
+        try:
+            yield entrance
+        finally:
+            await entrance.switch("refused")
+            await entrance._opened.aclose()

@@ -1,4 +1,4 @@
-"""A view of the shop whose refresh stops at gates: advisory locks, closed for as long as a test holds them."""
+"""Views whose refresh stops at gates: advisory locks, closed for as long as a test holds them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,21 @@ GATED = """
 
 
 async def create_gated_view(shop: Database, superuser: AsyncConnection[Any]) -> None:
-    """The view `gated`; nothing stops at a gate that nobody holds."""
+    """The view `gated` of the shop; nothing stops at a gate that nobody holds."""
     await define(superuser, GATE)
     await create_view(shop, "gated", GATED, ["product"], depends_on="{}")
+
+
+async def create_slow_view(superuser: AsyncConnection[Any]) -> None:
+    """The view `slow` of the sample's ledger, whose refresh stops at the first gate."""
+    await superuser.execute(GATE.replace("shop.gate", "public.gate"))
+    await superuser.execute(
+        """
+        SELECT listener.create_view('slow', 'SELECT tenant_id, sum(revenue_cents)::bigint + public.gate(7) AS cents
+            FROM revenue_ledger GROUP BY tenant_id', '{tenant_id}', tenants_query => 'SELECT id FROM tenants',
+            depends_on => '{}')
+        """
+    )
 
 
 async def close(holder: AsyncConnection[Any], gate: int) -> None:

@@ -34,10 +34,15 @@ async def pauses_and_resumes(database: Database, view: str, tenant: object) -> N
 
 async def is_exact(database: Database, *views: str) -> bool:
     """Whether nothing is dirty, and each target equals its definition for every tenant."""
-    async with database.connect() as superuser, database.connect("listener_service") as service:
-        if not await queries.all_fresh(superuser):
-            return False
-        return [found async for _, _, found in operations.verify(service, list(views)) if found is not None] == []
+    async with database.connect() as superuser:
+        return await queries.all_fresh(superuser) and await differences(database, *views) == []
+
+
+async def differences(database: Database, *views: str) -> list[operations.Difference]:
+    """Every key whose target does not equal its definition, of these views or of all."""
+    async with database.connect("listener_service") as service:
+        names = list(views) or [row["view"] for row in await queries.views(service)]
+        return [found async for _, _, found in operations.verify(service, names) if found is not None]
 
 
 async def open_letters(superuser: AsyncConnection[Any]) -> list[tuple[str, str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -13,7 +12,7 @@ import pytest
 from books import ANNA, BEN, book, open_books, transaction
 from command import listener
 from conftest import Database, eventually
-from replica import replica
+from process import service_process
 
 pytestmark = pytest.mark.anyio
 
@@ -131,8 +130,11 @@ async def test_a_retry_shows_what_came_of_each_key(books: Database) -> None:
     assert letters(books) == []
 
 
-async def test_the_correlation_id_leads_from_the_letter_to_the_logs(books: Database, tmp_path: Path) -> None:
-    async with replica(books.url(), tmp_path / "log", LISTENER_MAX_ATTEMPTS="1") as service:
+async def test_the_correlation_id_leads_from_the_letter_to_the_logs(books: Database) -> None:
+    # Shown before the service starts: a key that has failed would wait for its retry, whatever is written.
+    await mend(books)
+    listener("sweep", url=books.url())
+    async with service_process(books.url(), max_attempts="1") as service:
         await service.until("serving")
         async with transaction(books) as application:
             await application.execute("SELECT set_config('app.correlation_id', 'of the application', true)")
@@ -145,15 +147,15 @@ async def test_the_correlation_id_leads_from_the_letter_to_the_logs(books: Datab
         )
         letter = letters(books, "--view", "shares", "--tenant", str(ANNA))[0]
         of_the_letter = {"correlation_id": letter["correlation_id"]}
-        (failed,) = service.lines(
+        (failed,) = service.logged(
             "refresh failed; the key is quarantined", view="shares", tenant_id=str(ANNA), **of_the_letter
         )
         assert failed["dead_letter"] == letter["id"]
-        (drained,) = service.lines("drained", **of_the_letter)
+        (drained,) = service.logged("drained", **of_the_letter)
         assert f"shares/{ANNA}" in drained["named"]
         # The keys of one drain share its id; no other drain has it.
-        assert service.lines("refreshed", view="mv_realtime_revenue", tenant_id=str(ANNA), **of_the_letter)
-        assert await service.stop() == 0
+        assert service.logged("refreshed", view="mv_realtime_revenue", tenant_id=str(ANNA), **of_the_letter)
+        assert await service.end() == 0
     async with books.connect() as superuser:
         cursor = await superuser.execute(
             "SELECT app_correlation_id FROM listener.dead_letter WHERE id = %s", (letter["id"],)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -13,7 +12,7 @@ from psycopg import sql
 
 from command import listener
 from conftest import Database, eventually
-from replica import Replica, replica
+from process import ServiceProcess, service_process
 
 pytestmark = pytest.mark.anyio
 
@@ -116,18 +115,17 @@ def one_line(*arguments: str, url: str) -> str:
     return ended.stderr
 
 
-async def assert_metrics_name(service: Replica, views: set[str]) -> None:
+async def assert_metrics_name(service: ServiceProcess, views: set[str]) -> None:
     text = (await service.get("/metrics")).text
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
     assert {s.labels["view"] for s in samples if s.name == "listener_refreshes_total"} == views
     assert all(set(s.labels) <= {"view", "outcome", "le"} for s in samples)
 
 
-async def test_odd_names_go_the_whole_way(odd: Database, tmp_path: Path) -> None:
+async def test_odd_names_go_the_whole_way(odd: Database) -> None:
     views = {name: await arrange(odd, name) for name in NAMES.values()}
     values = sorted([*NAMES.values(), *MORE])
-    settings = {"LISTENER_MAX_ATTEMPTS": "1", "LISTENER_SWEEP_INTERVAL": "300ms"}
-    async with replica(odd.url(), tmp_path / "log", clone=None, **settings) as service:
+    async with service_process(odd.url(), max_attempts="1", sweep_interval="300ms") as service:
         await service.until("serving")
         for name in views:
             for tenant in values:
@@ -142,7 +140,7 @@ async def test_odd_names_go_the_whole_way(odd: Database, tmp_path: Path) -> None
         # The log is lines of JSON, each key by its own name; a name in lines did not end one.
         for name in views:
             for tenant in values:
-                assert service.lines("refreshed", view=f"{name} v", tenant_id=tenant), (name, tenant)
+                assert service.logged("refreshed", view=f"{name} v", tenant_id=tenant), (name, tenant)
         await assert_metrics_name(service, {f"{name} v" for name in views})
 
         # And where one fails: backoff, letter, retry.
@@ -158,7 +156,7 @@ async def test_odd_names_go_the_whole_way(odd: Database, tmp_path: Path) -> None
         assert (retried.returncode, "failed: division by zero" in retried.stdout) == (1, True)
         assert "1 letter discarded" in listener("dead-letters", "discard", letter["id"], url=odd.url()).stdout
         assert (await service.get("/health/ready")).status_code == 200
-        assert await service.stop() == 0
+        assert await service.end() == 0
 
     verified = json.loads(listener("verify", "--json", url=odd.url()).stdout)
     assert (verified["different"], verified["stale"], verified["failed"]) == (0, 0, 1)

@@ -6,16 +6,16 @@ from collections.abc import AsyncIterator
 from typing import Any, LiteralString
 
 import anyio
-import httpx
 import psycopg
 import pytest
 from psycopg import AsyncConnection, sql
 
 from books import value
 from captured import after_rename, at_home, emptied, logged, reaches, repaired, statement, triggers_on
-from conftest import Database, RunningService, eventually
+from conftest import Database, eventually
 from listener import queries
 from shop import ANNA, BERT, SALES, application, create_view, define, differences, one, open_shop, order, rows, settle
+from web_client import is_ready
 
 pytestmark = pytest.mark.anyio
 
@@ -483,11 +483,6 @@ async def test_a_repair_of_two_sources_never_makes_a_writer_of_both_the_victim_o
     assert await differences(superuser, "sales") == await differences(superuser, "paid") == []
 
 
-async def ready(running: RunningService) -> httpx.Response:
-    async with httpx.AsyncClient() as client:
-        return await client.get(f"http://127.0.0.1:{running.service.port}/health/ready", timeout=10)
-
-
 async def all_shown(superuser: AsyncConnection[Any], view: str) -> bool:
     return await queries.all_fresh(superuser) and not await differences(superuser, view)
 
@@ -505,7 +500,7 @@ async def test_the_service_repairs_a_disabled_trigger_within_a_sweep_and_counts_
         assert len(await differences(superuser, "sales")) == 1
         await eventually(lambda: all_shown(superuser, "sales"))
         await eventually(lambda: value(running, "listener_capture_repaired_total") == 1)
-        assert (await ready(running)).status_code == 200
+        assert await is_ready(running)
         seen = len(running.outcomes)
         await order(app, ANNA, "seen")
         await running.until_refreshed("sales", ANNA, after=seen)
@@ -530,7 +525,7 @@ async def test_a_source_that_cannot_be_repaired_is_named_and_the_others_go_on(
             await eventually(is_named)
             reasons = await running.service.reasons_not_ready()
             assert [r for r in reasons if "capture of shop.orders" not in r] == []
-            assert (await ready(running)).status_code == 503
+            assert not await is_ready(running)
             seen = len(running.outcomes)
             await app.execute("INSERT INTO shop.payments (tenant_id, product, cents) VALUES (%s, 'a', 5)", (ANNA,))
             await running.until_refreshed("paid", ANNA, after=seen)
@@ -540,9 +535,5 @@ async def test_a_source_that_cannot_be_repaired_is_named_and_the_others_go_on(
         finally:
             await superuser.execute("GRANT shop_owner TO listener_owner")
         await eventually(lambda: all_shown(superuser, "sales"))
-
-        async def is_ready() -> bool:
-            return (await ready(running)).status_code == 200
-
-        await eventually(is_ready)
+        await eventually(lambda: is_ready(running))
         assert value(running, "listener_capture_repaired_total") == 1

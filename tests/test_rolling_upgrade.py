@@ -20,7 +20,7 @@ from command import PATIENCE, ROOT, environment, listener
 from conftest import Database, eventually
 from listener import queries
 from listener.revisions import head
-from replica import replica
+from process import service_process
 
 pytestmark = pytest.mark.anyio
 
@@ -112,12 +112,8 @@ async def load(books: Database) -> AsyncIterator[None]:
 
 async def all_is_shown(books: Database) -> None:
     """Until the log is consumed and nothing is dirty; then every target equals its definition."""
-
-    async def is_fresh() -> bool:
-        async with books.connect() as superuser:
-            return await queries.all_fresh(superuser)
-
-    await eventually(is_fresh)
+    async with books.connect() as superuser:
+        await eventually(lambda: queries.all_fresh(superuser))
     verified = await anyio.to_thread.run_sync(lambda: listener("verify", url=books.url()))
     assert verified.returncode == 0, verified.stdout
     async with books.connect() as superuser:
@@ -129,11 +125,11 @@ async def all_is_shown(books: Database) -> None:
 
 
 async def test_services_of_two_releases_work_beside_each_other_while_the_schema_is_upgraded(
-    books: Database, following: Path, tmp_path: Path
+    books: Database, following: Path
 ) -> None:
     migrator = books.url("listener_migrator")
-    brisk = {"LISTENER_SWEEP_INTERVAL": "300ms"}
-    async with replica(books.url(), tmp_path / "this.log", clone=ROOT, **brisk) as this:
+    brisk = {"sweep_interval": "300ms"}
+    async with service_process(books.url(), **brisk) as this:
         async with load(books):
             await this.until("refreshed")
             early = await run(following, books.url(), "run")
@@ -145,14 +141,14 @@ async def test_services_of_two_releases_work_beside_each_other_while_the_schema_
             migrated = await run(following, migrator, "migrate")
             assert (migrated.returncode, migrated.stderr) == (0, "")
             await this.until("the schema is newer than this service, and serves it", schema=NEXT, service=head())
-        async with replica(books.url(), tmp_path / "next.log", clone=following, **brisk) as other:
+        async with service_process(books.url(), following, **brisk) as other:
             async with load(books):
                 assert (await other.until("starting"))["migration"] == NEXT
                 await other.until("serving")
-                before = {service: len(service.lines("refreshed")) for service in (this, other)}
-                await eventually(lambda: all(len(s.lines("refreshed")) > n for s, n in before.items()))
+                before = {service: len(service.logged("refreshed")) for service in (this, other)}
+                await eventually(lambda: all(len(s.logged("refreshed")) > n for s, n in before.items()))
                 await eventually(
-                    lambda: any(line["correlation_id"].startswith("next ") for line in this.lines("refreshed"))
+                    lambda: any(line["correlation_id"].startswith("next ") for line in this.logged("refreshed"))
                 )
                 ready = await this.get("/health/ready")
                 assert ready.status_code == 200, ready.text
@@ -165,17 +161,17 @@ async def test_services_of_two_releases_work_beside_each_other_while_the_schema_
                         f"listener: the schema listener is at migration {NEXT}, which this release does not know. "
                         "Use the release that made it, or a newer one.\n"
                     )
-                assert await this.stop() == 0
+                assert await this.end() == 0
             await all_is_shown(books)
-            assert await other.stop() == 0
+            assert await other.end() == 0
 
 
 async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and_says_so(
-    books: Database, following: Path, tmp_path: Path
+    books: Database, following: Path
 ) -> None:
     serves_from(following, NEXT)
     async with (
-        replica(books.url(), tmp_path / "this.log", LISTENER_SWEEP_INTERVAL="300ms", LISTENER_MAX_ATTEMPTS="1") as this,
+        service_process(books.url(), sweep_interval="300ms", max_attempts="1") as this,
         load(books),
     ):
         await this.until("refreshed")
@@ -205,32 +201,28 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
                 f"listener: the schema is at migration {NEXT} and no longer serves this release, which is of {head()}. "
                 "Upgrade this service: use the release that migrated the schema, or a newer one."
             )
-    async with replica(books.url(), tmp_path / "next.log", clone=following) as other:
+    async with service_process(books.url(), following) as other:
         async with transaction(books) as application:
             await book(application, ANNA, 100)
         # What was left of either release's time.
         await other.until("refreshed", view=LEDGER_VIEW, tenant_id=str(ANNA))
-
-        async def is_fresh() -> bool:
-            async with books.connect() as superuser:
-                return await queries.all_fresh(superuser)
-
-        await eventually(is_fresh)
+        async with books.connect() as superuser:
+            await eventually(lambda: queries.all_fresh(superuser))
         verified = await run(following, books.url(), "verify")
         assert verified.returncode == 0, verified.stdout
         async with books.connect() as superuser:
             # Refused is not failed: no key was counted against.
             cursor = await superuser.execute("SELECT count(*) FROM listener.dead_letter")
             assert await cursor.fetchone() == (0,)
-        assert await other.stop() == 0
+        assert await other.end() == 0
 
 
-async def test_the_schema_can_go_while_two_services_run_and_come_back(books: Database, tmp_path: Path) -> None:
+async def test_the_schema_can_go_while_two_services_run_and_come_back(books: Database) -> None:
     migrator = books.url("listener_migrator")
-    brisk = {"LISTENER_SWEEP_INTERVAL": "200ms"}
+    brisk = {"sweep_interval": "200ms"}
     async with (
-        replica(books.url(), tmp_path / "1", clone=ROOT, **brisk) as one,
-        replica(books.url(), tmp_path / "2", clone=ROOT, **brisk) as two,
+        service_process(books.url(), **brisk) as one,
+        service_process(books.url(), **brisk) as two,
     ):
         async with load(books):
             for service in (one, two):
@@ -256,4 +248,4 @@ async def test_the_schema_can_go_while_two_services_run_and_come_back(books: Dat
             return {(await service.get("/health/ready")).status_code for service in (one, two)} == {200}
 
         await eventually(are_ready)
-        assert [await service.stop() for service in (one, two)] == [0, 0]
+        assert [await service.end() for service in (one, two)] == [0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from pathlib import Path
@@ -15,7 +16,7 @@ from command import listener
 from conftest import Database, eventually
 from listener.database_url import describe, libpq_url
 from listener.errors import SetupError, without_secrets
-from replica import replica
+from process import service_process
 
 # Its parts, too: what is not escaped is torn, and libpq names what it took for a host or a port.
 SECRET = "Gehe1m@n1s: 'Wort'/x?y#z%&"
@@ -146,13 +147,9 @@ def test_something_else_on_the_port_is_one_line_without_the_password() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_service_whose_server_goes_away_keeps_the_password_to_itself(
-    database: Database, tmp_path: Path
-) -> None:
+async def test_a_service_whose_server_goes_away_keeps_the_password_to_itself(database: Database) -> None:
     url = with_password(database, SECRET)
-    async with replica(
-        url, tmp_path / "log", LISTENER_LISTEN_DATABASE_URL=url, LISTENER_SWEEP_INTERVAL="100ms"
-    ) as service:
+    async with service_process(url, listen_database_url=url, sweep_interval="100ms") as service:
         await service.until("serving")
         pages = [(await service.get(path)).text for path in ("/health", "/health/ready", "/metrics")]
         async with Database(database.server, "postgres").connect() as administrator:
@@ -170,8 +167,8 @@ async def test_a_service_whose_server_goes_away_keeps_the_password_to_itself(
             await eventually(cannot_be_asked)
             pages.append((await service.get("/metrics")).text)
             await administrator.execute(f'ALTER DATABASE "{database.name}" ALLOW_CONNECTIONS true'.encode())
-        assert await service.stop() == 0
-        for text in (*pages, service.log.read_text(), listener("status", "--json", url=url).stdout):
+        assert await service.end() == 0
+        for text in (*pages, json.dumps(service.log), listener("status", "--json", url=url).stdout):
             assert_kept(text)
 
 

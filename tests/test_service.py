@@ -13,13 +13,14 @@ from psycopg import sql
 
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, transaction, value
 from conftest import DEADLINE, Database, eventually, settings_for
-from listener import operations, queries
+from listener import queries
 from listener.connections import pool_options
 from listener.errors import SetupError
 from listener.refresh import Outcome
 from listener.sample import create_tenants
 from listener.service import Service
 from listener.views import Change
+from on_call import differences
 from overlaps import record_refreshes, wrong_refreshes
 
 pytestmark = pytest.mark.anyio
@@ -200,9 +201,7 @@ async def test_two_replicas_share_the_work_and_every_target_is_exact(books: Data
         refreshed = await (await superuser.execute("SELECT count(DISTINCT tenant) FROM refreshed")).fetchone()
         assert refreshed == (len(tenants) + 2,)
         assert await wrong_refreshes(superuser) == []
-    async with books.connect("listener_service") as service:
-        names = [row["view"] for row in await queries.views(service)]
-        assert [d async for _, _, d in operations.verify(service, names) if d is not None] == []
+    assert await differences(books) == []
 
 
 async def test_what_was_dirty_before_the_start_is_refreshed(books: Database) -> None:

@@ -6,79 +6,54 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
-from typing import Any
 
-import anyio
-import anyio.to_thread
-import psycopg
 import pytest
 
 from books import ANNA, BEN, book, open_books, transaction
 from command import ROOT, environment, listener
 from conftest import DEADLINE, Database, eventually
 from entrance import entrance_to
-from process import running
+from gates import FIRST, close, create_slow_view, open_gate, waiting_at
+from process import service_process
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 async def slow(sample: Database) -> Database:
-    """A view whose refresh waits for a lock that the test holds: slow for as long as the test says."""
+    """A view whose refresh is slow for as long as the test says."""
     await open_books(sample)
     async with sample.connect() as superuser:
-        await superuser.execute(
-            """
-            CREATE FUNCTION wait_for_test() RETURNS int LANGUAGE plpgsql STABLE AS $$ BEGIN
-                PERFORM pg_advisory_xact_lock_shared(7);
-                RETURN 0;
-            END $$;
-            SELECT listener.create_view('slow', 'SELECT tenant_id, sum(revenue_cents)::bigint + wait_for_test() AS cents
-                FROM revenue_ledger GROUP BY tenant_id', '{tenant_id}', tenants_query => 'SELECT id FROM tenants',
-                depends_on => '{}');
-            """
-        )
+        await create_slow_view(superuser)
     assert listener("sweep", url=sample.url()).returncode == 0
     return sample
 
 
-async def waits_for_the_test(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether a refresh of `slow` is under way: it waits for the lock."""
-    cursor = await connection.execute(
-        """
-        SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 7
-            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        """
-    )
-    return cursor.rowcount > 0
-
-
-def test_the_first_log_line_says_what_runs_and_where(sample: Database) -> None:
-    with running(sample) as service:
-        line = service.until("starting")
+async def test_the_first_log_line_says_what_runs_and_where(sample: Database) -> None:
+    async with service_process(sample.url()) as service:
+        await service.until("serving")
+        line = service.log[0]
+        assert line["event"] == "starting"
         assert line.keys() >= {"version", "commit", "database", "migration", "postgresql", "connections", "settings"}
         assert line["database"].startswith("listener_service@")
         assert line["settings"]["sweep_interval"] == "5s"
-        service.until("serving")
-        service.process.send_signal(signal.SIGTERM)
-        service.until("stopped")
-        assert service.process.wait(30) == 0
+        assert await service.end() == 0
+        assert service.log[-1]["event"] == "stopped"
 
 
 async def test_a_refresh_under_way_is_finished_when_it_can_be_within_the_grace_time(slow: Database) -> None:
     async with slow.connect() as holder:
-        await holder.execute("SELECT pg_advisory_lock(7)")
-        with running(slow) as service:
-            service.until("serving")
+        await close(holder, FIRST)
+        async with service_process(slow.url()) as service:
+            await service.until("serving")
             async with transaction(slow) as application:
                 await book(application, ANNA, 100)
-            await eventually(lambda: waits_for_the_test(holder))
-            service.process.send_signal(signal.SIGTERM)
-            service.until("stopping")
-            await holder.execute("SELECT pg_advisory_unlock(7)")
-            service.until("refreshed", view="slow", tenant_id=str(ANNA))
-            assert service.process.wait(30) == 0
+            await eventually(lambda: waiting_at(holder, FIRST))
+            service.send(signal.SIGTERM)
+            await service.until("stopping")
+            await open_gate(holder, FIRST)
+            await service.until("refreshed", view="slow", tenant_id=str(ANNA))
+            assert await service.ended() == 0
         row = await (await holder.execute("SELECT cents FROM slow WHERE tenant_id = %s", (ANNA,))).fetchone()
         assert row == (100,)
 
@@ -86,19 +61,17 @@ async def test_a_refresh_under_way_is_finished_when_it_can_be_within_the_grace_t
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
 async def test_a_service_ended_in_mid_refresh_loses_nothing(slow: Database, end: signal.Signals) -> None:
     async with slow.connect() as holder:
-        await holder.execute("SELECT pg_advisory_lock(7)")
-        with running(slow, LISTENER_GRACE_PERIOD="100ms") as service:
-            service.until("serving")
+        await close(holder, FIRST)
+        async with service_process(slow.url(), grace_period="100ms") as service:
+            await service.until("serving")
             async with transaction(slow, BEN) as application:
                 await book(application, BEN, 300)
-            await eventually(lambda: waits_for_the_test(holder))
-            service.process.send_signal(end)
-            ended = service.process.wait(30)
-            assert ended == (0 if end == signal.SIGTERM else -end)
+            await eventually(lambda: waiting_at(holder, FIRST))
+            assert await service.end(end) == (0 if end == signal.SIGTERM else -end)
         assert await (await holder.execute("SELECT * FROM slow")).fetchall() == []
-        await holder.execute("SELECT pg_advisory_unlock(7)")
+        await open_gate(holder, FIRST)
         # By the second service, or by the first one's backend, which went on when it got its lock: either is right.
-        with running(slow):
+        async with service_process(slow.url()):
 
             async def is_shown() -> bool:
                 cursor = await holder.execute("SELECT cents FROM slow WHERE tenant_id = %s", (BEN,))
@@ -109,16 +82,13 @@ async def test_a_service_ended_in_mid_refresh_loses_nothing(slow: Database, end:
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["between two attempts", "while an attempt hangs"])
 async def test_a_service_that_waits_for_its_database_ends_when_it_is_told_to(sample: Database, *, hangs: bool) -> None:
-    async with entrance_to(sample) as entrance:
-        unreachable = Database(replace(sample.server, url=lambda user, _: entrance.url(user)), sample.name)
-        with running(unreachable) as service:
-            await anyio.to_thread.run_sync(service.until, "waiting for the database")
-            if hangs:
-                await entrance.switch("silent")
-                await eventually(lambda: entrance.attempts)
-            service.process.send_signal(signal.SIGTERM)
-            await anyio.to_thread.run_sync(service.until, "stopped")
-            assert await anyio.to_thread.run_sync(service.process.wait, 30) == 0
+    async with entrance_to(sample) as entrance, service_process(entrance.url("listener_service")) as service:
+        await service.until("waiting for the database")
+        if hangs:
+            await entrance.switch("silent")
+            await eventually(lambda: entrance.attempts)
+        assert await service.end() == 0
+        assert service.log[-1]["event"] == "stopped"
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -146,10 +116,9 @@ def test_a_demo_without_an_end_of_its_own_is_left_with_exit_code_0(end: signal.S
     assert process.returncode == 0
 
 
-def test_a_superuser_who_is_allowed_is_warned(sample: Database) -> None:
-    with running(sample, "postgres", LISTENER_ALLOW_SUPERUSER="true") as service:
-        warned = service.until("row-level security does not bind this role: only predicates keep tenants apart")
+async def test_a_superuser_who_is_allowed_is_warned(sample: Database) -> None:
+    async with service_process(sample.url("postgres"), allow_superuser="true") as service:
+        warned = await service.until("row-level security does not bind this role: only predicates keep tenants apart")
         assert warned["level"] == "warning"
-        service.until("serving")
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(30) == 0
+        await service.until("serving")
+        assert await service.end() == 0

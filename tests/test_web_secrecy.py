@@ -10,6 +10,7 @@ import pytest
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, settled, transaction
 from conftest import Database, RunningService, eventually
 from listener import web
+from web_client import get
 
 pytestmark = pytest.mark.anyio
 
@@ -41,8 +42,7 @@ async def books(sample: Database) -> Database:
 
 
 async def pages(running: RunningService) -> dict[str, httpx.Response]:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.service.port}", timeout=10) as client:
-        return {path: await client.get(path) for path in PAGES}
+    return {path: await get(running, path) for path in PAGES}
 
 
 async def test_no_page_names_a_tenant_whatever_fails(books: Database, capfd: pytest.CaptureFixture[str]) -> None:

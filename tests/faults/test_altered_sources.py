@@ -8,9 +8,10 @@ import pytest
 from psycopg import AsyncConnection
 
 from captured import FOLLOWS_RENAMES
-from conftest import Database, RunningService, eventually
+from conftest import Database, eventually
 from on_call import explained, is_exact, open_letters, pauses_and_resumes
 from shop import ANNA, BERT, SALES, application, create_view, one, order
+from web_client import is_ready
 
 pytestmark = pytest.mark.anyio
 
@@ -41,10 +42,6 @@ async def shop(shop: Database) -> Database:
 
 async def pay(connection: AsyncConnection[Any], tenant: str) -> None:
     await connection.execute("INSERT INTO shop.payments (tenant_id, product, cents) VALUES (%s, 'tea', 5)", (tenant,))
-
-
-async def is_ready(running: RunningService) -> bool:
-    return await running.service.reasons_not_ready() == []
 
 
 @pytest.mark.parametrize(

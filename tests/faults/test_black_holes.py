@@ -15,6 +15,7 @@ from command import listener
 from conftest import Database, RunningService, eventually
 from listener.silence import PatientConnection
 from proxy import Mode, Proxy, proxy_to
+from web_client import is_ready
 
 pytestmark = pytest.mark.anyio
 
@@ -215,11 +216,7 @@ async def test_what_is_accepted_and_stays_silent_says_so_and_keeps_nothing_from_
     for line in (lines.listening, lines.pool):
         line.switch("hole", later="forward")
     await lines.running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
-
-    async def is_ready() -> bool:
-        return await service.reasons_not_ready() == []
-
-    await eventually(is_ready)
+    await eventually(lambda: is_ready(lines.running))
     await until_well(books, lines.running)
 
 

@@ -12,6 +12,7 @@ from backends import DRAIN, LISTENING, REFRESH, backends, caught, frozen, kill, 
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, transaction, value
 from conftest import Database, eventually
 from listener import operations
+from web_client import is_ready
 
 pytestmark = pytest.mark.anyio
 
@@ -99,10 +100,6 @@ async def test_a_frozen_drain_is_named_by_readiness_and_all_is_well_once_it_is_c
                 if end == "killed":
                     await kill(superuser, stuck)
         await running.until_refreshed(LEDGER_VIEW, ANNA, after=seen)
-
-        async def is_ready() -> bool:
-            return await running.service.reasons_not_ready() == []
-
-        await eventually(is_ready)
+        await eventually(lambda: is_ready(running))
         await until_well(books, running)
     assert await revenue(books) == 1

@@ -8,35 +8,31 @@ import pytest
 from psycopg import AsyncConnection, sql
 
 from conftest import Database, RunningService, eventually
+from gates import FIRST, GATE, close, open_gate
 from listener import queries
 from shop import ANNA, BERT, CLEO, application, create_view, define, one, open_shop, order
 
 pytestmark = pytest.mark.anyio
 
+QUERY = """
+    SELECT tenant_id, count(*) + CASE tenant_id WHEN '11111111-1111-4111-8111-111111111111' THEN shop.gate(7) ELSE 0 END
+        AS orders
+    FROM shop.orders GROUP BY tenant_id
+"""
 VIEWS = [f"orders_{number}" for number in range(6)]
 
 
 @pytest.fixture
 async def shop(database: Database) -> Database:
-    """Six views whose refresh waits, for Anna alone, for a lock that the test holds."""
+    """Six views whose refresh stops at the first gate, for Anna alone."""
     await open_shop(database)
     async with database.connect() as superuser:
-        await define(
-            superuser,
-            """
-            CREATE FUNCTION shop.wait_for_test(uuid) RETURNS int LANGUAGE plpgsql STABLE AS $$ BEGIN
-                IF $1 = '11111111-1111-4111-8111-111111111111' THEN
-                    PERFORM pg_advisory_xact_lock_shared(7);
-                END IF;
-                RETURN 0;
-            END $$
-            """,
-        )
+        await define(superuser, GATE)
     for name in VIEWS:
         await create_view(
             database,
             name,
-            "SELECT tenant_id, count(*) + shop.wait_for_test(tenant_id) AS orders FROM shop.orders GROUP BY tenant_id",
+            QUERY,
             [],
             depends_on=[],
         )
@@ -49,7 +45,7 @@ async def test_others_are_refreshed_while_more_keys_of_one_tenant_hang_than_ther
 ) -> None:
     async with shop.connect() as holder, shop.service(workers=workers, sweep_interval="200ms") as running:
         await running.until(lambda: queries.all_fresh(holder))
-        await holder.execute("SELECT pg_advisory_lock(7)")
+        await close(holder, FIRST)
         async with application(shop, ANNA) as app:
             await order(app, ANNA, "a")
         debouncer = running.service.debouncer
@@ -61,7 +57,7 @@ async def test_others_are_refreshed_while_more_keys_of_one_tenant_hang_than_ther
                 await order(app, tenant, "a")
             await until_shown(running, holder, tenant)
         assert hanging(running) == workers // 2
-        await holder.execute("SELECT pg_advisory_unlock(7)")
+        await open_gate(holder, FIRST)
         await until_shown(running, holder, ANNA)
 
 

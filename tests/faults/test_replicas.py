@@ -18,9 +18,11 @@ from psycopg import sql
 
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, transaction
 from conftest import Database, eventually
-from listener import operations, queries
+from gates import FIRST, close, create_slow_view, open_gate
+from listener import queries
+from on_call import differences, open_letters
 from overlaps import record_refreshes, wrong_refreshes
-from service_process import ServiceProcess, service_process
+from process import ServiceProcess, service_process
 
 pytestmark = pytest.mark.anyio
 
@@ -69,16 +71,10 @@ async def write(sample: Database, tenant: Any, cents: int) -> None:
 
 
 async def define_slow(superuser: psycopg.AsyncConnection[Any]) -> None:
-    """A view whose refresh waits for a lock that the test holds: slow for as long as the test says."""
+    """A view whose refresh is slow for as long as the test says, and a record of what was taken back."""
+    await create_slow_view(superuser)
     await superuser.execute(
         """
-        CREATE FUNCTION wait_for_test() RETURNS int LANGUAGE plpgsql STABLE AS $$ BEGIN
-            PERFORM pg_advisory_xact_lock_shared(7);
-            RETURN 0;
-        END $$;
-        SELECT listener.create_view('slow', 'SELECT tenant_id, sum(revenue_cents)::bigint + wait_for_test() AS cents
-            FROM revenue_ledger GROUP BY tenant_id', '{tenant_id}', tenants_query => 'SELECT id FROM tenants',
-            depends_on => '{}');
         SELECT listener.set_window('slow', '50 ms', '200 ms');
         CREATE TABLE shrank (n bigint);
         GRANT INSERT ON shrank TO listener_service;
@@ -134,12 +130,9 @@ async def until_shown(superuser: psycopg.AsyncConnection[Any], cents: int, tenan
 async def all_is_well(sample: Database, superuser: psycopg.AsyncConnection[Any]) -> None:
     """Everything is shown, every target is exact, and nothing was done twice at once or taken back."""
     await eventually(lambda: queries.all_fresh(superuser))
-    async with sample.connect("listener_service") as service:
-        names = [row["view"] for row in await queries.views(service)]
-        assert [d async for _, _, d in operations.verify(service, names) if d is not None] == []
+    assert await differences(sample) == []
     assert await wrong_refreshes(superuser) == []
-    open_letters = await superuser.execute("SELECT FROM listener.dead_letter WHERE status = 'open'")
-    assert open_letters.rowcount == 0
+    assert await open_letters(superuser) == []
 
 
 async def test_a_key_whose_replica_is_killed_in_mid_refresh_is_finished_by_another(
@@ -148,13 +141,13 @@ async def test_a_key_whose_replica_is_killed_in_mid_refresh_is_finished_by_anoth
     await define_slow(superuser)
     async with replicas(sample) as running, sample.connect() as holder:
         await eventually(lambda: queries.all_fresh(superuser))
-        await holder.execute("SELECT pg_advisory_lock(7)")
+        await close(holder, FIRST)
         await write(sample, BEN, 300)
         killed, _ = await until_waiting_in(superuser, "listener.refresh")
         assert await running[killed].end(signal.SIGKILL) == -signal.SIGKILL
         # The server sees that its client is gone, and gives the key's lock back; the refresh still cannot be finished.
         await until_waiting_in(superuser, "listener.refresh", other_than=killed)
-        await holder.execute("SELECT pg_advisory_unlock(7)")
+        await open_gate(holder, FIRST)
         await until_shown(superuser, 300)
         await all_is_well(sample, superuser)
 
@@ -166,13 +159,13 @@ async def test_a_key_whose_replica_is_stopped_in_mid_refresh_is_finished_by_anot
     # Time enough to stop it, and to do it soon.
     async with replicas(sample, statement_timeout="2s") as running, sample.connect() as holder:
         await eventually(lambda: queries.all_fresh(superuser))
-        await holder.execute("SELECT pg_advisory_lock(7)")
+        await close(holder, FIRST)
         await write(sample, BEN, 300)
         stopped, _ = await until_waiting_in(superuser, "listener.refresh")
         running[stopped].send(signal.SIGSTOP)
         await until_waiting_in(superuser, "listener.refresh", other_than=stopped)
         await write(sample, BEN, 30)
-        await holder.execute("SELECT pg_advisory_unlock(7)")
+        await open_gate(holder, FIRST)
         await until_shown(superuser, 330)
         before = len(running[stopped].log)
         running[stopped].send(signal.SIGCONT)

@@ -14,11 +14,12 @@ from books import ANNA, LEDGER_VIEW, book, open_books, revenue, settled, transac
 from command import listener
 from conftest import DEADLINE, Database, RunningService, eventually, settings_for
 from entrance import Entrance, Mode, entrance_to
-from listener import connections, operations, queries
+from listener import connections
 from listener.backoff import Backoff
 from listener.errors import SetupError
 from listener.service import Service
 from lone_server import LoneServer, lone_server
+from on_call import differences
 from web_client import get, is_ready, reasons
 
 pytestmark = pytest.mark.anyio
@@ -34,13 +35,6 @@ def lone() -> Iterator[LoneServer]:
 async def books(sample: Database) -> Database:
     await open_books(sample)
     return sample
-
-
-async def differences(database: Database) -> list[operations.Difference]:
-    """Every key whose target does not equal its definition."""
-    async with database.connect("listener_service") as service:
-        names = [row["view"] for row in await queries.views(service)]
-        return [d async for _, _, d in operations.verify(service, names) if d is not None]
 
 
 async def is_alive_and_not_ready(running: RunningService, *wanted: str) -> None:
