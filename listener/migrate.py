@@ -79,8 +79,9 @@ def _known(error: DBAPIError | psycopg.Error, settings: Settings) -> ListenerErr
     if _is_locked_out(error):
         return SetupError(
             "a transaction holds a lock that this needs, and nothing was changed.",
-            hint="See which: SELECT pid, query FROM pg_stat_activity WHERE xact_start < now() - interval '1 s'; then "
-            "run this again.",
+            hint=_original(error).diag.message_hint
+            or "See which: SELECT pid, query FROM pg_stat_activity WHERE xact_start < now() - interval '1 s'; then run "
+            "this again.",
         )
     return from_database(_original(error), needed=f"a member of {settings.owner_role}")
 

@@ -71,7 +71,8 @@ BEGIN
            extract(epoch FROM v.quiet_period)::float8, extract(epoch FROM v.max_wait)::float8, v.edge, k.bulk,
            v.paused_at IS NOT NULL
     FROM listener.drain_log d
-    JOIN listener.dirty_key k ON k.version + 0 = d.id
+    -- Fenced: joined with its view, the primary key would be read through, with all that is deleted and not gone yet.
+    CROSS JOIN LATERAL (SELECT * FROM listener.dirty_key y WHERE y.version + 0 = d.id OFFSET 0) k
     JOIN listener.managed_view v ON v.id = k.view_id
     LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true
     WHERE d.id = drain;

@@ -143,44 +143,30 @@ BEGIN
 END
 $function$;
 
--- lock_for_uninstall(): takes every lock that uninstall needs, all at once or none, and gives way in between: a lock that is
--- held while the next is waited for would stop the application. Raises LSN03 when it never got them.
+-- lock_for_uninstall(): takes every lock that uninstall needs at once, or none: one that is held while the next is
+-- waited for would stop the application. Raises lock_not_available, naming who is in the way, after 200 ms.
 CREATE OR REPLACE FUNCTION listener.lock_for_uninstall() RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET lock_timeout = '200ms' AS $function$
 DECLARE
-    attempt integer := 0;
-    relations regclass[];
-    holder record;
-    previous_timeout text := current_setting('lock_timeout');
+    -- The sources with their leaves, the targets, the tables of the schema itself.
+    relations regclass[] := ARRAY(
+        SELECT g.tgrelid FROM pg_trigger g JOIN listener.source s ON g.tgname LIKE format('listener\_%s\_%%', s.id)
+        UNION SELECT c.oid FROM listener.managed_view v
+              JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+        UNION SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE n.nspname = 'listener' AND c.relkind = 'r' AND c.relowner = n.nspowner);
+    holder text;
 BEGIN
-    LOOP
-        -- The sources with their leaves, the targets, the tables of the schema itself.
-        relations := ARRAY(
-            SELECT g.tgrelid FROM pg_trigger g JOIN listener.source s ON g.tgname LIKE format('listener\_%s\_%%', s.id)
-            UNION SELECT to_regclass(format('%I.%I', v.target_schema, v.target_name)) FROM listener.managed_view v
-            UNION SELECT c.oid FROM pg_class c WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'r');
-        BEGIN
-            PERFORM set_config('lock_timeout', '200ms', true);
-            EXECUTE (SELECT format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE',
-                                   string_agg(format('ONLY %s', r), ', ' ORDER BY r))
-                     FROM unnest(relations) r WHERE r IS NOT NULL);
-            EXIT;
-        EXCEPTION WHEN lock_not_available THEN
-            attempt := attempt + 1;
-            IF attempt = 50 THEN
-                SELECT a.pid, coalesce(nullif(a.application_name, ''), a.usename) AS name INTO holder
-                FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
-                WHERE l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
-                ORDER BY a.xact_start LIMIT 1;
-                RAISE EXCEPTION 'no lock on the tables after % attempts', attempt USING ERRCODE = 'LSN03',
-                    HINT = format('A long transaction holds one, backend %s (%s) for one: see pg_stat_activity, then '
-                                  'uninstall again.', coalesce(holder.pid::text, '?'), coalesce(holder.name, '?'));
-            END IF;
-        END;
-        PERFORM set_config('lock_timeout', previous_timeout, true);
-        PERFORM pg_sleep(0.05 + random() * 0.2);
-    END LOOP;
-    PERFORM set_config('lock_timeout', previous_timeout, true);
+    EXECUTE (SELECT format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', string_agg(format('ONLY %s', r), ', ' ORDER BY r))
+             FROM unnest(relations) r);
+EXCEPTION WHEN lock_not_available THEN
+    SELECT format('backend %s (%s) holds one of them', a.pid, coalesce(nullif(a.application_name, ''), a.usename))
+    INTO holder
+    FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.relation = ANY (relations) AND l.granted AND l.pid <> pg_backend_pid()
+    ORDER BY a.xact_start LIMIT 1;
+    RAISE EXCEPTION 'no lock on the tables within 200 ms' USING ERRCODE = 'lock_not_available',
+        HINT = coalesce(holder, 'A transaction holds one of them') || ': see pg_stat_activity, then uninstall again.';
 END
 $function$;
 
