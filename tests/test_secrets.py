@@ -63,11 +63,23 @@ def assert_kept(said: str) -> None:
     assert [part for part in PARTS if part in said] == [], said
 
 
+async def said_while_waiting(url: str, **settings: str) -> str:
+    """What a service says that waits for its database."""
+    async with service_process(url, **settings) as service:
+        await service.until("waiting for the database")
+        assert await service.end() == 0
+    return json.dumps(service.log)
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("url", spellings(SECRET).values(), ids=spellings(SECRET))
-def test_a_server_that_does_not_answer_is_named_without_the_password(url: str) -> None:
+async def test_a_server_that_does_not_answer_is_named_without_the_password(url: str) -> None:
     assert conninfo_to_dict(libpq_url(url))["password"] == SECRET
     assert describe(url) == f"user@{NOWHERE}"
-    for command in (["run"], ["status"], ["migrate"], ["uninstall", "--yes"]):
+    said = await said_while_waiting(url)
+    assert "does not answer" in said
+    assert_kept(said)
+    for command in (["status"], ["migrate"], ["uninstall", "--yes"]):
         ended = listener(*command, url=url)
         assert ended.returncode == 1
         assert "does not answer" in ended.stderr
@@ -86,26 +98,30 @@ def test_what_libpq_would_misread_is_refused_without_naming_what_it_read(url: st
     assert_kept(ended.stdout + ended.stderr)
 
 
-HOSTS = {
+AWAITED = {
     "an unknown host": "postgresql://user:{}@nowhere.invalid/none",
+    "a directory that is none": "postgresql://user:{}@/none?host=/nowhere",
+    "a passfile that is none": f"postgresql://user@{NOWHERE}?passfile=/nowhere/passfile&password={{}}",
+}
+REFUSED = {
     "an impossible host": "postgresql://user:{}@nowhere..invalid/none",
     "a host that is too long": "postgresql://user:{}@" + "n" * 300 + "/none",
-    "a directory that is none": "postgresql://user:{}@/none?host=/nowhere",
     "a wrong parameter": f"postgresql://user:{{}}@{NOWHERE}?sslmode=Wrong",
     "a wrong timeout": f"postgresql://user:{{}}@{NOWHERE}?connect_timeout=soon",
-    "a passfile that is none": f"postgresql://user@{NOWHERE}?passfile=/nowhere/passfile&password={{}}",
 }
 
 
-@pytest.mark.parametrize("url", HOSTS.values(), ids=HOSTS)
-def test_whatever_keeps_a_connection_from_being_made_is_one_line(url: str) -> None:
+@pytest.mark.anyio
+@pytest.mark.parametrize("url", AWAITED.values(), ids=AWAITED)
+async def test_what_may_come_into_being_is_awaited_without_the_password(url: str) -> None:
+    assert_kept(await said_while_waiting(url.format(quote(SECRET, safe=""))))
+
+
+@pytest.mark.parametrize("url", REFUSED.values(), ids=REFUSED)
+def test_whatever_never_makes_a_connection_is_one_line(database: Database, url: str) -> None:
     for name in ("LISTENER_DATABASE_URL", "LISTENER_LISTEN_DATABASE_URL"):
         ended = listener(
-            "run",
-            **(
-                {"LISTENER_DATABASE_URL": "postgresql:///none?host=/nowhere"}
-                | {name: url.format(quote(SECRET, safe=""))}
-            ),
+            "run", **{"LISTENER_DATABASE_URL": database.url()} | {name: url.format(quote(SECRET, safe=""))}
         )
         assert ended.returncode == 1
         assert len([line for line in ended.stderr.splitlines() if line.startswith("listener: ")]) == 1
