@@ -53,7 +53,7 @@ REFUSALS = re.compile(
     r"authentication (failed|method requirement)|no password supplied|no such (database|user)"
     r"|(role|database|user) \".*?\" does not exist|pg_hba\.conf|not permitted to log in|permission denied (for|to)"
     r"|does not support SSL|certificate|unsupported startup parameter|unrecognized configuration parameter"
-    r"|invalid value for parameter"
+    r"|(bad|invalid) (\w+ )?value"
 )
 # SQLSTATE classes of what passes by itself: connection, conflict, resources, limits, lock, stopping, the system.
 PASSING = frozenset({"08", "40", "53", "54", "55", "57", "58"})
