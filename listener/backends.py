@@ -7,13 +7,6 @@ from typing import Any
 from psycopg import AsyncConnection
 
 
-async def backend_pid(connection: AsyncConnection[Any]) -> int:
-    """The pid by which the server knows the connection's backend; behind a pooler the connection has another."""
-    row = await (await connection.execute("SELECT pg_backend_pid()")).fetchone()
-    assert row is not None
-    return int(row[0])
-
-
 async def unanswering(connection: AsyncConnection[Any], pids: list[int], timeout: float) -> dict[int, str]:
     """Those of the backends that have nothing to tell their clients, and why; `timeout`: seconds.
 
@@ -64,3 +57,15 @@ async def drain_holder(connection: AsyncConnection[Any]) -> str | None:
         if held is None
         else f"backend {pid} has held the drain's lock for {held:.0f} s"
     )
+
+
+async def in_the_way_of(connection: AsyncConnection[Any], pid: int) -> list[tuple[int, str | None, str | None]]:
+    """The backends that hold locks which this one waits for: pid, state and query as far as the role may see them."""
+    cursor = await connection.execute(
+        """
+        SELECT b.pid, a.state, a.query FROM unnest(pg_blocking_pids(%s)) AS b (pid)
+        LEFT JOIN pg_stat_activity a ON a.pid = b.pid ORDER BY b.pid
+        """,
+        (pid,),
+    )
+    return await cursor.fetchall()

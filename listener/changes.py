@@ -48,13 +48,16 @@ class Drained:
 
 
 class Drainer:
-    """Drains whenever it is rung for, and by itself while the doorbell says so."""
+    """Drains whenever it is rung for, and by itself while the doorbell says so.
+
+    `on_drained` is told what a drain brought; `on_unheard` is called after one whose answer was lost, keys and all.
+    """
 
     def __init__(
         self,
         connection: Callable[[], AbstractAsyncContextManager[AsyncConnection[Any]]],
         on_drained: Callable[[Drained], None],
-        on_unheard: Callable[[], Awaitable[None]],
+        on_unheard: Callable[[], Awaitable[object]],
         poll_interval: float,
     ) -> None:
         self.bell = Bell()  # something may be in the change log

@@ -39,12 +39,12 @@ def pinned() -> dict[str, str]:
     }
 
 
-async def direct(url: str) -> psycopg.AsyncConnection[Any]:
+async def direct(url: str, application_name: str = "listener") -> psycopg.AsyncConnection[Any]:
     """One that belongs to no pool, and may lead through a pooler: nothing is set in its session."""
     return await psycopg.AsyncConnection.connect(
         with_defaults(url, connect_timeout=CONNECT_TIMEOUT),
         autocommit=True,
-        application_name="listener",
+        application_name=application_name,
         client_encoding="utf8",
         prepare_threshold=None,
         cursor_factory=transactions_with(pinned()),

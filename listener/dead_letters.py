@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.rows import DictRow, dict_row
 
-from listener.errors import one_line, without_secrets
+from listener.errors import INVALID, one_line, without_secrets
 from listener.queries import spellings
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Failure:
 
 def error_type(error: psycopg.Error) -> str:
     """`definition_error`, `validation_error` of a malformed tenant, or what passes by itself: see TRANSIENT."""
-    if error.sqlstate == "LSN02":
+    if error.sqlstate == INVALID:
         return "validation_error"
     return TRANSIENT.get((error.sqlstate or "")[:2], "definition_error")
 

@@ -7,6 +7,9 @@ import re
 import psycopg
 from psycopg_pool import PoolTimeout
 
+# SQLSTATEs of the schema that are told apart here; sql/01_names.sql has them all.
+UNKNOWN_VIEW, INVALID, RELEASE_TOO_OLD = "LSN01", "LSN02", "LSN06"
+
 
 class ListenerError(Exception):
     """Base of the errors raised on purpose; `hint` says how to mend it, where that is known."""
@@ -37,7 +40,7 @@ class RefusedError(ListenerError):
     @property
     def is_validation(self) -> bool:
         """Whether the call named no valid key: its tenant is missing or malformed."""
-        return self.sqlstate == "LSN02"
+        return self.sqlstate == INVALID
 
 
 class UnavailableError(ListenerError):
@@ -50,7 +53,7 @@ REFUSALS = re.compile(
     r"authentication (failed|method requirement)|no password supplied|no such (database|user)"
     r"|(role|database|user) \".*?\" does not exist|pg_hba\.conf|not permitted to log in|permission denied (for|to)"
     r"|does not support SSL|certificate|unsupported startup parameter|unrecognized configuration parameter"
-    r"|invalid value for parameter|invalid \w+ value|bad value for"
+    r"|(bad|invalid) (\w+ )?value"
 )
 # SQLSTATE classes of what passes by itself: connection, conflict, resources, limits, lock, stopping, the system.
 PASSING = frozenset({"08", "40", "53", "54", "55", "57", "58"})
@@ -128,15 +131,15 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
 DATABASE_TROUBLE = (psycopg.Error, PoolTimeout)
 
 
-def public_reason(error: BaseException) -> str:
-    """The same for whoever asks over HTTP: what the server said of a statement can name a tenant, so only its kind."""
-    if not isinstance(error, psycopg.Error) or is_lost(error) or error.sqlstate in {"LSN06", READ_ONLY}:
-        return reason(error)
-    return f"{type(error).__name__} ({error.sqlstate}); the log has the text"
-
-
 def reason(error: BaseException) -> str:
     """Why something did not work, in one line."""
     if isinstance(error, psycopg.Error):
         return str(from_database(error))
     return one_line(str(error)) or type(error).__name__
+
+
+def public_reason(error: BaseException) -> str:
+    """The same for whoever asks over HTTP: what the server said of a statement can name a tenant, so only its kind."""
+    if not isinstance(error, psycopg.Error) or is_lost(error) or error.sqlstate in {RELEASE_TOO_OLD, READ_ONLY}:
+        return reason(error)
+    return f"{type(error).__name__} ({error.sqlstate}); the log has the text"

@@ -25,7 +25,6 @@ from listener.database_url import libpq_url
 from listener.errors import public_reason, reason
 from listener.silence import PatientConnection
 
-CHANNEL = "listener_changes"
 RETRY_CAP = 1.0  # seconds: what an outage costs once it is over
 log = structlog.get_logger("listener.notifications")
 

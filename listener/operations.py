@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import psycopg
 
-from listener import changes, dead_letters, queries
+from listener import backends, changes, dead_letters, queries
 from listener.dead_letters import RetryPolicy
-from listener.errors import from_database, is_lost, one_line
+from listener.errors import UNKNOWN_VIEW, from_database, is_lost, one_line
 from listener.refresh import Outcome, refresh, refresh_now
 from listener.views import EVERYBODY, RefreshKey
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 BUSY_WAIT = 0.1
 READABLE = 200
-UNKNOWN_VIEW = "LSN01"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +187,7 @@ async def explain(connection: AsyncConnection[Any], view: str, tenant: str) -> D
     """What is known of a key: queries.explain_key, `troubles` of its view's tables, `waits_for` of who refreshes it."""
     facts = await queries.explain_key(connection, view, tenant)
     holder = facts["lock_holder"]
-    waits_for = [] if holder is None else await queries.in_the_way_of(connection, holder)
+    waits_for = [] if holder is None else await backends.in_the_way_of(connection, holder)
     return facts | {"troubles": await queries.view_troubles(connection, facts["view_name"]), "waits_for": waits_for}
 
 

@@ -259,18 +259,6 @@ async def view_troubles(connection: AsyncConnection[Any], view: str) -> list[str
     return [row[0] for row in await cursor.fetchall()]
 
 
-async def in_the_way_of(connection: AsyncConnection[Any], pid: int) -> list[tuple[int, str | None, str | None]]:
-    """The backends that hold locks which this one waits for: pid, state and query as far as the role may see them."""
-    cursor = await connection.execute(
-        """
-        SELECT b.pid, a.state, a.query FROM unnest(pg_blocking_pids(%s)) AS b (pid)
-        LEFT JOIN pg_stat_activity a ON a.pid = b.pid ORDER BY b.pid
-        """,
-        (pid,),
-    )
-    return await cursor.fetchall()
-
-
 async def set_a_tenant(connection: AsyncConnection[Any]) -> None:
     """As a refresh does; raises psycopg.Error where that is not allowed."""
     await connection.execute("SELECT set_config('app.current_tenant_id', '', true)")

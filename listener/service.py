@@ -13,6 +13,7 @@ from __future__ import annotations
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -65,7 +66,10 @@ class Service:
             self.metrics.given_up.inc,
         )
         self.drainer = changes.Drainer(
-            self._connection, self._drained, self._take_unheard, settings.poll_interval.total_seconds()
+            self._connection,
+            self._drained,
+            partial(self._take_dirty, overdue=False),
+            settings.poll_interval.total_seconds(),
         )
         policy = dead_letters.RetryPolicy(
             settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined
@@ -233,9 +237,6 @@ class Service:
         except DATABASE_TROUBLE as error:
             self._sweep_trouble = [f"the last sweep failed: {public_reason(error)}"]
             log.warning("sweep failed; the next one tries again", reason=reason(error))
-
-    async def _take_unheard(self) -> None:
-        await self._take_dirty(overdue=False)
 
     async def _take_dirty(self, *, overdue: bool) -> int:
         """Hands dirty (or overdue) and aged keys that nobody attends to to the debouncer; how many were dirty."""

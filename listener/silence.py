@@ -33,6 +33,7 @@ from psycopg.abc import PQGen
 from psycopg.waiting import Ready
 
 from listener import backends
+from listener.pooler import is_pooled
 
 log = structlog.get_logger("listener.silence")
 
@@ -43,7 +44,7 @@ class PatientConnection(psycopg.AsyncConnection[Any]):
     """A connection that knows since when it hears nothing, and can be given up from beside."""
 
     patience = math.inf  # seconds that whoever waits for an answer hears nothing
-    is_direct = False  # whether the pid that it was told is its backend's
+    is_direct = False  # no pooler stands between: the pid that it was told is its backend's
     silent_since: float | None = None  # by the event loop's clock; None: no answer is waited for
     _timer: asyncio.TimerHandle | None = None
     _given_up: str | None = None
@@ -101,7 +102,7 @@ def configured(patience: float) -> Callable[[PatientConnection], Awaitable[None]
 
     async def configure(connection: PatientConnection) -> None:
         connection.patience = patience
-        connection.is_direct = await backends.backend_pid(connection) == connection.info.backend_pid
+        connection.is_direct = not await is_pooled(connection)
 
     return configure
 

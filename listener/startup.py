@@ -115,6 +115,9 @@ async def check(url: str, settings: Settings) -> bool:
 
     Raises SetupError, in one line, for whatever refuses a start, and UnavailableError for what may pass.
     """
+    listen_name, listen_url = _listen_url(settings)
+    # Before the first is waited for: what is malformed is no better later.
+    libpq_url(listen_url, listen_name)
     try:
         async with await connections.direct(url) as connection:
             # A standby may lag behind: only what can be written to has the schema that counts.
@@ -155,17 +158,21 @@ async def check(url: str, settings: Settings) -> bool:
     return pooled
 
 
+def _listen_url(settings: Settings) -> tuple[str, str]:
+    """Where to listen, after the name of the setting that says so."""
+    if settings.listen_database_url is None:
+        return "LISTENER_DATABASE_URL", settings.database_url.get_secret_value()
+    return "LISTENER_LISTEN_DATABASE_URL", settings.listen_database_url.get_secret_value()
+
+
 async def _check_listening(connection: psycopg.AsyncConnection[Any], settings: Settings) -> None:
     """Raises SetupError where nothing would ever be heard: the way leads to another database, or through a pooler."""
-    given = settings.listen_database_url
-    name = "LISTENER_DATABASE_URL" if given is None else "LISTENER_LISTEN_DATABASE_URL"
-    url = (given or settings.database_url).get_secret_value()
-    libpq_url(url, name)
+    name, url = _listen_url(settings)
     patience = settings.probe_timeout.total_seconds()
     async with await connections.direct(url) as listening:
-        if given is not None and await queries.database_identity(listening) != await queries.database_identity(
-            connection
-        ):
+        if settings.listen_database_url is not None and await queries.database_identity(
+            listening
+        ) != await queries.database_identity(connection):
             raise SetupError(
                 f"{name} reaches {describe(url)}, which is not the database of LISTENER_DATABASE_URL.",
                 hint="Both must lead to one database, this one without a pooler between.",

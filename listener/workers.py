@@ -15,7 +15,7 @@ from psycopg_pool import PoolTimeout
 from listener import dead_letters
 from listener.bell import Bell
 from listener.debounce import Debouncer
-from listener.errors import DATABASE_TROUBLE, READ_ONLY, is_lost, reason
+from listener.errors import DATABASE_TROUBLE, READ_ONLY, RELEASE_TOO_OLD, UNKNOWN_VIEW, is_lost, reason
 from listener.metrics import Metrics
 from listener.refresh import Outcome, refresh
 from listener.views import Change
@@ -26,8 +26,6 @@ BUSY_PAUSE = 0.05  # seconds
 CONNECTION_PAUSE = 0.1
 # A standby is not promoted within moments, and each attempt costs a connection.
 STANDBY_PAUSE = 5.0
-UNKNOWN_VIEW = "LSN01"
-RELEASE_TOO_OLD = "LSN06"
 TOO_OLD_PAUSE = 5.0
 
 

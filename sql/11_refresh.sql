@@ -1,7 +1,7 @@
 -- Refresh: lock -> compute -> record, one transaction.
 
--- The two steps of a refresh that touch the state. Their plans are kept: planning them anew took longer than running
--- them. enable_seqscan is off so that a plan made while the tables were small is the right one later.
+-- The two steps of a refresh that touch the state, and is_shown(). Their plans are kept: planning them anew took longer
+-- than running them. enable_seqscan is off so that a plan made while the tables were small is the right one later.
 
 -- known_version(view_id, tenant): the dirty version of the key, that is, the newest drain that found it changed, 0 where
 -- none ever did; and the correlation id of that drain. What is shown already is looked up first: dirty_key is read above
@@ -150,7 +150,8 @@ CREATE OR REPLACE FUNCTION listener.refresh(
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
 LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::pg_catalog.text) $function$;
 
--- is_shown(view_id, tenant, version): whether a refresh has shown this version of the key, and none failed since.
+-- is_shown(view_id, tenant, version): whether a refresh has shown this version of the key, and none failed since. Apart
+-- from refresh_dirty(), which must not plan a definition with these settings.
 CREATE OR REPLACE FUNCTION listener.is_shown(view_id integer, tenant text, version bigint) RETURNS boolean
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off

@@ -2,9 +2,9 @@
 
 -- check_one_select(query, search_path, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run
 -- every statement of it, and brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is
--- looked at where it is data: as the body of a function that is never called, which is parsed and analysed and nothing more; then as a cursor's
--- query, since a cursor takes one statement. That plans it, and planning may run functions that call themselves
--- immutable, so it happens with the rights of the service's role, which refreshes with them.
+-- looked at where it is data: as the body of a function that is never called, which is parsed and analysed and nothing
+-- more; then as a cursor's query, since a cursor takes one statement. That plans it, and planning may run functions that
+-- call themselves immutable, so it happens with the rights of the service's role, which refreshes with them.
 CREATE OR REPLACE FUNCTION listener.check_one_select(query text, search_path text, what text, hint text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

@@ -43,15 +43,15 @@ $function$;
 -- restore_target(view): makes the target of a view again after somebody dropped it, and fills it. Whoever reads it has
 -- to be granted that again. Raises LSN03 where it is there, or its definition is not.
 CREATE OR REPLACE FUNCTION listener.restore_target(view text) RETURNS void
-LANGUAGE plpgsql AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
-    definition regclass := pg_catalog.to_regclass('listener.definition_' || managed.id);
-    target text := pg_catalog.format('%I.%I', managed.target_schema, managed.target_name);
+    definition regclass := to_regclass('listener.definition_' || managed.id);
+    target text := format('%I.%I', managed.target_schema, managed.target_name);
 BEGIN
     PERFORM listener.lock_registration();
-    IF pg_catalog.to_regclass(target) IS NOT NULL THEN
+    IF to_regclass(target) IS NOT NULL THEN
         RAISE EXCEPTION '% is there', target USING ERRCODE = 'LSN03';
     ELSIF definition IS NULL THEN
         RAISE EXCEPTION 'the definition of % is gone', managed.name USING ERRCODE = 'LSN03',
@@ -60,7 +60,7 @@ BEGIN
     PERFORM listener.create_target(managed, definition);
     PERFORM listener.generate_difference(managed);
     PERFORM listener.mark_all_dirty(managed.id);
-    PERFORM pg_catalog.set_config('role', previous_role, true);
+    PERFORM set_config('role', previous_role, true);
 END
 $function$;
 

@@ -2,8 +2,9 @@
 
 -- purge(letters_kept, batch): deletes what is consumed: up to `batch` log rows, the dirty_key rows that a refresh has
 -- shown, old drain records (all but the cursor and the last hour), closed dead letters older than `letters_kept`, and
--- what dropped views left, whose letters it closes. Below the xmin of the cursor's snapshot everything has been seen; the cursor is committed,
--- or this statement could not see it. Each starts from the last purge's mark, so that nothing deleted before is crossed.
+-- what dropped views left, whose letters it closes. Below the xmin of the cursor's snapshot everything has been seen;
+-- the cursor is committed, or this statement could not see it. Each starts from the last purge's mark, so that nothing
+-- deleted before is crossed.
 -- Returns the number of log rows deleted; where that is `batch`, there may be more.
 CREATE OR REPLACE FUNCTION listener.purge(letters_kept interval DEFAULT '30 days', batch bigint DEFAULT 500000)
 RETURNS bigint
@@ -71,9 +72,9 @@ $function$;
 
 -- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
 -- they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
--- when something that it reads was dropped with CASCADE; and takes note of it: makes a definition that went again, finds the tables anew, puts triggers on
--- those that are new, and marks every tenant dirty. Runs with the owner's rights, because only the owner may create
--- triggers.
+-- when something that it reads was dropped with CASCADE; and takes note of it: makes a definition that went again, finds
+-- the tables anew, puts triggers on those that are new, and marks every tenant dirty. Runs with the owner's rights,
+-- because only the owner may create triggers.
 --   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
 CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS TABLE (view text, trouble text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$

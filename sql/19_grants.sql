@@ -19,10 +19,12 @@ BEGIN
     EXECUTE format('GRANT INSERT, DELETE ON listener.change_log, listener.drain_log, listener.dirty_key, listener.purge_mark,
         listener.moved_tenant TO %I', installed.service_role);
     FOREACH routine IN ARRAY ARRAY[
-        'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)', 'listener.check_caller(text)', 'listener.serves(text)',
+        'listener.find_view(text)', 'listener.canonical_tenant(text, text)', 'listener.canonical_or_null(text, text)',
+        'listener.check_caller(text)', 'listener.serves(text)',
         'listener.lock_key(integer, text)', 'listener.new_changes(xid8, xid8[], timestamptz)',
         'listener.known_version(integer, text)', 'listener.state_of(integer, text)',
-        'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)', 'listener.drained_keys(bigint)', 'listener.drain()', 'listener.fold_restored_log()',
+        'listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text)',
+        'listener.drained_keys(bigint)', 'listener.drain()', 'listener.fold_restored_log()',
         'listener.pending_keys(boolean)', 'listener.images(regclass, regclass)',
         'listener.comparison_statement(listener.managed_view)', 'listener.missing_columns(listener.managed_view)',
         'listener.refresh(text, text)', 'listener.refresh(text, uuid)', 'listener.refresh(text, bigint)',
@@ -35,7 +37,8 @@ BEGIN
         'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
-        'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)', 'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
+        'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)',
+        'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
         'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);

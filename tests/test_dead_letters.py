@@ -154,7 +154,7 @@ async def test_the_correlation_id_leads_from_the_letter_to_the_logs(books: Datab
         (drained,) = service.logged("drained", **of_the_letter)
         assert f"shares/{ANNA}" in drained["named"]
         # The keys of one drain share its id; no other drain has it.
-        assert service.logged("refreshed", view="mv_realtime_revenue", tenant_id=str(ANNA), **of_the_letter)
+        await service.until("refreshed", view="mv_realtime_revenue", tenant_id=str(ANNA), **of_the_letter)
         assert await service.end() == 0
     async with books.connect() as superuser:
         cursor = await superuser.execute(

@@ -155,6 +155,8 @@ MANAGE: list[LiteralString] = [
     "SELECT listener.add_source('reconciliation_runs', 'tenant_id')",
     "SELECT listener.add_source('notes', through => 'letters')",
     "SELECT listener.remove_source('notes')",
+    "DROP TABLE states",
+    "SELECT listener.restore_target('states')",
     "SELECT listener.drop_view('states')",
     "SELECT listener.drop_view('mv_channel_performance', keep_target => true)",
 ]

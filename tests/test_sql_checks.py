@@ -72,6 +72,23 @@ async def test_every_security_definer_function_has_a_pinned_path_and_no_public_e
 
 
 @pytest.mark.anyio
+async def test_every_function_of_more_than_one_line_has_a_pinned_path(shop: Database) -> None:
+    async with shop.connect() as superuser:
+        unpinned = await rows(
+            superuser,
+            """
+            SELECT p.proname FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang AND l.lanname = 'plpgsql'
+            WHERE p.pronamespace = 'listener'::regnamespace
+              AND NOT 'search_path=pg_catalog, pg_temp' = ANY (coalesce(p.proconfig, '{}'))
+              -- The refresh sets the creator's path for what the definition calls.
+              AND p.proname NOT LIKE 'difference\\_%'
+            """,
+        )
+    # It has the caller's path for the caller's queries, and pins its own once it is read.
+    assert unpinned == [("create_view",)]
+
+
+@pytest.mark.anyio
 async def test_no_function_and_no_table_is_open_to_everybody(shop: Database) -> None:
     async with shop.connect() as superuser:
         public = await rows(

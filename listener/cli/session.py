@@ -11,10 +11,7 @@ import psycopg
 import typer
 from typer.core import TyperGroup
 
-from listener import dead_letters, errors, queries
-from listener.connections import CONNECT_TIMEOUT, pinned
-from listener.database_url import libpq_url, with_defaults
-from listener.pooler import transactions_with
+from listener import connections, dead_letters, errors, queries
 from listener.settings import Settings, load
 from listener.startup import schema_facts
 
@@ -55,15 +52,8 @@ async def connected(settings: Settings) -> AsyncIterator[Connection]:
 
     Raises SetupError where the schema is missing, or of another release.
     """
-    url = libpq_url(settings.database_url.get_secret_value())
-    async with await psycopg.AsyncConnection.connect(
-        with_defaults(url, connect_timeout=CONNECT_TIMEOUT),
-        autocommit=True,
-        application_name="listener cli",
-        client_encoding="utf8",
-        prepare_threshold=None,
-        cursor_factory=transactions_with(pinned()),
-    ) as connection:
+    url = settings.database_url.get_secret_value()
+    async with await connections.direct(url, "listener cli") as connection:
         await schema_facts(connection, url, settings)
         yield connection
 
