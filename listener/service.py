@@ -6,6 +6,8 @@
 
 Stages do not know each other; this file wires them. What survives a crash is in the database: the change log, the
 dirty keys, the refresh state. The Debouncer is rebuilt from them, so the service can be killed at any moment.
+
+The file is a little longer than the others so that the wiring is read in one place.
 """
 
 from __future__ import annotations
