@@ -10,14 +10,15 @@ It costs two round trips a statement, and is used only where a pooler was found.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from psycopg import AsyncCursor, sql
+from psycopg.pq import TransactionStatus
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import Mapping
 
     from psycopg import AsyncConnection
 
@@ -39,21 +40,14 @@ class TransactionCursor(AsyncCursor[Any]):
         )
 
     async def execute(self, *arguments: Any, **options: Any) -> Self:
-        """As AsyncCursor does."""
+        """As AsyncCursor does. In a transaction of the caller's that is what is set, each time anew."""
         async with self._transaction():
             return await super().execute(*arguments, **options)
 
-    async def stream(self, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
-        """As AsyncCursor does; the transaction ends with the last row, or when this is closed."""
-        async with self._transaction():
-            rows = cast("AsyncGenerator[Any]", super().stream(*arguments, **options))
-            async with aclosing(rows):
-                async for row in rows:
-                    yield row
-
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[None]:
-        async with self.connection.transaction():
+        in_one = self.connection.info.transaction_status == TransactionStatus.INTRANS
+        async with nullcontext() if in_one else self.connection.transaction():
             await AsyncCursor(self.connection).execute(self._set)
             yield
 

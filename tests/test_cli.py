@@ -10,6 +10,7 @@ from subprocess import CompletedProcess
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from books import ANNA, BEN, book, open_books, transaction
 from command import listener, python
@@ -243,6 +244,17 @@ async def test_a_role_that_may_not_is_told_which_role_may(books: Database) -> No
         await superuser.execute("REVOKE SELECT ON revenue_ledger FROM listener_service")
     line = one_line("refresh", "mv_realtime_revenue", "--tenant", str(ANNA), url=books.url())
     assert "permission denied for table revenue_ledger. Refreshes run as the service's role: GRANT" in line
+
+
+async def test_the_databases_own_isolation_level_is_no_hindrance(books: Database) -> None:
+    async with books.connect() as superuser:
+        level = "ALTER DATABASE {} SET default_transaction_isolation = 'serializable'"
+        await superuser.execute(sql.SQL(level).format(sql.Identifier(books.name)))
+    async with transaction(books) as application:
+        await book(application, ANNA, 100)
+    for command in (["sweep"], ["verify"], ["status"]):
+        ended = listener(*command, url=books.url())
+        assert (ended.returncode, ended.stderr) == (0, ""), command
 
 
 async def test_a_statement_that_ran_into_its_timeout_is_not_a_lost_connection(books: Database) -> None:
