@@ -34,6 +34,8 @@ def pinned() -> dict[str, str]:
         # In `public` an application may have put functions and operators that fit a call better, and they would run as
         # the service.
         "search_path": "pg_catalog,pg_temp",
+        # Queries of the catalog look dear enough to be compiled, which takes a hundred times as long as they do.
+        "jit": "off",
         # Which release calls; listener.check_caller() refuses one that is too old for the schema.
         "listener.migration": head(),
     }

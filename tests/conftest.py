@@ -98,7 +98,8 @@ def start_embedded(**settings: str) -> EmbeddedServer:
     """One more embedded server, of the binaries of this run."""
     binaries = os.environ.get("LISTENER_TEST_POSTGRES_BIN")
     # The tests crash processes, never the operating system, and what a server wrote outlives it without fsync, too.
-    given = {"synchronous_commit": "on", "fsync": "off"} | settings
+    # Where a server compiles queries, it takes longer to do so than any of these runs; the service asks for none.
+    given = {"synchronous_commit": "on", "fsync": "off", "jit": "off"} | settings
     return EmbeddedServer.start(settings=given, binaries=Path(binaries) if binaries else None)
 
 

@@ -104,7 +104,7 @@ DECLARE
     wanted record;
 BEGIN
     FOR wanted IN
-        SELECT c.relname FROM pg_catalog.pg_class c
+        SELECT DISTINCT c.relname FROM pg_catalog.pg_class c -- other sessions have tables of these names, too
         WHERE (c.relnamespace = 'listener'::pg_catalog.regnamespace AND c.relkind IN ('r', 'v', 'S'))
            OR c.relname IN ('pg_class', 'pg_proc', 'pg_attribute', 'pg_trigger', 'pg_roles', 'pg_locks', 'pg_namespace',
                             'pg_database', 'pg_type', 'new_rows', 'old_rows', 'touched', 'fresh', 'gone', 'changed')
