@@ -39,15 +39,7 @@ async def end(connection: AsyncConnection[Any], pids: list[int]) -> None:
 async def drain_holder(connection: AsyncConnection[Any]) -> str | None:
     """Who holds the drain's lock and since when, as a reason for not being ready; the time where it may be seen."""
     row = await (
-        await connection.execute(
-            """
-            SELECT l.pid, extract(epoch FROM clock_timestamp() - a.xact_start)::float8
-            FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-            WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = (
-                      SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-              AND (l.classid::bigint << 32 | l.objid::bigint) = listener.lock_key(0, '')
-            """
-        )
+        await connection.execute("SELECT pid, held FROM listener.lock_holder(listener.lock_key(0, ''))")
     ).fetchone()
     if row is None:
         return None

@@ -21,7 +21,6 @@ from typing import Any
 import anyio
 import psycopg
 import structlog
-from psycopg_pool import AsyncConnectionPool
 
 from listener import backends, changes, connections, dead_letters, queries, startup, sweep, web
 from listener.debounce import Debouncer
@@ -187,7 +186,7 @@ class Service:
 
     @asynccontextmanager
     async def _connection(
-        self, within: float = 10, pool: AsyncConnectionPool[PatientConnection] | None = None
+        self, within: float = 10, pool: connections.Pool | None = None
     ) -> AsyncIterator[PatientConnection]:
         """A connection of the pool, had within so many seconds. Raises PoolTimeout."""
         pool = pool or self.pool

@@ -112,5 +112,6 @@ $function$;
 -- lock_key(view_id, tenant): the 64-bit advisory lock of a refresh key; lock_key(0, '') is the drain's.
 CREATE OR REPLACE FUNCTION listener.lock_key(view_id integer, tenant text) RETURNS bigint
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $function$
-    SELECT pg_catalog.hashtextextended(pg_catalog.concat('listener:', view_id, ':', tenant), 0)
+    SELECT pg_catalog.hashtextextended(
+        'listener:' OPERATOR(pg_catalog.||) view_id::pg_catalog.text OPERATOR(pg_catalog.||) ':' OPERATOR(pg_catalog.||) tenant, 0)
 $function$;

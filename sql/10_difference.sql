@@ -80,12 +80,18 @@ $function$;
 
 -- generate_difference(view): makes or replaces listener.difference_<id>(tenant), which runs that statement. It is static
 -- SQL, so that a session parses it once, and may keep its plan: parsing and planning took two thirds of a small refresh.
--- Which plan is taken, refresh() says. It runs with the rights of whoever calls, the service's role.
+-- Which plan is taken, refresh() says. It runs with the rights of whoever calls, the service's role. Nothing is made
+-- where target or definition are gone, or the target lacks a column: the statement would leave that out for good.
 CREATE OR REPLACE FUNCTION listener.generate_difference(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     service_role name := (SELECT i.service_role FROM listener.installation i);
 BEGIN
+    IF to_regclass(format('%I.%I', view.target_schema, view.target_name)) IS NULL
+       OR to_regclass('listener.definition_' || view.id) IS NULL
+       OR EXISTS (SELECT FROM listener.missing_columns(view)) THEN
+        RETURN;
+    END IF;
     -- As a literal: a column's name may hold whatever a dollar quote ends with.
     EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(text, OUT bigint, OUT bigint, OUT bigint, OUT text)
                     LANGUAGE plpgsql VOLATILE AS %L', 'difference_' || view.id, format($difference$

@@ -89,6 +89,18 @@ BEGIN
 END
 $function$;
 
+-- lock_holder(key): the backend that holds this advisory lock, its query, and how many seconds its transaction is old, as
+-- far as the caller may see them; no row where nobody does.
+CREATE OR REPLACE FUNCTION listener.lock_holder(key bigint) RETURNS TABLE (pid integer, query text, held float8)
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT l.pid, a.query, extract(epoch FROM clock_timestamp() - a.xact_start)::float8
+    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+      AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+      AND (l.classid::bigint << 32 | l.objid::bigint) = key
+    LIMIT 1
+$function$;
+
 -- explain_key(view, tenant_id): what is known of one key, for "why is this stale?". Ages in seconds.
 CREATE OR REPLACE FUNCTION listener.explain_key(
     view text, tenant_id text,
@@ -101,7 +113,6 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 #variable_conflict use_column
 DECLARE
     managed listener.managed_view := listener.find_view(view);
-    key bigint;
     now_at timestamptz := clock_timestamp();
 BEGIN
     view_name := managed.name;
@@ -119,16 +130,8 @@ BEGIN
     all_tenants_pending := EXISTS (SELECT FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = '');
     SELECT d.id INTO letter_id FROM listener.dead_letter d
     WHERE d.view_id = managed.id AND d.tenant = explain_key.tenant AND d.status = 'open';
-    key := listener.lock_key(managed.id, tenant);
-    SELECT l.pid, a.query INTO lock_holder, lock_holder_query
-    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = (
-              SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-      AND (l.classid::bigint << 32 | l.objid::bigint) = key LIMIT 1;
-    key := listener.lock_key(0, '');
-    SELECT l.pid INTO drain_holder FROM pg_locks l
-    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = (
-              SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-      AND (l.classid::bigint << 32 | l.objid::bigint) = key LIMIT 1;
+    SELECT h.pid, h.query INTO lock_holder, lock_holder_query
+    FROM listener.lock_holder(listener.lock_key(managed.id, tenant)) h;
+    drain_holder := (SELECT h.pid FROM listener.lock_holder(listener.lock_key(0, '')) h);
 END
 $function$;

@@ -33,10 +33,7 @@ BEGIN
         PERFORM listener.create_default_tenants(view.id, view.tenant_column, source_ids);
     END IF;
     PERFORM listener.grant_definition(view.id);
-    IF to_regclass(format('%I.%I', view.target_schema, view.target_name)) IS NOT NULL
-       AND NOT EXISTS (SELECT FROM listener.missing_columns(view)) THEN
-        PERFORM listener.generate_difference(view);
-    END IF;
+    PERFORM listener.generate_difference(view);
 END
 $function$;
 

@@ -136,11 +136,7 @@ BEGIN
     WHERE i.system_identifier IS NULL;
     PERFORM listener.generate_capture(s.id) FROM listener.source s
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
-    -- Not where the catalog lacks a part of it: the statement would leave that out for good.
-    PERFORM listener.generate_difference(v) FROM listener.managed_view v
-    WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) IS NOT NULL
-      AND to_regclass('listener.definition_' || v.id) IS NOT NULL
-      AND NOT EXISTS (SELECT FROM listener.missing_columns(v));
+    PERFORM listener.generate_difference(v) FROM listener.managed_view v;
 END
 $function$;
 

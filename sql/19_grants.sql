@@ -39,7 +39,7 @@ BEGIN
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
         'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)',
         'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
-        'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
+        'listener.lock_holder(bigint)', 'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;
