@@ -140,7 +140,7 @@ async def test_odd_names_go_the_whole_way(odd: Database) -> None:
         # The log is lines of JSON, each key by its own name; a name in lines did not end one.
         for name in views:
             for tenant in values:
-                assert service.logged("refreshed", view=f"{name} v", tenant_id=tenant), (name, tenant)
+                await service.until("refreshed", view=f"{name} v", tenant_id=tenant)
         await assert_metrics_name(service, {f"{name} v" for name in views})
 
         # And where one fails: backoff, letter, retry.
