@@ -10,8 +10,10 @@ BEGIN
         EXECUTE format('DROP VIEW IF EXISTS %s CASCADE', name);
     END LOOP;
     -- The tables before the functions: find_view() and others return the row type of a table.
-    DROP TABLE listener.view_source, listener.source_table, listener.source, listener.managed_view, listener.change_log, listener.drain_log,
-               listener.dirty_key, listener.purge_mark, listener.moved_tenant, listener.refresh_state, listener.dead_letter, listener.installation CASCADE;
+    FOR name IN SELECT c.oid::regclass::text FROM pg_class c
+                WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'r' AND c.relname <> 'alembic_version' LOOP
+        EXECUTE format('DROP TABLE %s CASCADE', name);
+    END LOOP;
     DROP SEQUENCE listener.doorbell;
     FOR name IN SELECT p.oid::regprocedure::text FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace LOOP
         EXECUTE format('DROP FUNCTION %s', name);
