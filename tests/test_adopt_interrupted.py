@@ -8,13 +8,13 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, LiteralString
 
 import anyio
 import psycopg
 import pytest
 from anyio import to_thread
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from command import ROOT, environment
 from conftest import DEADLINE, Database, eventually
@@ -25,25 +25,21 @@ from test_adopt import LIST, adopt, as_the_owner_computes, exact, unadopt
 
 pytestmark = pytest.mark.anyio
 
-BEGIN = f"SELECT listener.begin_adoption('{BY_TENANT}', tenants_query => '{TENANTS_QUERY}')"
-# Sessions of the command, and whether they wait for a lock on a relation.
-COMMAND = """
-    SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'listener cli'
-"""
+BEGIN: LiteralString = "SELECT listener.begin_adoption(%s, tenants_query => %s)"
 
 
 @asynccontextmanager
-async def reading(database: Database, relation: str = BY_TENANT) -> AsyncIterator[AsyncConnection[Any]]:
+async def reading(database: Database, relation: LiteralString = BY_TENANT) -> AsyncIterator[AsyncConnection[Any]]:
     """A dashboard's transaction that has read and stays open."""
     async with database.connect("acme_dashboard", autocommit=False) as dashboard:
-        await dashboard.execute(f"SELECT count(*) FROM {relation}".encode())
+        await dashboard.execute(sql.SQL("SELECT count(*) FROM {}").format(sql.SQL(relation)))
         yield dashboard
 
 
 @asynccontextmanager
 async def adopting(database: Database, *options: str) -> AsyncIterator[subprocess.Popen[str]]:
     """`listener adopt` as a process of its own, killed at the end."""
-    with subprocess.Popen(
+    with subprocess.Popen(  # noqa: ASYNC220  # its lines are read as they come
         [sys.executable, "-m", "listener", "adopt", BY_TENANT, *LIST, *options],
         env=environment(LISTENER_DATABASE_URL=database.url("listener_migrator")),
         stdout=subprocess.PIPE,
@@ -59,7 +55,7 @@ async def adopting(database: Database, *options: str) -> AsyncIterator[subproces
 
 @pytest.mark.parametrize("relation", [BY_TENANT, "reporting.invoice_years"])
 async def test_behind_a_long_reader_it_gives_way_queues_nobody_and_ends_once_he_is_gone(
-    stranger: Database, relation: str
+    stranger: Database, relation: LiteralString
 ) -> None:
     waited = """
         SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation' AND pid <> pg_backend_pid()
@@ -95,7 +91,7 @@ async def test_a_swap_asks_for_no_lock_where_a_transaction_is_in_the_way(strange
         stranger.connect("listener_service") as service,
         reading(stranger),
     ):
-        view = await one(migrator, BEGIN.encode())
+        view = await one(migrator, BEGIN, BY_TENANT, TENANTS_QUERY)
         await settle(service)
         with pytest.raises(psycopg.errors.LockNotAvailable, match=r"reporting\.invoice_totals is in use") as raised:
             await migrator.execute("SELECT listener.finish_adoption(%s)", (view,))
@@ -116,7 +112,7 @@ async def test_who_never_gets_the_locks_loses_nothing_and_goes_on_the_next_time(
         assert adopted.returncode == 0, adopted.stderr
         assert await kind(superuser, BY_TENANT) == "r"
         # It was the same table.
-        assert beside == f"listener_new_{await one(superuser, 'SELECT relid::text FROM listener.adoption')}"
+        assert beside == await one(superuser, "SELECT 'listener_new_' || relid FROM listener.adoption")
         assert await rows(superuser, LEFTOVERS) == []
 
 
@@ -154,7 +150,6 @@ async def test_killed_and_called_again_it_goes_on_or_starts_over(
         assert await kind(superuser, BY_TENANT) == "m"
         assert await likeness(superuser, BY_TENANT) == before
         await blocker.rollback()
-        await eventually(lambda: one(superuser, "SELECT state FROM listener.adoption") if moment else None)
         adopted = adopt(stranger, BY_TENANT, *LIST, *options)
         assert adopted.returncode == 0, adopted.stderr
         assert await kind(superuser, BY_TENANT) == "r"
@@ -190,6 +185,8 @@ async def test_a_tenant_that_comes_after_the_fill_is_filled_before_the_swap(stra
             await superuser.execute("INSERT INTO billing.tenants VALUES (%s, 'New')", (new,))
             async with billing_app(stranger, new) as app:
                 await invoice(app, new, 1, "5")
+            state = "SELECT count(*) FROM listener.refresh_state WHERE tenant = %s"
+            await eventually(lambda: one(superuser, state, new))
             await dashboard.rollback()
         with anyio.fail_after(DEADLINE):
             _, told = await to_thread.run_sync(process.communicate)
@@ -199,14 +196,14 @@ async def test_a_tenant_that_comes_after_the_fill_is_filled_before_the_swap(stra
 
 async def test_what_was_not_filled_is_not_put_in_place(stranger: Database) -> None:
     async with stranger.connect("listener_migrator") as migrator:
-        view = await one(migrator, BEGIN.encode())
+        view = await one(migrator, BEGIN, BY_TENANT, TENANTS_QUERY)
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="4 keys of invoice_totals: not filled"):
             await migrator.execute("SELECT listener.finish_adoption(%s)", (view,))
 
 
 async def test_a_materialized_view_that_was_made_anew_meanwhile_is_not_replaced(stranger: Database) -> None:
     async with stranger.connect("listener_migrator") as migrator, stranger.connect("listener_service") as service:
-        view = await one(migrator, BEGIN.encode())
+        view = await one(migrator, BEGIN, BY_TENANT, TENANTS_QUERY)
         await settle(service)
         async with stranger.connect() as superuser:
             await superuser.execute(
