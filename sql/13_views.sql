@@ -193,21 +193,29 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
 BEGIN
     PERFORM listener.lock_registration();
-    -- Taking locks from readers may take some tries: first what gives way.
-    DELETE FROM listener.view_source w WHERE w.view_id = managed.id;
-    PERFORM listener.drop_orphans();
-    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || managed.id);
-    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'definition_' || managed.id);
-    EXECUTE pg_catalog.format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || managed.id);
+    PERFORM listener.unregister(managed);
     IF NOT keep_target AND managed.strategy <> 'materialized view' THEN
         EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);
     END IF;
-    DELETE FROM listener.managed_view v WHERE v.id = managed.id;
-    DELETE FROM listener.dirty_key k WHERE k.view_id = managed.id;
-    DELETE FROM listener.refresh_state r WHERE r.view_id = managed.id;
-    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = pg_catalog.clock_timestamp()
-    WHERE d.view_id = managed.id AND d.status = 'open';
     PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- unregister(view): all of a view but its target goes: definition, keys, open letters, the triggers that no other needs.
+CREATE OR REPLACE FUNCTION listener.unregister(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    -- Taking locks from readers may take some tries: first what gives way.
+    DELETE FROM listener.view_source w WHERE w.view_id = view.id;
+    PERFORM listener.drop_orphans();
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || view.id);
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'definition_' || view.id);
+    EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || view.id);
+    DELETE FROM listener.managed_view v WHERE v.id = view.id;
+    DELETE FROM listener.dirty_key k WHERE k.view_id = view.id;
+    DELETE FROM listener.refresh_state r WHERE r.view_id = view.id;
+    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = clock_timestamp()
+    WHERE d.view_id = view.id AND d.status = 'open';
 END
 $function$;
 

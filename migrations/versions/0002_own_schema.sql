@@ -8,7 +8,9 @@ ALTER TABLE listener.managed_view
     ALTER COLUMN tenant_column DROP NOT NULL,
     ALTER COLUMN tenant_type DROP NOT NULL,
     ADD CHECK ((strategy = 'tenant') = (tenant_column IS NOT NULL)),
-    ADD CHECK ((tenant_column IS NULL) = (tenant_type IS NULL));
+    ADD CHECK ((tenant_column IS NULL) = (tenant_type IS NULL)),
+    -- the view whose place it is to take, while a definition is being altered
+    ADD COLUMN replaces integer UNIQUE REFERENCES listener.managed_view ON DELETE SET NULL;
 
 -- Materialized views that were adopted, or are being: what it takes to turn back, beside what the target shows itself.
 --   filling        the target is being filled under a name of its own beside the materialized view
