@@ -33,6 +33,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "timezone": str,
     "target_rls": bool,
     "whole": bool,
+    "search_path": str,
     "readers": list,
 }
 WORDS: dict[Any, str] = {str: "a string", list: "a list of strings", bool: "true or false"}
@@ -104,8 +105,7 @@ def _setting(place: str, text: str) -> tuple[str, Any]:
     if name not in KINDS:
         raise SetupError(f"{place}: there is no setting {name}.", hint=f"There are {', '.join(KINDS)}.")
     wanted = KINDS[name]
-    is_it = isinstance(value, wanted) and (wanted is not list or all(isinstance(item, str) for item in value))
-    if not is_it:
+    if not isinstance(value, wanted) or (isinstance(value, list) and not all(isinstance(i, str) for i in value)):
         raise SetupError(f"{place}: {name} must be {WORDS[wanted]}.")
     return name, value
 

@@ -161,11 +161,11 @@ BEGIN
 END
 $function$;
 
--- set_window(view, ...): changes a view's window; NULL leaves a value as it is. A running service takes it over with
--- the next change or sweep.
+-- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` takes that away. A running
+-- service takes it over with the next change or sweep.
 CREATE OR REPLACE FUNCTION listener.set_window(
     view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
-    max_age interval DEFAULT NULL) RETURNS void
+    max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
@@ -178,8 +178,20 @@ BEGIN
         quiet_period = coalesce(set_window.quiet_period, v.quiet_period),
         max_wait = coalesce(set_window.max_wait, v.max_wait),
         edge = coalesce(set_window.edge, v.edge),
-        max_age = coalesce(set_window.max_age, v.max_age)
+        max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END
     WHERE v.id = managed.id;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- grant_reader(view, role): lets a role read the target; its schema is not ours to open.
+CREATE OR REPLACE FUNCTION listener.grant_reader(view text, role name) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+BEGIN
+    EXECUTE pg_catalog.format('GRANT SELECT ON %I.%I TO %I', managed.target_schema, managed.target_name, role);
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;

@@ -21,11 +21,12 @@ $function$;
 -- begin_alter(view, query, …): registers the new definition beside the view: its target has the old one's owner, indexes,
 -- grants and comments, and every tenant is marked dirty. What is left out stays as it is; the window stays in any case.
 --   query           the new definition, read with the search_path of the old one
+--   tenants_query   '': none any more
 -- An alteration that was begun before is taken back first. Returns the name of the new view until it is in place.
 -- Raises LSN03 where something is tied to the target, where a view on top reads a column that goes or changes its type, and
 -- as create_view does; then nothing was done.
 CREATE OR REPLACE FUNCTION listener.begin_alter(
-    view text, query text, key_columns name[] DEFAULT NULL, tenants_query text DEFAULT NULL,
+    view text, query text DEFAULT NULL, key_columns name[] DEFAULT NULL, tenants_query text DEFAULT NULL,
     depends_on regclass[] DEFAULT NULL, max_age interval DEFAULT NULL, timezone text DEFAULT NULL,
     target_rls boolean DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -39,9 +40,7 @@ DECLARE
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
-    IF query IS NULL THEN
-        RAISE EXCEPTION 'the query must be given' USING ERRCODE = 'LSN02';
-    ELSIF managed.replaces IS NOT NULL THEN
+    IF managed.replaces IS NOT NULL THEN
         RAISE EXCEPTION '% is to take the place of another view', managed.name USING ERRCODE = 'LSN03';
     ELSIF managed.strategy = 'materialized view' THEN
         RAISE EXCEPTION '% is a materialized view of your own', managed.name USING ERRCODE = 'LSN03',
@@ -54,9 +53,9 @@ BEGIN
     PERFORM listener.drop_view(v.name) FROM listener.managed_view v WHERE v.replaces = managed.id;
     PERFORM set_config('search_path', managed.search_path, true);
     PERFORM listener.create_view(
-        name => new, query => query,
+        name => new, query => coalesce(query, managed.query),
         key_columns => coalesce(key_columns, managed.key_columns), tenant_column => managed.tenant_column,
-        tenants_query => coalesce(tenants_query, managed.tenants_query),
+        tenants_query => nullif(coalesce(tenants_query, managed.tenants_query), ''),
         depends_on => coalesce(depends_on, managed.depends_on::regclass[]),
         quiet_period => managed.quiet_period, max_wait => managed.max_wait, edge => managed.edge,
         max_age => coalesce(max_age, managed.max_age), timezone => coalesce(timezone, managed.time_zone),

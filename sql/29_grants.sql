@@ -41,6 +41,8 @@ BEGIN
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
         'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)',
         'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
+        'listener.altered(listener.managed_view)',
+        'listener.alter_statement(listener.managed_view, listener.managed_view)', 'listener.compare_alter(text, text)',
         'listener.lock_holder(bigint)', 'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
@@ -54,9 +56,11 @@ BEGIN
         'listener.compare(text, text)', 'listener.explain_key(text, text)', 'listener.tenant_digest(text, text)',
         'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
-        'listener.purge(interval, bigint)']::regprocedure[]
+        'listener.purge(interval, bigint)', 'listener.compare_alter(text, text)']::regprocedure[]
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
+        -- Who may make and drop views may fill and compare them.
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', computing, installed.owner_role);
     END LOOP;
     EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);
 END

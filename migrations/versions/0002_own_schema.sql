@@ -37,3 +37,8 @@ CREATE TABLE listener.adoption (
     begun_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     adopted_at timestamptz
 );
+
+-- Functions that have other arguments now: the files of sql/ make them beside these.
+DROP FUNCTION IF EXISTS listener.make_definition(integer, text, text);
+DROP FUNCTION IF EXISTS listener.create_default_tenants(integer, name, integer[]);
+DROP FUNCTION IF EXISTS listener.set_window(text, interval, interval, text, interval);
