@@ -71,6 +71,7 @@ BEGIN
     FROM (VALUES (1, view.target_name::text), (2, view.target_schema || '.' || view.target_name),
                  (3, pg_catalog.format('%I.%I', view.target_schema, view.target_name))) AS n (ord, free)
     WHERE NOT EXISTS (SELECT FROM listener.managed_view v WHERE v.name = n.free) ORDER BY n.ord LIMIT 1;
+    view.strategy := 'tenant';
     view.query := query;
     view.tenant_column := tenant_column;
     -- The tenant column belongs to the key: without it two tenants' rows could collide.
@@ -107,6 +108,7 @@ BEGIN
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
     INSERT INTO listener.view_source
     SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM pg_catalog.unnest(source_ids) s;
+    PERFORM listener.check_cycles();
     -- Last, so that writers wait for as little as can be.
     PERFORM listener.attach_capture(source_ids);
     PERFORM listener.mark_all_dirty(view.id);
@@ -158,14 +160,22 @@ END
 $function$;
 
 -- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, and the
--- triggers of tables that no other view reads.
+-- triggers of tables that no other view reads. Raises LSN03 where other managed views read a target that is to go.
 CREATE OR REPLACE FUNCTION listener.drop_view(view text, keep_target boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
+    readers text;
 BEGIN
     PERFORM listener.lock_registration();
+    SELECT pg_catalog.string_agg(v.name, ', ' ORDER BY v.name) INTO readers
+    FROM listener.view_reads r JOIN listener.managed_view v ON v.id = r.view_id
+    WHERE r.upstream_id = managed.id AND NOT keep_target;
+    IF readers IS NOT NULL THEN
+        RAISE EXCEPTION '% is read by %', managed.name, readers USING ERRCODE = 'LSN03',
+            HINT = 'Drop these first, or keep its target as a plain table: keep_target => true.';
+    END IF;
     -- Taking locks from readers may take some tries: first what gives way.
     DELETE FROM listener.view_source w WHERE w.view_id = managed.id;
     PERFORM listener.drop_orphans();
