@@ -181,6 +181,15 @@ async def tenant_of_view(connection: AsyncConnection[Any], view: str, tenant: st
     return row[0], row[1], row[2]
 
 
+async def has_tenants(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the view is refreshed by tenant. Raises psycopg.Error, LSN01, where there is no such view."""
+    row = await (
+        await connection.execute("SELECT v.strategy = 'tenant' FROM listener.find_view(%s) v", (view,))
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
 async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     """The view's own name. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (await connection.execute("SELECT v.name FROM listener.find_view(%s) v", (view,))).fetchone()

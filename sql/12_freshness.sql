@@ -21,7 +21,8 @@ $function$;
 
 -- is_pending(view_id, tenant): whether a change of this key is known that its target does not show yet: logged and not
 -- drained, drained and not refreshed, marked for all tenants and not written out, or a row that moved and may be looked
--- up by somebody who has not seen that. A tenant that is NULL is any of the view's.
+-- up by somebody who has not seen that. A tenant that is NULL is any of the view's; the one key of a view without tenants,
+-- '', has a change by any.
 CREATE OR REPLACE FUNCTION listener.is_pending(view_id integer, tenant text) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT EXISTS (
@@ -31,11 +32,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ) OR ($2 IS NULL AND EXISTS (SELECT FROM listener.dirty k WHERE k.view_id = $1))
     OR EXISTS (
         SELECT FROM listener.unconsumed() c
-        WHERE ($2 IS NULL OR c.tenant IN ($2, ''))
+        WHERE ($2 IS NULL OR $2 = '' OR c.tenant IN ($2, ''))
           AND (c.view_id = $1 OR c.source_id IN (SELECT s.source_id FROM listener.view_source s WHERE s.view_id = $1))
     ) OR EXISTS (
         SELECT FROM listener.moved_tenant m
-        WHERE ($2 IS NULL OR m.tenant IN ($2, ''))
+        WHERE ($2 IS NULL OR $2 = '' OR m.tenant IN ($2, ''))
           AND m.source_id IN (SELECT s.source_id FROM listener.view_source s WHERE s.view_id = $1)
     )
 $function$;
@@ -84,7 +85,7 @@ FROM listener.dirty k
 FULL JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
 JOIN listener.managed_view v ON v.id = coalesce(k.view_id, r.view_id)
 LEFT JOIN listener.dead_letter d ON d.view_id = v.id AND d.tenant = coalesce(k.tenant, r.tenant) AND d.status = 'open'
-WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS NOT NULL;
+WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS NOT NULL OR v.tenant_column IS NULL;
 
 -- compare(view, tenant_id): the target against its definition for one tenant, exactly, in one snapshot.
 --   missing, extra: rows that only the definition, only the target has; held: rows of the target
@@ -150,14 +151,14 @@ BEGIN
     paused := managed.paused_at IS NOT NULL;
     SELECT count(*), extract(epoch FROM now_at - min(c.changed_at)) INTO undrained, oldest_undrained_age
     FROM listener.unconsumed() c
-    WHERE c.tenant IN (explain_key.tenant, '') AND (c.view_id = managed.id OR c.source_id IN (
+    WHERE (explain_key.tenant = '' OR c.tenant IN (explain_key.tenant, '')) AND (c.view_id = managed.id OR c.source_id IN (
         SELECT s.source_id FROM listener.view_source s WHERE s.view_id = managed.id));
     SELECT f.version, f.refreshed_version, extract(epoch FROM now_at - f.dirty_since),
            extract(epoch FROM f.due_at - now_at), extract(epoch FROM now_at - f.refreshed_at),
            f.failures, extract(epoch FROM f.retry_at - now_at), f.last_error, f.correlation_id
     INTO version, refreshed_version, dirty_age, due_in, refreshed_age, failures, retry_in, last_error, correlation_id
     FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = explain_key.tenant;
-    all_tenants_pending := EXISTS (SELECT FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = '');
+    all_tenants_pending := managed.tenant_column IS NOT NULL AND EXISTS (SELECT FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = '');
     SELECT d.id INTO letter_id FROM listener.dead_letter d
     WHERE d.view_id = managed.id AND d.tenant = explain_key.tenant AND d.status = 'open';
     SELECT h.pid, h.query INTO lock_holder, lock_holder_query

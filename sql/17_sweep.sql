@@ -150,7 +150,7 @@ DECLARE
     relations regclass[] := ARRAY(
         SELECT g.tgrelid FROM pg_trigger g JOIN listener.source s ON g.tgname LIKE format('listener\_%s\_%%', s.id)
         UNION SELECT c.oid FROM listener.managed_view v
-              JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+              JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name)) AND c.relkind <> 'm'
         UNION SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
               WHERE n.nspname = 'listener' AND c.relkind = 'r' AND c.relowner = n.nspowner);
     holder text;
