@@ -135,6 +135,7 @@ BEGIN
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
     INSERT INTO listener.view_source
     SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM unnest(source_ids) s;
+    PERFORM listener.check_cycles();
     -- Last, so that writers wait for as little as can be.
     PERFORM listener.attach_capture(source_ids);
     PERFORM listener.mark_all_dirty(view.id);
@@ -197,14 +198,23 @@ END
 $function$;
 
 -- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, and the
--- triggers of tables that no other view reads. A materialized view that was there before stays.
+-- triggers of tables that no other view reads. A materialized view that was there before stays. Raises LSN03 where other
+-- managed views read a target that is to go.
 CREATE OR REPLACE FUNCTION listener.drop_view(view text, keep_target boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
+    readers text;
 BEGIN
     PERFORM listener.lock_registration();
+    SELECT pg_catalog.string_agg(v.name, ', ' ORDER BY v.name) INTO readers
+    FROM listener.view_reads r JOIN listener.managed_view v ON v.id = r.view_id
+    WHERE r.upstream_id = managed.id AND NOT keep_target;
+    IF readers IS NOT NULL THEN
+        RAISE EXCEPTION '% is read by %', managed.name, readers USING ERRCODE = 'LSN03',
+            HINT = 'Drop these first, or keep its target as a plain table: keep_target => true.';
+    END IF;
     PERFORM listener.unregister(managed);
     IF NOT keep_target AND managed.strategy <> 'materialized view' THEN
         EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);

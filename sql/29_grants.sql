@@ -34,8 +34,13 @@ BEGIN
         'listener.refresh_materialized_view_for_tenant(uuid, text)',
         'listener.refresh_materialized_view_for_tenant(bigint, text)', 'listener.tenants(text)',
         'listener.expand(text)', 'listener.unconsumed()', 'listener.is_stale(integer, text)',
-        'listener.compare(text, text)', 'listener.explain_key(text, text)', 'listener.tenant_digest(text, text)',
+        'listener.compare(text, text)',
+        'listener.explain_key(text, text)',
+        'listener.tenant_digest(text, text)',
         'listener.digest_statement(listener.managed_view, text)',
+        'listener.is_pending(integer, text)',
+        'listener.pending_upstream(integer, text)',
+        'listener.explain_upstream(text, text)',
         'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
@@ -53,8 +58,11 @@ BEGIN
     FOREACH computing IN ARRAY ARRAY[
         'listener.drain()', 'listener.pending_keys(boolean)', 'listener.refresh(text, text)', 'listener.tenants(text)',
         'listener.expand(text)', 'listener.unconsumed()', 'listener.is_stale(integer, text)',
-        'listener.compare(text, text)', 'listener.explain_key(text, text)', 'listener.tenant_digest(text, text)',
+        'listener.compare(text, text)',
+        'listener.explain_key(text, text)',
+        'listener.tenant_digest(text, text)',
         'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
+        'listener.explain_upstream(text, text)',
         'listener.record_refusal(text, text, text, text, text)', 'listener.discard_letter(uuid)',
         'listener.purge(interval, bigint)', 'listener.compare_alter(text, text)']::regprocedure[]
     LOOP
