@@ -10,9 +10,14 @@ BEGIN
     FOR routine IN SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'listener'::regnamespace LOOP
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', routine);
     END LOOP;
+    DELETE FROM listener.needed_right;
     IF installed.service_role = installed.owner_role THEN
         RETURN;
     END IF;
+    -- Nothing is left of what an earlier release, or somebody, granted.
+    EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA listener FROM %I', installed.service_role);
+    EXECUTE format('REVOKE ALL ON ALL SEQUENCES IN SCHEMA listener FROM %I', installed.service_role);
+    EXECUTE format('REVOKE ALL ON ALL FUNCTIONS IN SCHEMA listener FROM %I', installed.service_role);
     EXECUTE format('GRANT USAGE ON SCHEMA listener TO %I', installed.service_role);
     EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA listener TO %I', installed.service_role);
     EXECUTE format('GRANT INSERT, UPDATE, DELETE ON listener.refresh_state, listener.dead_letter TO %I', installed.service_role);
@@ -39,7 +44,11 @@ BEGIN
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
         'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)',
         'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
-        'listener.lock_holder(bigint)', 'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
+        'listener.lock_holder(bigint)', 'listener.view_troubles()', 'listener.readiness()',
+        'listener.seconds_text(interval)', 'listener.zone_differs(text, text)', 'listener.zone_functions(regclass)',
+        'listener.reads(regclass)', 'listener.state_findings()', 'listener.capture_findings()',
+        'listener.progress_findings()', 'listener.server_findings(integer)', 'listener.findings(integer)',
+        'listener.lost_guarantees()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;
@@ -56,5 +65,22 @@ BEGIN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
     END LOOP;
     EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);
+    -- What belongs to a view comes and goes with it: doctor knows what that needs.
+    INSERT INTO listener.needed_right (kind, object, right_name)
+    SELECT 'FUNCTION', p.oid::regprocedure::text, r.right_name
+    FROM pg_catalog.pg_proc p
+    CROSS JOIN LATERAL (
+        SELECT 'EXECUTE' WHERE pg_catalog.has_function_privilege(installed.service_role, p.oid, 'EXECUTE')
+        UNION ALL SELECT 'OWNER' WHERE pg_catalog.pg_get_userbyid(p.proowner) = installed.service_role) AS r (right_name)
+    WHERE p.pronamespace = 'listener'::regnamespace AND p.proname !~ '^difference_[0-9]+$'
+    UNION ALL
+    SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, c.oid::regclass::text, a.privilege_type
+    FROM pg_catalog.pg_class c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) a
+    WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind IN ('r', 'v', 'S')
+      AND c.relname !~ '^(definition|tenants|lookup|tenant_of|key_of|reference_of)_[0-9]'
+      AND pg_catalog.pg_get_userbyid(a.grantee) = installed.service_role;
+    PERFORM listener.grant_definition(v.id) FROM listener.managed_view v
+    WHERE pg_catalog.to_regclass('listener.definition_' || v.id) IS NOT NULL
+      AND pg_catalog.to_regclass('listener.tenants_' || v.id) IS NOT NULL;
 END
 $grants$;

@@ -9,3 +9,13 @@ ALTER TABLE listener.managed_view
     ALTER COLUMN tenant_type DROP NOT NULL,
     ADD CHECK ((strategy = 'tenant') = (tenant_column IS NOT NULL)),
     ADD CHECK ((tenant_column IS NULL) = (tenant_type IS NULL));
+
+-- What `listener doctor` compares with: the capture functions as they were generated, and the rights that the service's
+-- role was given by the last migration (sql/29_grants.sql). OWNER: the function belongs to that role.
+ALTER TABLE listener.source ADD COLUMN capture_digest text;
+CREATE TABLE listener.needed_right (
+    kind text NOT NULL CHECK (kind IN ('FUNCTION', 'TABLE', 'SEQUENCE')),
+    object text NOT NULL,
+    right_name text NOT NULL,
+    PRIMARY KEY (kind, object, right_name)
+);
