@@ -38,6 +38,16 @@ CREATE TABLE listener.adoption (
     adopted_at timestamptz
 );
 
+-- What `listener doctor` compares with: the capture functions as they were generated, and the rights that the service's
+-- role was given by the last migration (sql/29_grants.sql). OWNER: the function belongs to that role.
+ALTER TABLE listener.source ADD COLUMN capture_digest text;
+CREATE TABLE listener.needed_right (
+    kind text NOT NULL CHECK (kind IN ('FUNCTION', 'TABLE', 'SEQUENCE')),
+    object text NOT NULL,
+    right_name text NOT NULL,
+    PRIMARY KEY (kind, object, right_name)
+);
+
 -- Functions that have other arguments now: the files of sql/ make them beside these.
 DROP FUNCTION IF EXISTS listener.make_definition(integer, text, text);
 DROP FUNCTION IF EXISTS listener.create_default_tenants(integer, name, integer[]);
