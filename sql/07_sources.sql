@@ -155,6 +155,7 @@ BEGIN
         FROM pg_catalog.unnest(readers) AS r (view_id) JOIN listener.managed_view v ON v.id = r.view_id
         CROSS JOIN LATERAL listener.through_sources(added_id) AS o (source_id)
         ON CONFLICT DO NOTHING;
+        PERFORM listener.check_cycles();
     END IF;
     PERFORM listener.create_lookup(d.id)
     FROM (SELECT u.id FROM pg_catalog.unnest(dependents) WITH ORDINALITY AS u (id, ord) ORDER BY u.ord) d;

@@ -208,11 +208,14 @@ CREATE OR REPLACE FUNCTION listener.tenants(view text) RETURNS SETOF text
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
+    callers_tenant text := current_setting('app.current_tenant_id', true);
 BEGIN
     IF managed.tenant_column IS NULL THEN
         RETURN NEXT '';
         RETURN;
     END IF;
+    -- A target under row-level security is shown whole to who works for no tenant.
+    PERFORM set_config('app.current_tenant_id', '', true);
     RETURN QUERY EXECUTE format(
         'SELECT c.tenant
          FROM (SELECT t.tenant FROM listener.%I t UNION SELECT k.tenant FROM listener.dirty_key k WHERE k.view_id = $1
@@ -222,6 +225,7 @@ BEGIN
          WHERE c.tenant IS NOT NULL GROUP BY c.tenant',
         'tenants_' || managed.id, managed.tenant_column, managed.target_schema, managed.target_name)
         USING managed.id, managed.tenant_type;
+    PERFORM set_config('app.current_tenant_id', callers_tenant, true);
 END
 $function$;
 

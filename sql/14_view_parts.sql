@@ -40,6 +40,15 @@ BEGIN
 END
 $function$;
 
+-- lists_target(policy): whether it is the one that shows a target whole to the service while no tenant is set.
+CREATE OR REPLACE FUNCTION listener.lists_target(policy pg_policy) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT policy.polname = 'listener_list' AND EXISTS (
+        SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN listener.managed_view v ON v.target_schema = n.nspname AND v.target_name = c.relname
+        WHERE c.oid = policy.polrelid)
+$function$;
+
 -- hidden_source(relation): a table that the view reads and whose rows row-level security hides from the service as long as it
 -- names no tenant: no permissive policy lets it read them all, or a restrictive one takes some away. NULL: there is none.
 CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass) RETURNS regclass
@@ -51,7 +60,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE c.relrowsecurity
       AND (NOT EXISTS (SELECT FROM pg_policy p
                        WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
-                         AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+                         AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
                          AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
                                      WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE')))
            OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
@@ -187,7 +196,8 @@ DECLARE
     secured text := (SELECT string_agg(t.relation::text, ', ') FROM unnest(source_ids) s (id)
                      JOIN listener.source o ON o.id = s.id
                      CROSS JOIN LATERAL listener.capture_tables(o.relid) t
-                     JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity);
+                     JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity
+                       AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND listener.lists_target(p)));
 BEGIN
     IF view.tenant_column IS NULL THEN
         EXECUTE format('CREATE VIEW listener.%I AS SELECT ''''::pg_catalog.text AS tenant', 'tenants_' || view.id);
@@ -243,6 +253,18 @@ BEGIN
 END
 $function$;
 
+-- target_tenant_column(relation, definition, tenant_column): the tenant column of a relation that is the target of a
+-- managed view, whatever it is called there, where it is of the type that the definition's is.
+CREATE OR REPLACE FUNCTION listener.target_tenant_column(relation oid, definition regclass, tenant_column name) RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT v.tenant_column
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    JOIN listener.managed_view v ON v.target_schema = n.nspname AND v.target_name = c.relname
+    JOIN pg_attribute t ON t.attrelid = c.oid AND t.attname = v.tenant_column
+    JOIN pg_attribute d ON d.attrelid = $2 AND d.attname = $3 AND d.atttypid = t.atttypid
+    WHERE c.oid = $1
+$function$;
+
 -- register_sources(definition, tenant_column, depends_on): registers every table that the definition reads.
 --   source_ids; tenant_secured: row-level security is forced on each that has tenants
 -- A view without a tenant column takes a table as it is captured already, or as a view by tenant would most likely have it
@@ -273,7 +295,8 @@ BEGIN
     INTO source_ids, tenant_secured, shared
     FROM (
         SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured, known.through_id IS NOT NULL AS through,
-               CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE a.attname END AS tenant_column
+               CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE coalesce(
+                   a.attname, listener.target_tenant_column(c.oid, definition, register_sources.tenant_column)) END AS tenant_column
         FROM pg_class c
         LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = coalesce(register_sources.tenant_column, likely)
                                 AND a.attnum > 0 AND NOT a.attisdropped
@@ -336,8 +359,10 @@ BEGIN
     IF view.target_rls THEN
         EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', target);
         EXECUTE listener.target_policy(view);
-        -- The service lists the tenants of a target; what it writes stays bound to the one whose refresh it is.
-        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I USING (true)', target, service_role);
+        -- The service lists the tenants of a target while it works for none. A refresh is bound to its own tenant, also
+        -- that of a view which reads this target.
+        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I '
+                       'USING (nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL)', target, service_role);
     END IF;
     RETURN target::regclass;
 END

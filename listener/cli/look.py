@@ -49,13 +49,17 @@ def status(
 
 
 # Columns that are left out where all of their cells say only this: a line must fit a terminal.
-SELDOM = {"schema": "public", "failing": 0, "quarantined": 0, "paused": False, "failures": 0, "due": None}
+SELDOM = {
+    "schema": "public", "failing": 0, "quarantined": 0, "paused": False, "failures": 0, "due": None, "reads": None,
+    "waits_for": None,
+}  # fmt: skip
 
 
 def _view_line(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "view": row["view"],
         "schema": row["target"].partition(".")[0],
+        "reads": row["reads"],
         **{name: row[name] for name in ("keys", "dirty", "failing", "quarantined", "paused", "dirty_since")},
         "refreshed": row["last_refreshed_at"],
     }
@@ -70,6 +74,7 @@ def _key_line(row: dict[str, Any]) -> dict[str, Any]:
         "refreshed": row["refreshed_at"],
         "due": row["due_at"],
         "failures": row["failures"] or 0,
+        "waits_for": row["waits_for"],
     }
 
 

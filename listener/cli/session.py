@@ -21,7 +21,8 @@ class InReadingOrder(TyperGroup):
     """Lists the commands in the order in which one needs them."""
 
     ORDER = (
-        "demo roles migrate adopt unadopt run status explain verify refresh sweep pause resume dead-letters uninstall"
+        "demo roles migrate adopt run status explain verify doctor refresh sweep pause resume dead-letters unadopt "
+        "uninstall"
     )
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -8,7 +8,9 @@ ALTER TABLE listener.managed_view
     ALTER COLUMN tenant_column DROP NOT NULL,
     ALTER COLUMN tenant_type DROP NOT NULL,
     ADD CHECK ((strategy = 'tenant') = (tenant_column IS NOT NULL)),
-    ADD CHECK ((tenant_column IS NULL) = (tenant_type IS NULL));
+    ADD CHECK ((tenant_column IS NULL) = (tenant_type IS NULL)),
+    -- the view whose place it is to take, while a definition is being altered
+    ADD COLUMN replaces integer UNIQUE REFERENCES listener.managed_view ON DELETE SET NULL;
 
 -- Materialized views that were adopted, or are being: what it takes to turn back, beside what the target shows itself.
 --   filling        the target is being filled under a name of its own beside the materialized view
@@ -35,3 +37,18 @@ CREATE TABLE listener.adoption (
     begun_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     adopted_at timestamptz
 );
+
+-- What `listener doctor` compares with: the capture functions as they were generated, and the rights that the service's
+-- role was given by the last migration (sql/29_grants.sql). OWNER: the function belongs to that role.
+ALTER TABLE listener.source ADD COLUMN capture_digest text;
+CREATE TABLE listener.needed_right (
+    kind text NOT NULL CHECK (kind IN ('FUNCTION', 'TABLE', 'SEQUENCE')),
+    object text NOT NULL,
+    right_name text NOT NULL,
+    PRIMARY KEY (kind, object, right_name)
+);
+
+-- Functions that have other arguments now: the files of sql/ make them beside these.
+DROP FUNCTION IF EXISTS listener.make_definition(integer, text, text);
+DROP FUNCTION IF EXISTS listener.create_default_tenants(integer, name, integer[]);
+DROP FUNCTION IF EXISTS listener.set_window(text, interval, interval, text, interval);
