@@ -121,7 +121,6 @@ DECLARE
     keys name[];
     zone text := coalesce(timezone, listener.default_time_zone());
     statement text;
-    key_index record;
 BEGIN
     PERFORM listener.lock_registration();
     PERFORM listener.check_swappable(old), listener.check_sources(old);
@@ -154,12 +153,7 @@ BEGIN
     RETURNING v.* INTO managed;
     PERFORM listener.check_same_columns(old, beside::regclass);
     PERFORM listener.revoke_defaults(beside::regclass);
-    SELECT i.* INTO key_index FROM listener.indexes_of(beside::regclass) i;
-    IF FOUND THEN
-        EXECUTE format('ALTER INDEX %I.%I RENAME TO %I', class.nspname, key_index.name, coalesce(
-            (SELECT 'listener_new_' || i.id FROM listener.indexes_of(old) i
-             WHERE key_index.is_key AND i.is_key AND i.columns = key_index.columns ORDER BY i.id LIMIT 1), 'listener_key_' || managed.id));
-    END IF;
+    PERFORM listener.name_key_index(old, beside::regclass, managed.id);
     FOREACH statement IN ARRAY ARRAY(
         SELECT s FROM listener.carried(old, beside, 'r', managed.key_columns, '{}', listener.only_select(listener.grants_of(old))) s)
     LOOP

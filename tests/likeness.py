@@ -50,7 +50,9 @@ async def likeness(superuser: AsyncConnection[Any], relation: str) -> dict[str, 
         "owner": await one(
             superuser, "SELECT relowner::regrole::text FROM pg_class WHERE oid = %s::regclass", relation
         ),
-        "options": await one(superuser, "SELECT reloptions FROM pg_class WHERE oid = %s::regclass", relation),
+        "options": await rows(
+            superuser, "SELECT unnest(reloptions) FROM pg_class WHERE oid = %s::regclass ORDER BY 1", relation
+        ),
         "views": await rows(superuser, VIEWS),
     }
 
