@@ -312,6 +312,8 @@ DECLARE
     asked timestamptz;
 BEGIN
     PERFORM listener.check_swappable(old);
+    -- What takes longer the first time has been done once when readers wait for it.
+    PERFORM count(*) FROM listener.swapping(old, new_name);
     -- It waits for refreshes of the new one, and nobody reads that yet.
     PERFORM set_config('lock_timeout', '200ms', true);
     PERFORM listener.lock_out(new);
