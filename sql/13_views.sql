@@ -162,11 +162,11 @@ BEGIN
 END
 $function$;
 
--- set_window(view, ...): changes a view's window; NULL leaves a value as it is. A running service takes it over with
--- the next change or sweep.
+-- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` takes that away. A running
+-- service takes it over with the next change or sweep.
 CREATE OR REPLACE FUNCTION listener.set_window(
     view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
-    max_age interval DEFAULT NULL) RETURNS void
+    max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
@@ -179,8 +179,20 @@ BEGIN
         quiet_period = coalesce(set_window.quiet_period, v.quiet_period),
         max_wait = coalesce(set_window.max_wait, v.max_wait),
         edge = coalesce(set_window.edge, v.edge),
-        max_age = coalesce(set_window.max_age, v.max_age)
+        max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END
     WHERE v.id = managed.id;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- grant_reader(view, role): lets a role read the target; its schema is not ours to open.
+CREATE OR REPLACE FUNCTION listener.grant_reader(view text, role name) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+BEGIN
+    EXECUTE pg_catalog.format('GRANT SELECT ON %I.%I TO %I', managed.target_schema, managed.target_name, role);
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;
@@ -203,21 +215,29 @@ BEGIN
         RAISE EXCEPTION '% is read by %', managed.name, readers USING ERRCODE = 'LSN03',
             HINT = 'Drop these first, or keep its target as a plain table: keep_target => true.';
     END IF;
-    -- Taking locks from readers may take some tries: first what gives way.
-    DELETE FROM listener.view_source w WHERE w.view_id = managed.id;
-    PERFORM listener.drop_orphans();
-    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || managed.id);
-    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'definition_' || managed.id);
-    EXECUTE pg_catalog.format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || managed.id);
+    PERFORM listener.unregister(managed);
     IF NOT keep_target AND managed.strategy <> 'materialized view' THEN
         EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);
     END IF;
-    DELETE FROM listener.managed_view v WHERE v.id = managed.id;
-    DELETE FROM listener.dirty_key k WHERE k.view_id = managed.id;
-    DELETE FROM listener.refresh_state r WHERE r.view_id = managed.id;
-    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = pg_catalog.clock_timestamp()
-    WHERE d.view_id = managed.id AND d.status = 'open';
     PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- unregister(view): all of a view but its target goes: definition, keys, open letters, the triggers that no other needs.
+CREATE OR REPLACE FUNCTION listener.unregister(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    -- Taking locks from readers may take some tries: first what gives way.
+    DELETE FROM listener.view_source w WHERE w.view_id = view.id;
+    PERFORM listener.drop_orphans();
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || view.id);
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'definition_' || view.id);
+    EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || view.id);
+    DELETE FROM listener.managed_view v WHERE v.id = view.id;
+    DELETE FROM listener.dirty_key k WHERE k.view_id = view.id;
+    DELETE FROM listener.refresh_state r WHERE r.view_id = view.id;
+    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = clock_timestamp()
+    WHERE d.view_id = view.id AND d.status = 'open';
 END
 $function$;
 

@@ -124,9 +124,3 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM target t
     WHERE NOT pg_has_role(t.owner_role, t.relowner, 'USAGE')
 $function$;
-
--- readiness(): what keeps the service from being ready, one line each; no row when nothing does.
-CREATE OR REPLACE FUNCTION listener.readiness() RETURNS SETOF text
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT t.trouble FROM listener.view_troubles() t GROUP BY t.trouble ORDER BY min(t.view), t.trouble
-$function$;
