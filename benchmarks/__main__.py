@@ -13,6 +13,7 @@ from benchmarks import (
     calm,
     capture,
     drain,
+    fill,
     held_snapshot,
     idle,
     noisy,
@@ -33,6 +34,7 @@ ALL = {
     "sustained": sustained,
     "noisy": noisy,
     "backlog": backlog,
+    "fill": fill,
     "drain": drain,
     "held-snapshot": held_snapshot,
     "recovery": recovery,
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--hold-rate", type=float, default=5000, help="held-snapshot: writes a second (5000)")
     parser.add_argument("--kills", type=int, default=100, help="recovery: how often each is killed (100)")
     parser.add_argument("--restarts", type=int, default=20, help="recovery: how often the server restarts (20)")
+    parser.add_argument("--fill-rows", type=int, default=2_000_000, help="fill: rows of the source (2000000)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/benchmarks.md too")
     options = parser.parse_args()
