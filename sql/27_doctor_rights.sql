@@ -49,8 +49,9 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                 WHEN n.kind = 'SEQUENCE' THEN coalesce(
                     has_sequence_privilege(i.service_role, to_regclass(n.object), n.right_name), false)
                 ELSE coalesce(has_table_privilege(i.service_role, to_regclass(n.object), n.right_name), false) END,
-           CASE WHEN n.right_name = 'OWNER' OR (n.kind = 'FUNCTION' AND to_regprocedure(n.object) IS NULL)
+           CASE WHEN (n.kind = 'FUNCTION' AND to_regprocedure(n.object) IS NULL)
                      OR (n.kind <> 'FUNCTION' AND to_regclass(n.object) IS NULL) THEN 'listener migrate'
+                WHEN n.right_name = 'OWNER' THEN format('ALTER FUNCTION %s OWNER TO %I;', n.object, i.service_role)
                 ELSE format('GRANT %s ON %s %s TO %I;', n.right_name, n.kind, n.object, i.service_role) END
     FROM installed i CROSS JOIN listener.needed_right n
     UNION ALL
@@ -245,14 +246,12 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM shared i JOIN pg_class c ON c.relowner = i.service_id AND c.relkind IN ('r', 'p', 'v', 'm')
     WHERE NOT i.is_shared AND c.relpersistence <> 't' AND NOT c.relispartition
     UNION ALL
-    -- Functions whose owner is neither as the migration left it.
-    SELECT 'roles', 'error', NULL, p.oid::regprocedure::text, format('it belongs to %I, and runs with the wrong rights.', pg_get_userbyid(p.proowner)),
-           format('ALTER FUNCTION %s OWNER TO %I;', p.oid::regprocedure, w.owner)
+    SELECT 'roles', 'error', NULL, p.oid::regprocedure::text,
+           format('it belongs to %I, and runs with the wrong rights.', pg_get_userbyid(p.proowner)),
+           format('ALTER FUNCTION %s OWNER TO %I;', p.oid::regprocedure, i.owner_role)
     FROM installed i JOIN pg_proc p ON p.pronamespace = 'listener'::regnamespace
-    CROSS JOIN LATERAL (SELECT CASE WHEN EXISTS (
-        SELECT FROM listener.needed_right n WHERE n.kind = 'FUNCTION' AND n.right_name = 'OWNER' AND to_regprocedure(n.object) = p.oid)
-        THEN i.service_role ELSE i.owner_role END) AS w (owner)
-    WHERE pg_get_userbyid(p.proowner) NOT IN (w.owner, i.service_role)
+    WHERE pg_get_userbyid(p.proowner) <> i.owner_role AND NOT EXISTS (
+        SELECT FROM listener.needed_right n WHERE n.right_name = 'OWNER' AND to_regprocedure(n.object) = p.oid)
     UNION ALL
     SELECT 'rights', a.level, NULL, o.object, format(a.problem, a.grantee), format('REVOKE ALL ON %s FROM %s;', o.what, a.grantee)
     FROM installed i CROSS JOIN (

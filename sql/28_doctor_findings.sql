@@ -23,17 +23,6 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL SELECT * FROM listener.row_security_findings()
 $function$;
 
--- findings(replica_connections): everything that the database can say; sql/26_doctor.sql has what a finding is. A replica
--- opens so many connections at the most. For the service's role and for members of the owner's.
-CREATE OR REPLACE FUNCTION listener.findings(replica_connections integer DEFAULT 8)
-RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
-    SELECT * FROM listener.state_findings()
-    UNION ALL SELECT * FROM listener.capture_findings()
-    UNION ALL SELECT * FROM listener.progress_findings()
-    UNION ALL SELECT * FROM listener.server_findings(replica_connections)
-$function$;
-
 -- readiness(): what keeps the service from being ready, one line each; no row when nothing does. Of the role of the service
 -- itself the service knows what it was allowed to be.
 CREATE OR REPLACE FUNCTION listener.readiness() RETURNS SETOF text

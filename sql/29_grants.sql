@@ -47,8 +47,7 @@ BEGIN
         'listener.lock_holder(bigint)', 'listener.view_troubles()', 'listener.readiness()',
         'listener.seconds_text(interval)', 'listener.zone_differs(text, text)', 'listener.zone_functions(regclass)',
         'listener.reads(regclass)', 'listener.state_findings()', 'listener.capture_findings()',
-        'listener.progress_findings()', 'listener.server_findings(integer)', 'listener.findings(integer)',
-        'listener.lost_guarantees()']::regprocedure[]
+        'listener.progress_findings()', 'listener.server_findings(integer, interval)', 'listener.lost_guarantees()']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;
@@ -64,6 +63,8 @@ BEGIN
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
     END LOOP;
+    -- Asked by doctor's functions, also where the owner is no member any more.
+    EXECUTE format('GRANT EXECUTE ON FUNCTION listener.unconsumed() TO %I', installed.owner_role);
     EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);
     -- What belongs to a view comes and goes with it: doctor knows what that needs.
     INSERT INTO listener.needed_right (kind, object, right_name)
