@@ -239,6 +239,15 @@ async def tenant_of_view(connection: AsyncConnection[Any], view: str, tenant: st
     return row[0], row[1], row[2]
 
 
+async def has_tenants(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the view is refreshed by tenant. Raises psycopg.Error, LSN01, where there is no such view."""
+    row = await (
+        await connection.execute("SELECT v.strategy = 'tenant' FROM listener.find_view(%s) v", (view,))
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
 async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     """The view's own name. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (await connection.execute("SELECT v.name FROM listener.find_view(%s) v", (view,))).fetchone()
@@ -267,6 +276,8 @@ async def views(connection: AsyncConnection[Any]) -> list[DictRow]:
             """
             SELECT v.name AS view, quote_ident(v.target_schema) || '.' || quote_ident(v.target_name) AS target,
                    v.quiet_period, v.max_wait, v.edge, v.max_age, v.paused_at IS NOT NULL AS paused,
+                   (SELECT string_agg(u.name, ', ' ORDER BY u.name) FROM listener.view_reads r
+                    JOIN listener.managed_view u ON u.id = r.upstream_id WHERE r.view_id = v.id) AS reads,
                    count(f.tenant_id) AS keys,
                    count(*) FILTER (WHERE f.status = 'dirty') AS dirty,
                    count(*) FILTER (WHERE f.status = 'failing') AS failing,
@@ -301,6 +312,13 @@ async def explain_key(connection: AsyncConnection[Any], view: str, tenant: str) 
         row = await cursor.fetchone()
         assert row is not None
         return row
+
+
+async def explain_upstream(connection: AsyncConnection[Any], view: str, tenant: str) -> list[DictRow]:
+    """listener.explain_upstream for one key: the keys whose change it has yet to see."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.explain_upstream(%s, %s)", (view, tenant))
+        return await cursor.fetchall()
 
 
 async def readiness(connection: AsyncConnection[Any]) -> list[str]:

@@ -11,6 +11,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     ), walk (view, relid, relkind) AS (
         SELECT v.name, c.oid, c.relkind FROM listener.managed_view v
         JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
+        -- What its owner computes, as a materialized view's, needs no right of the service's.
+        WHERE c.reloptions @> '{security_invoker=true}'
         UNION
         SELECT w.view, c.oid, c.relkind
         FROM walk w JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v'
@@ -283,9 +285,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         FROM listener.installation i JOIN pg_roles r ON r.rolname = i.service_role
     ), listed AS MATERIALIZED (
         -- The service reads these with no tenant set, and is meant to see them whole.
-        SELECT DISTINCT r.relid FROM listener.managed_view v
+        SELECT r.relid FROM listener.managed_view v
         CROSS JOIN LATERAL listener.reads(to_regclass('listener.tenants_' || v.id)) r
         WHERE v.tenants_query IS NOT NULL
+        UNION
+        SELECT s.relid FROM listener.managed_view v JOIN listener.view_source w ON w.view_id = v.id
+        JOIN listener.source s ON s.id = w.source_id
+        WHERE v.strategy = 'whole'
     ), known AS MATERIALIZED (
         SELECT DISTINCT ON (c.oid) c.oid, c.oid::regclass::text AS source, a.attname AS tenant_column,
                format_type(a.atttypid, NULL) AS tenant_type, c.relrowsecurity, c.relforcerowsecurity, c.relowner,
@@ -306,7 +312,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                      AND f.prosrc LIKE '%app.current_tenant_id%') AS reads_tenant
         FROM installed i CROSS JOIN known k JOIN pg_policy p ON p.polrelid = k.oid AND p.polcmd IN ('r', '*')
         WHERE EXISTS (SELECT FROM unnest(p.polroles) o (role) WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE'))
-          AND p.polname <> 'listener_lookup'
+          AND p.polname <> 'listener_lookup' AND NOT listener.lists_target(p)
     ), summed AS (
         SELECT k.*, format('%I = current_setting(''app.current_tenant_id'')::%s', k.tenant_column, k.tenant_type) AS mine,
                count(p.polname) FILTER (WHERE p.polpermissive) AS permissive,
@@ -319,7 +325,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         GROUP BY k.oid, k.source, k.tenant_column, k.tenant_type, k.relrowsecurity, k.relforcerowsecurity, k.relowner,
                  k.readers, k.is_promised
     ), target AS (
-        SELECT v.name, v.target_rls, c.oid, c.oid::regclass::text AS target, c.relacl, c.relowner
+        SELECT v.name, v.strategy, v.target_rls, c.oid, c.oid::regclass::text AS target, c.relacl, c.relowner
         FROM listener.managed_view v JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
     )
     SELECT 'row security', 'warning', s.readers, s.source,
@@ -374,7 +380,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'row security', 'warning', t.name, t.target, 'everybody may read it, and it shows every tenant''s rows.',
            format('REVOKE SELECT ON %s FROM PUBLIC;', t.target)
     FROM target t
-    WHERE NOT t.target_rls AND EXISTS (SELECT FROM aclexplode(t.relacl) a WHERE a.grantee = 0 AND a.privilege_type = 'SELECT')
+    WHERE t.strategy = 'tenant' AND NOT t.target_rls AND EXISTS (SELECT FROM aclexplode(t.relacl) a WHERE a.grantee = 0 AND a.privilege_type = 'SELECT')
     UNION ALL
     SELECT 'row security', 'warning', t.name, t.target, format('its policy %I shows its readers every tenant''s rows.', p.polname),
            format('DROP POLICY %I ON %s;', p.polname, t.target)
@@ -384,7 +390,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     SELECT 'row security', 'ok', t.name, t.target,
            format('read by %s, %s', coalesce(g.readers, 'nobody yet'),
-                  CASE WHEN t.target_rls THEN 'who see the tenant in app.current_tenant_id' ELSE 'who see every tenant' END), NULL
+                  CASE WHEN t.strategy <> 'tenant' THEN 'and has no tenants'
+                       WHEN t.target_rls THEN 'who see the tenant in app.current_tenant_id' ELSE 'who see every tenant' END), NULL
     FROM target t CROSS JOIN installed i
     CROSS JOIN LATERAL (
         SELECT string_agg(CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END, ', ') AS readers
