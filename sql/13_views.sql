@@ -87,7 +87,6 @@ BEGIN
     view.edge := coalesce(edge, 'leading');
     view.max_age := max_age;
     view.time_zone := timezone;
-    view.strategy := 'tenant';
     view.target_rls := target_rls;
     PERFORM listener.check_window(view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone);
 

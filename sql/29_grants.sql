@@ -115,11 +115,9 @@ BEGIN
         'listener.unconsumed()']::regprocedure[]
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
-        -- Who may make and drop views may fill and compare them.
+        -- Who may make and drop views may fill and compare them, and ask doctor, also where it is no member any more.
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', computing, installed.owner_role);
     END LOOP;
-    -- Asked by doctor's functions, also where the owner is no member any more.
-    EXECUTE format('GRANT EXECUTE ON FUNCTION listener.unconsumed() TO %I', installed.owner_role);
     EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);
     -- What belongs to a view comes and goes with it: doctor knows what that needs.
     INSERT INTO listener.needed_right (kind, object, right_name)
