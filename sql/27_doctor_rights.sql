@@ -172,7 +172,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                r.rolbypassrls, r.rolcreaterole, r.rolcreatedb, r.rolreplication,
                i.service_role <> i.owner_role AS apart
         FROM listener.installation i JOIN pg_roles r ON r.rolname = i.service_role
-    ), target AS (
+    ), target AS MATERIALIZED (
         SELECT to_regclass(format('%I.%I', v.target_schema, v.target_name))::oid AS relid FROM listener.managed_view v
     ), captured AS MATERIALIZED (
         -- A target that another view reads is written by the service, and must be.
@@ -252,8 +252,9 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            format('it belongs to %I, and runs with the wrong rights.', pg_get_userbyid(p.proowner)),
            format('ALTER FUNCTION %s OWNER TO %I;', p.oid::regprocedure, i.owner_role)
     FROM installed i JOIN pg_proc p ON p.pronamespace = 'listener'::regnamespace
-    WHERE pg_get_userbyid(p.proowner) <> i.owner_role AND NOT EXISTS (
-        SELECT FROM listener.needed_right n WHERE n.right_name = 'OWNER' AND to_regprocedure(n.object) = p.oid)
+    WHERE pg_get_userbyid(p.proowner) <> i.owner_role AND p.oid NOT IN (
+        SELECT to_regprocedure(n.object) FROM listener.needed_right n
+        WHERE n.right_name = 'OWNER' AND to_regprocedure(n.object) IS NOT NULL)
     UNION ALL
     SELECT 'rights', a.level, NULL, o.object, format(a.problem, a.grantee), format('REVOKE ALL ON %s FROM %s;', o.what, a.grantee)
     FROM installed i CROSS JOIN (
@@ -292,6 +293,10 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         SELECT s.relid FROM listener.managed_view v JOIN listener.view_source w ON w.view_id = v.id
         JOIN listener.source s ON s.id = w.source_id
         WHERE v.strategy = 'whole'
+    ), nested AS MATERIALIZED (
+        SELECT v.name AS view, r.relid FROM listener.managed_view v
+        CROSS JOIN LATERAL listener.reads(to_regclass('listener.definition_' || v.id)) r
+        WHERE r.relkind = 'v'
     ), known AS MATERIALIZED (
         SELECT DISTINCT ON (c.oid) c.oid, c.oid::regclass::text AS source, a.attname AS tenant_column,
                format_type(a.atttypid, NULL) AS tenant_type, c.relrowsecurity, c.relforcerowsecurity, c.relowner,
@@ -363,10 +368,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                   string_agg(DISTINCT n.source, ', '), pg_get_userbyid(n.owner)),
            format('ALTER VIEW %s SET (security_invoker = true);', n.nested::regclass)
     FROM (
-        SELECT v.name AS view, x.oid AS nested, x.relowner AS owner, k.source
-        FROM listener.managed_view v
-        CROSS JOIN LATERAL listener.reads(to_regclass('listener.definition_' || v.id)) r
-        JOIN pg_class x ON x.oid = r.relid AND x.relkind = 'v'
+        SELECT v.view, x.oid AS nested, x.relowner AS owner, k.source
+        FROM nested v JOIN pg_class x ON x.oid = v.relid
         JOIN pg_rewrite w ON w.ev_class = x.oid
         JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid AND d.refclassid = 'pg_class'::regclass
         JOIN known k ON k.oid = d.refobjid

@@ -9,7 +9,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'view', 'error', t.view, coalesce(t.view, 'sources'), (s.parts)[1] || '.', (s.parts)[2]
     FROM listener.view_troubles() t
     CROSS JOIN LATERAL (SELECT coalesce(regexp_match(t.trouble, '^(.*?): ((?:ALTER|CREATE|TRUNCATE|GRANT|SELECT|make) .*)$'),
-                                        regexp_match(t.trouble, '^(.*?): (.*)$'))) AS s (parts)
+                                        regexp_match(t.trouble, '^(.*?): (.*)$'), ARRAY[t.trouble])) AS s (parts)
     UNION ALL
     SELECT 'rights', CASE WHEN n.held THEN 'ok' ELSE n.level END, n.view, n.object,
            CASE WHEN n.held THEN format('%I has %s', n.role, n.right_name)
@@ -27,9 +27,9 @@ $function$;
 -- itself the service knows what it was allowed to be.
 CREATE OR REPLACE FUNCTION listener.readiness() RETURNS SETOF text
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
-    SELECT t.trouble FROM listener.view_troubles() t
-    UNION
-    SELECT format('%s: %s %s', f.object, f.problem, f.mend) FROM listener.state_findings() f
-    WHERE f.level = 'error' AND f."check" NOT IN ('view', 'roles')
+    SELECT DISTINCT CASE f."check" WHEN 'view' THEN concat_ws(': ', rtrim(f.problem, '.'), f.mend)
+                                   ELSE format('%s: %s %s', f.object, f.problem, f.mend) END
+    FROM listener.state_findings() f
+    WHERE f.level = 'error' AND f."check" <> 'roles'
     ORDER BY 1
 $function$;
