@@ -39,7 +39,17 @@ BEGIN
         'listener.purge(interval, bigint)', 'listener.changed_definitions()', 'listener.repair_capture()',
         'listener.hold_lease()', 'listener.end_lease()', 'listener.take_mark()', 'listener.is_past(xid8)',
         'listener.must_poll()', 'listener.lease_is_wrong()', 'listener.ring_for_all()',
-        'listener.lock_holder(bigint)', 'listener.view_troubles()', 'listener.readiness()']::regprocedure[]
+        'listener.lock_holder(bigint)', 'listener.view_troubles()', 'listener.readiness()',
+        -- Planning for one tenant happens as this role.
+        'listener.reads(regclass)', 'listener.hiding_functions(regclass)', 'listener.tracked(text)',
+        'listener.tracked_names(name[], text)', 'listener.tenant_inputs(regclass, name)',
+        'listener.make_stand_ins(regclass, text)', 'listener.view_text(oid, text)', 'listener.explained(text, text)',
+        'listener.some_tenant(text)', 'listener.tenant_plans(regclass, name, text)', 'listener.plan_nodes(jsonb)',
+        'listener.plain_text(text, text)', 'listener.and_members(text)', 'listener.uncast(text)',
+        'listener.equalities(text, text)', 'listener.plan_scans(jsonb)', 'listener.implied(jsonb, text)',
+        'listener.index_scans(jsonb, text)', 'listener.tenant_scope(regclass, name, text)', 'listener.index_advice(oid, name[])',
+        'listener.scope_advice(jsonb, jsonb, integer[], "char", boolean, text, name, name, name[])'
+        ]::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;
