@@ -21,8 +21,8 @@ class InReadingOrder(TyperGroup):
     """Lists the commands in the order in which one needs them."""
 
     ORDER = (
-        "demo roles migrate adopt run status explain verify doctor refresh sweep pause resume dead-letters unadopt "
-        "uninstall"
+        "demo roles migrate doctor inventory adopt unadopt views fill run status explain verify refresh sweep "
+        "pause resume dead-letters forget uninstall"
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
