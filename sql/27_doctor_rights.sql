@@ -44,18 +44,18 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     -- What is not there any more, whose name somebody changed, has no right either.
     SELECT 'error', NULL, n.object, n.right_name, i.service_role,
-           CASE WHEN n.right_name = 'OWNER' THEN coalesce(
-                    (SELECT p.proowner = to_regrole(quote_ident(i.service_role)) FROM pg_proc p WHERE p.oid = to_regprocedure(n.object)), false)
-                WHEN n.kind = 'FUNCTION' THEN coalesce(
-                    has_function_privilege(i.service_role, to_regprocedure(n.object), n.right_name), false)
-                WHEN n.kind = 'SEQUENCE' THEN coalesce(
-                    has_sequence_privilege(i.service_role, to_regclass(n.object), n.right_name), false)
-                ELSE coalesce(has_table_privilege(i.service_role, to_regclass(n.object), n.right_name), false) END,
-           CASE WHEN (n.kind = 'FUNCTION' AND to_regprocedure(n.object) IS NULL)
-                     OR (n.kind <> 'FUNCTION' AND to_regclass(n.object) IS NULL) THEN 'listener migrate'
+           coalesce(CASE WHEN n.right_name = 'OWNER' THEN
+                             (SELECT pg_get_userbyid(p.proowner) = i.service_role FROM pg_proc p WHERE p.oid = n.routine)
+                         WHEN n.kind = 'FUNCTION' THEN has_function_privilege(i.service_role, n.routine, n.right_name)
+                         WHEN n.kind = 'SEQUENCE' THEN has_sequence_privilege(i.service_role, n.relation, n.right_name)
+                         ELSE has_table_privilege(i.service_role, n.relation, n.right_name) END, false),
+           CASE WHEN coalesce(n.routine, n.relation) IS NULL THEN 'listener migrate'
                 WHEN n.right_name = 'OWNER' THEN format('ALTER FUNCTION %s OWNER TO %I;', n.object, i.service_role)
                 ELSE format('GRANT %s ON %s %s TO %I;', n.right_name, n.kind, n.object, i.service_role) END
-    FROM installed i CROSS JOIN listener.needed_right n
+    FROM installed i CROSS JOIN (
+        SELECT r.*, to_regprocedure(CASE r.kind WHEN 'FUNCTION' THEN r.object END)::oid AS routine,
+               to_regclass(CASE r.kind WHEN 'FUNCTION' THEN NULL ELSE r.object END)::oid AS relation
+        FROM listener.needed_right r) n
     UNION ALL
     SELECT 'error', v.name, c.oid::regclass::text, 'SELECT', i.service_role,
            has_table_privilege(i.service_role, c.oid, 'SELECT'),
@@ -257,8 +257,10 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            format('ALTER FUNCTION %s OWNER TO %I;', p.oid::regprocedure, i.owner_role)
     FROM installed i JOIN pg_proc p ON p.pronamespace = 'listener'::regnamespace
     WHERE pg_get_userbyid(p.proowner) <> i.owner_role AND p.oid NOT IN (
-        SELECT to_regprocedure(n.object) FROM listener.needed_right n
-        WHERE n.right_name = 'OWNER' AND to_regprocedure(n.object) IS NOT NULL)
+        SELECT o.routine FROM listener.needed_right n
+        -- Not of a table's name: before PostgreSQL 16 that raises.
+        CROSS JOIN LATERAL (SELECT to_regprocedure(CASE n.kind WHEN 'FUNCTION' THEN n.object END)) AS o (routine)
+        WHERE n.right_name = 'OWNER' AND o.routine IS NOT NULL)
     UNION ALL
     SELECT 'rights', a.level, NULL, o.object, format(a.problem, a.grantee), format('REVOKE ALL ON %s FROM %s;', o.what, a.grantee)
     FROM installed i CROSS JOIN (
