@@ -255,6 +255,14 @@ async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     return str(row[0])
 
 
+async def is_paused(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the view is paused. Raises psycopg.Error, LSN01, where there is no such view."""
+    row = await (
+        await connection.execute("SELECT v.paused_at IS NOT NULL FROM listener.find_view(%s) v", (view,))
+    ).fetchone()
+    return bool(row and row[0])
+
+
 async def undrained(connection: AsyncConnection[Any]) -> tuple[int, float | None]:
     """How many logged changes no drain has seen, and the age of the oldest in seconds."""
     row = await (
@@ -267,6 +275,33 @@ async def undrained(connection: AsyncConnection[Any]) -> tuple[int, float | None
     ).fetchone()
     assert row is not None
     return row[0], row[1]
+
+
+async def is_listened_to(connection: AsyncConnection[Any]) -> bool:
+    """Whether a service has its listening connection to this database open."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT EXISTS (SELECT FROM pg_stat_activity a
+                           WHERE a.datname = current_database() AND a.application_name = 'listener listen')
+            """
+        )
+    ).fetchone()
+    return bool(row and row[0])
+
+
+async def has_undrained(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether a mark of the view, or of its keys, is logged that no drain has seen."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT EXISTS (SELECT FROM listener.unconsumed() c JOIN listener.managed_view v ON v.id = c.view_id
+                           WHERE v.name = %s)
+            """,
+            (view,),
+        )
+    ).fetchone()
+    return bool(row and row[0])
 
 
 async def views(connection: AsyncConnection[Any]) -> list[DictRow]:
