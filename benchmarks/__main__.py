@@ -12,6 +12,7 @@ from benchmarks import (
     bulk,
     calm,
     capture,
+    doctor,
     drain,
     fill,
     held_snapshot,
@@ -39,6 +40,7 @@ ALL = {
     "held-snapshot": held_snapshot,
     "recovery": recovery,
     "idle": idle,
+    "doctor": doctor,
 }
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="recovery: how often each is killed (100)")
     parser.add_argument("--restarts", type=int, default=20, help="recovery: how often the server restarts (20)")
     parser.add_argument("--fill-rows", type=int, default=2_000_000, help="fill: rows of the source (2000000)")
+    parser.add_argument("--tables", type=int, default=200, help="doctor: how many source tables (200)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/benchmarks.md too")
     options = parser.parse_args()

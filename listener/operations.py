@@ -106,6 +106,14 @@ async def refresh_all(
         yield done, len(everyone), result
 
 
+async def catch_up(connection: AsyncConnection[Any], view: str) -> None:
+    """Refreshes what of this view is dirty by now. Raises psycopg.Error where a key fails."""
+    await drain_all(connection)
+    pending = changes.pending(connection, anyio.current_time(), overdue=False)
+    for change in [change async for change in pending if change.key.view == view and not change.aged]:
+        await refresh(connection, change)
+
+
 async def sweep_once(
     connection: AsyncConnection[Any], policy: RetryPolicy | None = None
 ) -> AsyncIterator[tuple[int, int, Outcome | Failed | None]]:

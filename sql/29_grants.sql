@@ -43,7 +43,6 @@ BEGIN
         'listener.explain_key(text, text)',
         'listener.explain_upstream(text, text)',
         'listener.find_view(text)',
-        'listener.findings(integer)',
         'listener.fold_restored_log()',
         'listener.hold_lease()',
         'listener.images(regclass, regclass)',
@@ -80,7 +79,7 @@ BEGIN
         'listener.repair_capture()',
         'listener.ring_for_all()',
         'listener.seconds_text(interval)',
-        'listener.server_findings(integer)',
+        'listener.server_findings(integer, interval)',
         'listener.serves(text)',
         'listener.state_findings()',
         'listener.state_of(integer, text)',
@@ -117,7 +116,7 @@ BEGIN
         'listener.unconsumed()']::regprocedure[]
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
-        -- Who may make and drop views may fill and compare them.
+        -- Who may make and drop views may fill and compare them, and ask doctor, also where it is no member any more.
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', computing, installed.owner_role);
     END LOOP;
     EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);

@@ -21,8 +21,8 @@ class InReadingOrder(TyperGroup):
     """Lists the commands in the order in which one needs them."""
 
     ORDER = (
-        "demo roles migrate run status explain verify doctor refresh fill sweep pause resume forget dead-letters"
-        " uninstall"
+        "demo roles migrate doctor inventory adopt unadopt views fill run status explain verify refresh sweep "
+        "pause resume dead-letters forget uninstall"
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
