@@ -104,6 +104,7 @@ BEGIN
         'listener.expand(text)',
         'listener.explain_key(text, text)',
         'listener.explain_upstream(text, text)',
+        'listener.forget_rows(text, text)',
         'listener.is_stale(integer, text)',
         'listener.pending_keys(boolean)',
         'listener.purge(interval, bigint)',
