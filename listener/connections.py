@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -77,6 +79,30 @@ async def _opened(options: dict[str, Any]) -> AsyncIterator[Pool]:
     finally:
         with anyio.CancelScope(shield=True):
             await opened.close(timeout=1)
+
+
+async def taken(pool: Pool, within: float) -> PatientConnection:
+    """A connection of the pool, to be put back; had within so many seconds. Raises PoolTimeout.
+
+    It is taken in a task that no cancellation reaches: the pool would lose a connection that it hands over to somebody
+    who is cancelled in the same moment, and with it one of those that it may have.
+    """
+    taking = asyncio.create_task(pool.getconn(timeout=within))
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+        taking.add_done_callback(partial(_put_back, pool))
+        raise
+
+
+_going_back: set[asyncio.Task[None]] = set()  # the event loop keeps no task alive
+
+
+def _put_back(pool: Pool, taking: asyncio.Task[PatientConnection]) -> None:
+    if not taking.cancelled() and taking.exception() is None:
+        back = asyncio.create_task(pool.putconn(taking.result()))
+        _going_back.add(back)
+        back.add_done_callback(_going_back.discard)
 
 
 def pool_options(url: str, settings: Settings, *, pooled: bool = False) -> dict[str, Any]:

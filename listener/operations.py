@@ -184,11 +184,18 @@ def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool
 
 
 async def explain(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:
-    """What is known of a key: queries.explain_key, `troubles` of its view's tables, `waits_for` of who refreshes it."""
+    """What is known of a key: queries.explain_key, `troubles` of its view's tables, `waits_for` of who refreshes it.
+
+    `upstream` has the keys of other managed views whose change it has yet to see.
+    """
     facts = await queries.explain_key(connection, view, tenant)
     holder = facts["lock_holder"]
     waits_for = [] if holder is None else await backends.in_the_way_of(connection, holder)
-    return facts | {"troubles": await queries.view_troubles(connection, facts["view_name"]), "waits_for": waits_for}
+    return facts | {
+        "troubles": await queries.view_troubles(connection, facts["view_name"]),
+        "waits_for": waits_for,
+        "upstream": await queries.explain_upstream(connection, facts["view_name"], facts["tenant"]),
+    }
 
 
 def reasons(facts: DictRow) -> list[str]:
@@ -207,6 +214,7 @@ def reasons(facts: DictRow) -> list[str]:
             lines.append("nobody drains: is `listener run` up, and /health/ready green?")
     if facts["all_tenants_pending"]:
         lines.append("all tenants of the view are marked dirty (filling, or a change of a shared table or definition)")
+    lines += [_upstream(key) for key in facts["upstream"]]
     dirty = facts["version"] is not None and facts["version"] != facts["refreshed_version"]
     if dirty:
         lines.append(f"the key has been dirty for {facts['dirty_age']:.1f} s")
@@ -214,6 +222,16 @@ def reasons(facts: DictRow) -> list[str]:
     if not lines and facts["version"] is None and facts["refreshed_version"] is None:
         lines.append("no change of this tenant was ever captured, and it was never refreshed")
     return lines
+
+
+def _upstream(key: DictRow) -> str:
+    """One line for a key of another view, whose target this one reads."""
+    tenant = key["tenant"]
+    whose = "some tenant" if tenant is None else f"tenant {tenant}" if tenant else "all tenants"
+    age = key["dirty_age"]
+    what = "has a change that is not drained yet" if age is None else f"has been dirty for {age:.1f} s"
+    paused = ", and is paused" if key["paused"] else ""
+    return f"it reads {key['view_name']}, which {what} for {whose}{paused}"
 
 
 def _waits_for(facts: DictRow, *, dirty: bool) -> list[str]:

@@ -55,6 +55,63 @@ async def only_reads(connection: AsyncConnection[Any]) -> bool:
     return bool(row and row[0])
 
 
+async def read_only_reason(connection: AsyncConnection[Any]) -> tuple[bool, str | None]:
+    """Whether the server is a standby; else, where its sessions only read, the statement that ends that."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT pg_is_in_recovery(), CASE WHEN current_setting('transaction_read_only')::boolean THEN coalesce(
+                (SELECT concat_ws(' ', 'ALTER',
+                                  CASE WHEN s.setrole <> 0 THEN format('ROLE %%I', pg_get_userbyid(s.setrole)) END,
+                                  CASE WHEN s.setrole <> 0 AND s.setdatabase <> 0 THEN 'IN' END,
+                                  CASE WHEN s.setdatabase <> 0 THEN format('DATABASE %%I', current_database()) END,
+                                  'RESET default_transaction_read_only')
+                 FROM pg_db_role_setting s
+                 JOIN pg_database d ON s.setdatabase IN (d.oid, 0) AND d.datname = current_database()
+                 WHERE s.setrole IN (0, current_user::regrole) AND EXISTS (
+                     SELECT FROM unnest(s.setconfig) c WHERE c ~* '^default_transaction_read_only=(on|true|yes|1)$')
+                 ORDER BY s.setrole DESC, s.setdatabase DESC LIMIT 1),
+                'ALTER SYSTEM RESET default_transaction_read_only; SELECT pg_reload_conf()') END
+            """,
+            (),
+        )
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+async def missing_roles(connection: AsyncConnection[Any], roles: list[str]) -> list[str]:
+    """Those of these roles that are not there."""
+    cursor = await connection.execute(
+        "SELECT r FROM unnest(%s::text[]) r WHERE r NOT IN (SELECT o.rolname FROM pg_roles o)", (roles,)
+    )
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def server_time(connection: AsyncConnection[Any]) -> float:
+    """The server's clock, in seconds since 1970."""
+    row = await (await connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8")).fetchone()
+    assert row is not None
+    return float(row[0])
+
+
+async def direct_address(connection: AsyncConnection[Any]) -> str:
+    """The URL of the server itself, as it sees itself, whatever stands between."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT format('postgresql://%%s@%%s:%%s/%%s%%s',
+                          current_user, host(inet_server_addr()), p.port, current_database(),
+                          CASE WHEN inet_server_addr() IS NULL THEN '?host=' || split_part(current_setting('unix_socket_directories'), ',', 1) END)
+            FROM (SELECT current_setting('port')) AS p (port)
+            """,
+            (),
+        )
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
 async def schema_revision(connection: AsyncConnection[Any]) -> str | None:
     """The migration that the schema is at; None where there is none."""
     row = await (await connection.execute("SELECT version_num FROM listener.alembic_version")).fetchone()
@@ -181,6 +238,15 @@ async def tenant_of_view(connection: AsyncConnection[Any], view: str, tenant: st
     return row[0], row[1], row[2]
 
 
+async def has_tenants(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the view is refreshed by tenant. Raises psycopg.Error, LSN01, where there is no such view."""
+    row = await (
+        await connection.execute("SELECT v.strategy = 'tenant' FROM listener.find_view(%s) v", (view,))
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
 async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     """The view's own name. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (await connection.execute("SELECT v.name FROM listener.find_view(%s) v", (view,))).fetchone()
@@ -209,6 +275,8 @@ async def views(connection: AsyncConnection[Any]) -> list[DictRow]:
             """
             SELECT v.name AS view, quote_ident(v.target_schema) || '.' || quote_ident(v.target_name) AS target,
                    v.quiet_period, v.max_wait, v.edge, v.max_age, v.paused_at IS NOT NULL AS paused,
+                   (SELECT string_agg(u.name, ', ' ORDER BY u.name) FROM listener.view_reads r
+                    JOIN listener.managed_view u ON u.id = r.upstream_id WHERE r.view_id = v.id) AS reads,
                    count(f.tenant_id) AS keys,
                    count(*) FILTER (WHERE f.status = 'dirty') AS dirty,
                    count(*) FILTER (WHERE f.status = 'failing') AS failing,
@@ -245,9 +313,29 @@ async def explain_key(connection: AsyncConnection[Any], view: str, tenant: str) 
         return row
 
 
+async def explain_upstream(connection: AsyncConnection[Any], view: str, tenant: str) -> list[DictRow]:
+    """listener.explain_upstream for one key: the keys whose change it has yet to see."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.explain_upstream(%s, %s)", (view, tenant))
+        return await cursor.fetchall()
+
+
 async def readiness(connection: AsyncConnection[Any]) -> list[str]:
     """What listener.readiness() has to say; empty when all is well."""
     cursor = await connection.execute("SELECT r FROM listener.readiness() r")
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def findings(connection: AsyncConnection[Any], replica_connections: int) -> list[DictRow]:
+    """What listener.findings() says: check, level, view, object, problem, mend."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.findings(%s)", (replica_connections,))
+        return await cursor.fetchall()
+
+
+async def lost_guarantees(connection: AsyncConnection[Any]) -> list[str]:
+    """What cannot be promised since the service shares its role with the owner or the application."""
+    cursor = await connection.execute("SELECT g FROM listener.lost_guarantees() g")
     return [row[0] for row in await cursor.fetchall()]
 
 

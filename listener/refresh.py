@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from listener.views import EVERYBODY, Change, RefreshKey
+from listener.views import Change, RefreshKey
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -44,13 +44,10 @@ async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
 
 async def refresh_now(connection: AsyncConnection[Any], key: RefreshKey) -> Outcome:
     """Refreshes the key whether it is dirty or not. Raises as refresh()."""
-    if key.tenant == EVERYBODY:
-        cursor = await connection.execute("SELECT outcome, tenants, 0, 0, 0 FROM listener.expand(%s)", (key.view,))
-    else:
-        cursor = await connection.execute(
-            "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh(%s::text, %s::text)",
-            (key.view, key.tenant),
-        )
+    cursor = await connection.execute(
+        "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh_key(%s::text, %s::text)",
+        (key.view, key.tenant),
+    )
     return _outcome(await cursor.fetchone())
 
 

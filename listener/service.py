@@ -190,7 +190,7 @@ class Service:
     ) -> AsyncIterator[PatientConnection]:
         """A connection of the pool, had within so many seconds. Raises PoolTimeout."""
         pool = pool or self.pool
-        connection = await pool.getconn(timeout=within)
+        connection = await connections.taken(pool, within)
         try:
             with self.in_use.noted(connection):
                 yield connection

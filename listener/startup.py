@@ -115,9 +115,9 @@ async def check(url: str, settings: Settings) -> bool:
 
     Raises SetupError, in one line, for whatever refuses a start, and UnavailableError for what may pass.
     """
-    listen_name, listen_url = _listen_url(settings)
+    listen_name, listen_at = listen_url(settings)
     # Before the first is waited for: what is malformed is no better later.
-    libpq_url(listen_url, listen_name)
+    libpq_url(listen_at, listen_name)
     try:
         async with await connections.direct(url) as connection:
             # A standby may lag behind: only what can be written to has the schema that counts.
@@ -158,7 +158,7 @@ async def check(url: str, settings: Settings) -> bool:
     return pooled
 
 
-def _listen_url(settings: Settings) -> tuple[str, str]:
+def listen_url(settings: Settings) -> tuple[str, str]:
     """Where to listen, after the name of the setting that says so."""
     if settings.listen_database_url is None:
         return "LISTENER_DATABASE_URL", settings.database_url.get_secret_value()
@@ -167,7 +167,7 @@ def _listen_url(settings: Settings) -> tuple[str, str]:
 
 async def _check_listening(connection: psycopg.AsyncConnection[Any], settings: Settings) -> None:
     """Raises SetupError where nothing would ever be heard: the way leads to another database, or through a pooler."""
-    name, url = _listen_url(settings)
+    name, url = listen_url(settings)
     patience = settings.probe_timeout.total_seconds()
     async with await connections.direct(url) as listening:
         if settings.listen_database_url is not None and await queries.database_identity(

@@ -32,10 +32,14 @@ END
 $function$;
 
 -- canonical_tenant(tenant, tenant_type): the tenant as the type's output function writes it, so that one tenant is
--- one key however it was spelled. Raises LSN02 where it is missing, longer than 1,024 bytes or not of the type.
+-- one key however it was spelled; '' where the view has no tenants (tenant_type NULL) and so one key. Raises LSN02
+-- where it is missing, longer than 1,024 bytes or not of the type.
 CREATE OR REPLACE FUNCTION listener.canonical_tenant(tenant text, tenant_type text) RETURNS text
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
+    IF tenant_type IS NULL THEN
+        RETURN '';
+    END IF;
     IF tenant IS NULL OR tenant = '' THEN
         RAISE EXCEPTION 'validation_error: the tenant is missing'
             USING ERRCODE = 'LSN02', HINT = 'Give a tenant of type ' || tenant_type || '.';

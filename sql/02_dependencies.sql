@@ -48,3 +48,52 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         FROM listener.hiding_functions(relation) f
     ) AS parts (part)
 $function$;
+
+-- view_reads: which managed view reads the target of which other.
+--   by_tenant: the rows of a tenant there are those of the same tenant here; else any of them may concern any tenant
+CREATE OR REPLACE VIEW listener.view_reads AS
+SELECT w.view_id, u.id AS upstream_id,
+       (s.through_id IS NULL AND s.tenant_column = u.tenant_column AND v.tenant_type = u.tenant_type) IS TRUE AS by_tenant
+FROM listener.managed_view u
+JOIN pg_namespace n ON n.nspname = u.target_schema
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = u.target_name
+JOIN listener.source s ON s.relid = c.oid
+JOIN listener.view_source w ON w.source_id = s.id
+JOIN listener.managed_view v ON v.id = w.view_id;
+
+-- view_upstream: the same with what those read in turn.
+CREATE OR REPLACE VIEW listener.view_upstream AS
+WITH RECURSIVE way (view_id, upstream_id, by_tenant) AS (
+    SELECT r.view_id, r.upstream_id, r.by_tenant FROM listener.view_reads r
+    UNION
+    SELECT w.view_id, r.upstream_id, w.by_tenant AND r.by_tenant
+    FROM way w JOIN listener.view_reads r ON r.view_id = w.upstream_id
+)
+SELECT w.view_id, w.upstream_id, bool_and(w.by_tenant) AS by_tenant FROM way w GROUP BY w.view_id, w.upstream_id;
+
+-- check_cycles(): raises LSN03, naming them, where managed views read each other's targets in a circle: each refresh
+-- would wake the next for ever.
+CREATE OR REPLACE FUNCTION listener.check_cycles() RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    circle text[];
+BEGIN
+    WITH RECURSIVE way (start, at, names) AS (
+        SELECT v.id, v.id, ARRAY[v.name] FROM listener.managed_view v
+        WHERE v.id IN (SELECT u.view_id FROM listener.view_upstream u WHERE u.upstream_id = u.view_id)
+        UNION ALL
+        SELECT w.start, r.upstream_id, w.names || u.name
+        FROM way w JOIN listener.view_reads r ON r.view_id = w.at
+        JOIN listener.managed_view u ON u.id = r.upstream_id
+        -- Round once, and no other circle on the way.
+        WHERE (w.at <> w.start OR cardinality(w.names) = 1) AND (u.id = w.start OR u.name <> ALL (w.names))
+    )
+    SELECT w.names INTO circle FROM way w
+    WHERE w.at = w.start AND cardinality(w.names) > 1 ORDER BY cardinality(w.names), w.start LIMIT 1;
+    IF circle IS NOT NULL THEN
+        RAISE EXCEPTION 'managed views would read each other in a circle: % reads %', circle[1],
+                array_to_string(circle[2:], ', which reads ')
+            USING ERRCODE = 'LSN03', HINT = 'Take the target of one of them out of what another reads.';
+    END IF;
+END
+$function$;

@@ -122,7 +122,19 @@ BEGIN
             format(log_tenants, 'SELECT ''''::pg_catalog.text'), body, ring);
     END LOOP;
     PERFORM listener.generate_row_capture(source, renamed, looked_through, unlinked, log_moves, ring);
+    UPDATE listener.source s SET capture_digest = listener.capture_digest(s.id) WHERE s.id = source.id;
 END
+$function$;
+
+-- capture_digest(source_id): of the capture functions of a source as they are now: generate_capture notes it, and doctor compares.
+CREATE OR REPLACE FUNCTION listener.capture_digest(source_id integer) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT md5(string_agg(concat_ws(' ', p.proname, p.prosecdef, p.proconfig, md5(p.prosrc)), E'\n' ORDER BY p.proname))
+    FROM pg_proc p
+    WHERE p.pronamespace = 'listener'::regnamespace AND p.prorettype = 'trigger'::regtype
+      AND p.proname IN (SELECT format('capture_%s_%s%s', $1, e.event, n.suffix)
+                        FROM unnest('{insert,update,delete,truncate,row}'::text[]) e (event)
+                        CROSS JOIN unnest('{"",_by_name}'::text[]) n (suffix))
 $function$;
 
 -- create_capture_function(name, declarations, renamed, log_everybody, body, ring): a trigger function of capture.

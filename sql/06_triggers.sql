@@ -134,9 +134,18 @@ BEGIN
 END
 $function$;
 
--- detach_capture(source_id): drops a source's triggers, its functions and its record. DROP TRIGGER waits for readers,
--- too, and makes later ones wait, so it gives way as attach_capture does. Raises LSN03 when it never got the locks.
+-- detach_capture(source_id): drops a source's triggers, its functions and its record. Raises as drop_capture() does.
 CREATE OR REPLACE FUNCTION listener.detach_capture(source_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    PERFORM listener.drop_capture(detach_capture.source_id);
+    DELETE FROM listener.source s WHERE s.id = detach_capture.source_id;
+END
+$function$;
+
+-- drop_capture(source_id): drops a source's triggers and all that was generated for it. DROP TRIGGER waits for readers,
+-- too, and makes later ones wait, so it gives way as attach_capture does. Raises LSN03 when it never got the locks.
+CREATE OR REPLACE FUNCTION listener.drop_capture(source_id integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     attempt integer := 0;
@@ -146,9 +155,9 @@ BEGIN
     LOOP
         BEGIN
             PERFORM set_config('lock_timeout', '200ms', true);
-            PERFORM listener.drop_triggers(detach_capture.source_id, g.tgrelid)
+            PERFORM listener.drop_triggers(drop_capture.source_id, g.tgrelid)
             FROM (SELECT DISTINCT t.tgrelid FROM pg_trigger t
-                  WHERE t.tgname LIKE format('listener\_%s\_%%', detach_capture.source_id)) g;
+                  WHERE t.tgname LIKE format('listener\_%s\_%%', drop_capture.source_id)) g;
             EXIT;
         EXCEPTION WHEN lock_not_available THEN
             attempt := attempt + 1;
@@ -161,25 +170,24 @@ BEGIN
         PERFORM pg_sleep(0.05 + random() * 0.2);
     END LOOP;
     PERFORM set_config('lock_timeout', previous_timeout, true);
-    PERFORM listener.drop_lookup(detach_capture.source_id);
+    PERFORM listener.drop_lookup(drop_capture.source_id);
     FOR routine IN
         SELECT p.oid::regprocedure FROM pg_proc p
         WHERE p.pronamespace = 'listener'::regnamespace
-          AND p.proname ~ format('^(capture|tenant_of|key_of|tenants_by)_%s(_[a-z0-9_]+)?$', detach_capture.source_id)
+          AND p.proname ~ format('^(capture|tenant_of|key_of|tenants_by)_%s(_[a-z0-9_]+)?$', drop_capture.source_id)
     LOOP
         EXECUTE format('DROP FUNCTION %s', routine);
     END LOOP;
     FOR routine IN
         SELECT c.oid::regclass FROM pg_class c
         WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'v'
-          AND c.relname ~ format('^(tenant_of_%1$s|key_of_%1$s_[0-9]+)$', detach_capture.source_id)
+          AND c.relname ~ format('^(tenant_of_%1$s|key_of_%1$s_[0-9]+)$', drop_capture.source_id)
     LOOP
         EXECUTE format('DROP VIEW %s', routine);
     END LOOP;
-    IF to_regtype(format('listener.%I', 'row_' || detach_capture.source_id)) IS NOT NULL THEN
-        EXECUTE format('DROP DOMAIN listener.%I', 'row_' || detach_capture.source_id);
+    IF to_regtype(format('listener.%I', 'row_' || drop_capture.source_id)) IS NOT NULL THEN
+        EXECUTE format('DROP DOMAIN listener.%I', 'row_' || drop_capture.source_id);
     END IF;
-    DELETE FROM listener.source s WHERE s.id = detach_capture.source_id;
 END
 $function$;
 

@@ -155,6 +155,7 @@ BEGIN
         FROM pg_catalog.unnest(readers) AS r (view_id) JOIN listener.managed_view v ON v.id = r.view_id
         CROSS JOIN LATERAL listener.through_sources(added_id) AS o (source_id)
         ON CONFLICT DO NOTHING;
+        PERFORM listener.check_cycles();
     END IF;
     PERFORM listener.create_lookup(d.id)
     FROM (SELECT u.id FROM pg_catalog.unnest(dependents) WITH ORDINALITY AS u (id, ord) ORDER BY u.ord) d;
@@ -321,7 +322,8 @@ END
 $function$;
 
 -- same_form(source_id, tenant_type): whether a source writes a tenant as a view with that tenant type does: an integer
--- has one spelling, and so has a uuid that is one; a text column may spell a uuid in many ways.
+-- has one spelling, and so has a uuid that is one; a text column may spell a uuid in many ways. Never where the view
+-- has no tenants: whichever tenant is logged, its one key is dirty.
 CREATE OR REPLACE FUNCTION listener.same_form(source_id integer, tenant_type text) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH last (relid, attname) AS (
@@ -329,12 +331,12 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHERE s.tenant_column IS NOT NULL
           AND s.id IN (SELECT $1 UNION SELECT listener.through_sources($1))
     )
-    SELECT NOT EXISTS (SELECT FROM last) OR EXISTS (
+    SELECT tenant_type IS NOT NULL AND (NOT EXISTS (SELECT FROM last) OR EXISTS (
         SELECT FROM last l JOIN pg_attribute a ON a.attrelid = l.relid AND a.attname = l.attname
         JOIN pg_type t ON t.oid = a.atttypid
         WHERE coalesce(nullif(t.typbasetype, 0), t.oid) = ANY (CASE tenant_type
             WHEN 'uuid' THEN '{uuid}' WHEN 'text' THEN '{text,varchar,bpchar,name,uuid,int2,int4,int8}'
-            WHEN 'integer' THEN '{int2,int4}' ELSE '{int2,int4,int8}' END::regtype[]))
+            WHEN 'integer' THEN '{int2,int4}' ELSE '{int2,int4,int8}' END::regtype[])))
 $function$;
 
 -- remove_source(relation): drops the table's triggers. Raises LSN03 while a view reads it, or a look-up goes through it.

@@ -161,7 +161,7 @@ BEGIN
         SELECT v.id AS view_id, p.tenant AS logged,
                CASE WHEN p.tenant = '' OR s.same_form THEN p.tenant
                     ELSE listener.canonical_or_null(p.tenant, v.tenant_type) END AS tenant,
-               p.first_change, p.last_change, p.tenant = '' AS bulk, p.app_correlation_id
+               p.first_change, p.last_change, p.tenant = '' AND v.tenant_type IS NOT NULL AS bulk, p.app_correlation_id
         FROM per_source p JOIN listener.view_source s ON s.source_id = p.source_id
         JOIN listener.managed_view v ON v.id = s.view_id
         UNION ALL
@@ -303,7 +303,7 @@ SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmap
     FROM (SELECT clock_timestamp()) AS n (now)
     CROSS JOIN listener.refresh_state r
     JOIN listener.managed_view v ON v.id = r.view_id AND v.paused_at IS NULL AND v.max_age IS NOT NULL
-    WHERE r.tenant <> '' AND r.refreshed_at < n.now - v.max_age AND r.failures = 0
+    WHERE (r.tenant <> '' OR v.tenant_type IS NULL) AND r.refreshed_at < n.now - v.max_age AND r.failures = 0
       AND NOT EXISTS (SELECT FROM listener.dirty_key k
                       WHERE k.view_id = r.view_id AND k.tenant = r.tenant AND k.version > r.refreshed_version)
 $function$;

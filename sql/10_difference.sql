@@ -19,19 +19,28 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE a.attrelid = target AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
+-- is_of_tenant(view, prefix): the condition that a row of definition or target is of tenant $1; true where the view has
+-- no tenants. Everything is qualified: it runs with the creator's search_path, and whoever may create an operator there
+-- must not come into it.
+CREATE OR REPLACE FUNCTION listener.is_of_tenant(view listener.managed_view, prefix text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN view.tenant_column IS NULL THEN 'true'
+                ELSE format('%s%I OPERATOR(pg_catalog.=) $1::%s', prefix, view.tenant_column,
+                            CASE WHEN view.tenant_type IN ('text', 'uuid') THEN 'pg_catalog.' ELSE '' END || view.tenant_type) END
+$function$;
+
 -- difference_statement(view): one statement, so that no reader sees a state between old and new. $1 is the tenant as
 -- text. Returns inserted, updated, deleted, and a key that occurs twice, in which case nothing is written.
 -- Deleted rows are found by key. The keys are compared as records, because they may be NULL and IS NOT DISTINCT FROM
 -- can neither hash nor merge; the set of keys that are gone is nearly always empty, and then that join costs nothing.
+-- Without key columns the whole row is the key, and equal rows may stand in the result more than once: the n-th of them is
+-- told from the others by its number. Rows are compared by their text, which tells NULL from ''.
 CREATE OR REPLACE FUNCTION listener.difference_statement(view listener.managed_view) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target regclass := format('%I.%I', view.target_schema, view.target_name)::regclass;
     definition text := format('listener.%I', 'definition_' || view.id);
-    -- Everything is qualified: the statement runs with the creator's search_path, and whoever may create an operator
-    -- there must not come into it.
-    mine text := format('%I OPERATOR(pg_catalog.=) $1::%s', view.tenant_column,
-                        CASE WHEN view.tenant_type IN ('text', 'uuid') THEN 'pg_catalog.' ELSE '' END || view.tenant_type);
+    mine text := listener.is_of_tenant(view, '');
     keys text := (SELECT string_agg(quote_ident(k.name), ', ' ORDER BY k.ord)
                   FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord));
     columns text;
@@ -47,7 +56,29 @@ BEGIN
            string_agg(format('%I = excluded.%I', i.attname, i.attname), ', ' ORDER BY i.attnum)
     INTO columns, compared, written, updates
     FROM listener.images(target, definition::regclass) i;
-    RETURN format($sql$
+    RETURN format(CASE WHEN keys IS NULL THEN $sql$
+WITH fresh AS MATERIALIZED (
+    SELECT f.*, pg_catalog.row_number() OVER (PARTITION BY f."listener.row") AS "listener.n"
+    FROM (SELECT %2$s, ROW(%2$s)::pg_catalog.text COLLATE pg_catalog."C" AS "listener.row" FROM %8$s WHERE %7$s) f
+), held AS MATERIALIZED (
+    SELECT h.*, pg_catalog.row_number() OVER (PARTITION BY h."listener.row") AS "listener.n"
+    FROM (SELECT ctid AS "listener.at", ROW(%2$s)::pg_catalog.text COLLATE pg_catalog."C" AS "listener.row"
+          FROM %6$s WHERE %7$s) h
+), deleted AS (
+    DELETE FROM %6$s t USING held h
+    WHERE t.ctid OPERATOR(pg_catalog.=) h."listener.at" AND NOT EXISTS (
+        SELECT FROM fresh f WHERE f."listener.row" OPERATOR(pg_catalog.=) h."listener.row"
+                              AND f."listener.n" OPERATOR(pg_catalog.=) h."listener.n")
+    RETURNING 1
+), written AS (
+    INSERT INTO %6$s (%2$s)
+    SELECT %2$s FROM fresh f WHERE NOT EXISTS (
+        SELECT FROM held h WHERE h."listener.row" OPERATOR(pg_catalog.=) f."listener.row"
+                             AND h."listener.n" OPERATOR(pg_catalog.=) f."listener.n")
+    RETURNING 1
+)
+SELECT (SELECT pg_catalog.count(*) FROM written), 0::pg_catalog.int8, (SELECT pg_catalog.count(*) FROM deleted),
+       NULL::pg_catalog.text$sql$ ELSE $sql$
 WITH fresh AS MATERIALIZED (
     SELECT %2$s FROM %8$s WHERE %7$s
 ), twice AS MATERIALIZED (
@@ -59,7 +90,7 @@ WITH fresh AS MATERIALIZED (
     SELECT %1$s FROM %6$s WHERE %7$s EXCEPT SELECT %1$s FROM fresh
 ), deleted AS (
     DELETE FROM %6$s t USING (SELECT %1$s FROM gone) g
-    WHERE t.%7$s AND ROW(%9$s)::record OPERATOR(pg_catalog.=) ROW(%10$s)::record AND NOT EXISTS (SELECT FROM twice)
+    WHERE %11$s AND ROW(%9$s)::record OPERATOR(pg_catalog.=) ROW(%10$s)::record AND NOT EXISTS (SELECT FROM twice)
     RETURNING 1
 ), written AS (
     INSERT INTO %6$s AS t (%2$s)
@@ -69,23 +100,27 @@ WITH fresh AS MATERIALIZED (
 )
 SELECT (SELECT pg_catalog.count(*) FROM written w WHERE w.inserted),
        (SELECT pg_catalog.count(*) FROM written w WHERE NOT w.inserted),
-       (SELECT pg_catalog.count(*) FROM deleted), (SELECT key FROM twice)$sql$,
+       (SELECT pg_catalog.count(*) FROM deleted), (SELECT key FROM twice)$sql$ END,
         keys, columns, compared, written, updates, target, mine, definition,
         (SELECT string_agg(format('t.%I', k.name), ', ' ORDER BY k.ord)
          FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord)),
         (SELECT string_agg(format('g.%I', k.name), ', ' ORDER BY k.ord)
-         FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord)));
+         FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord)),
+        listener.is_of_tenant(view, 't.'));
 END
 $function$;
 
 -- generate_difference(view): makes or replaces listener.difference_<id>(tenant), which runs that statement. It is static
 -- SQL, so that a session parses it once, and may keep its plan: parsing and planning took two thirds of a small refresh.
--- Which plan is taken, refresh() says. It runs with the rights of whoever calls, the service's role. Nothing is made
--- where target or definition are gone, or the target lacks a column: the statement would leave that out for good.
+-- Which plan is taken, refresh() says. It runs with the rights of whoever calls, the service's role; that of a
+-- materialized view with the owner's of this schema, since PostgreSQL lets only a view's owner, and its members, refresh
+-- it. Nothing is made where target or definition are gone, or the target lacks a column: the statement would leave that
+-- out for good.
 CREATE OR REPLACE FUNCTION listener.generate_difference(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     service_role name := (SELECT i.service_role FROM listener.installation i);
+    kept boolean := view.strategy = 'materialized view';
 BEGIN
     IF to_regclass(format('%I.%I', view.target_schema, view.target_name)) IS NULL
        OR to_regclass('listener.definition_' || view.id) IS NULL
@@ -94,12 +129,14 @@ BEGIN
     END IF;
     -- As a literal: a column's name may hold whatever a dollar quote ends with.
     EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(text, OUT bigint, OUT bigint, OUT bigint, OUT text)
-                    LANGUAGE plpgsql VOLATILE AS %L', 'difference_' || view.id, format($difference$
+                    LANGUAGE plpgsql VOLATILE %s AS %L', 'difference_' || view.id,
+                   CASE WHEN kept THEN 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp' ELSE '' END,
+                   CASE WHEN kept THEN listener.refresh_statement(view) ELSE format($difference$
 #variable_conflict use_column
 BEGIN%s
     INTO $2, $3, $4, $5;
 END
-$difference$, listener.difference_statement(view)));
+$difference$, listener.difference_statement(view)) END);
     EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I(text) FROM PUBLIC', 'difference_' || view.id);
     EXECUTE format('GRANT EXECUTE ON FUNCTION listener.%I(text) TO %I', 'difference_' || view.id, service_role);
 END
@@ -113,8 +150,7 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target regclass := format('%I.%I', view.target_schema, view.target_name)::regclass;
     definition text := format('listener.%I', 'definition_' || view.id);
-    mine text := format('%I OPERATOR(pg_catalog.=) $1::%s', view.tenant_column,
-                        CASE WHEN view.tenant_type IN ('text', 'uuid') THEN 'pg_catalog.' ELSE '' END || view.tenant_type);
+    mine text := listener.is_of_tenant(view, '');
     compared text;
     missing text := (SELECT string_agg(quote_ident(m.name), ', ') FROM listener.missing_columns(view) m);
 BEGIN

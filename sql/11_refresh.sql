@@ -162,8 +162,23 @@ BEGIN
 END
 $function$;
 
--- refresh_dirty(view_id, view, tenant, version): what a replica does for a key that it heard of: refresh(), or expand()
--- for "all tenants" (inserted: how many); and nothing where another replica has shown this version meanwhile: 'fresh'.
+-- refresh_key(view, tenant): what is done for a key, dirty or not: refresh(), or expand() where it stands for all tenants
+-- of a view that has some (inserted: how many).
+CREATE OR REPLACE FUNCTION listener.refresh_key(
+    view text, tenant text,
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF tenant = '' AND (listener.find_view(view)).strategy = 'tenant' THEN
+        SELECT e.outcome, e.tenants INTO outcome, inserted FROM listener.expand(view) e;
+    ELSE
+        SELECT r.* INTO outcome, inserted, updated, deleted, version FROM listener.refresh(view, tenant) r;
+    END IF;
+END
+$function$;
+
+-- refresh_dirty(view_id, view, tenant, version): what a replica does for a key that it heard of: refresh_key();
+-- and nothing where another replica has shown this version meanwhile: 'fresh'.
 CREATE OR REPLACE FUNCTION listener.refresh_dirty(
     view_id integer, view text, tenant text, INOUT version bigint,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
@@ -171,11 +186,8 @@ LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     IF listener.is_shown(view_id, tenant, version) THEN
         outcome := 'fresh';
-    ELSIF tenant = '' THEN
-        SELECT e.outcome, e.tenants INTO outcome, inserted FROM listener.expand(view) e;
     ELSE
-        SELECT r.outcome, r.inserted, r.updated, r.deleted, r.version INTO outcome, inserted, updated, deleted, version
-        FROM listener.refresh(view, tenant) r;
+        SELECT r.* INTO outcome, inserted, updated, deleted, version FROM listener.refresh_key(view, tenant) r;
     END IF;
 END
 $function$;
@@ -190,12 +202,20 @@ CREATE OR REPLACE FUNCTION listener.refresh_materialized_view_for_tenant(tenant_
 LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_name, tenant_id::pg_catalog.text) $function$;
 
 -- tenants(view): the tenants of a view as text: what its tenants query lists, the keys, and the target's own. Those
--- that can be no tenant (NULL, malformed, over 1 kB) are left out: the drain refuses them where they are written.
+-- that can be no tenant (NULL, malformed, over 1 kB) are left out: the drain refuses them where they are written. '' alone
+-- where the view has none.
 CREATE OR REPLACE FUNCTION listener.tenants(view text) RETURNS SETOF text
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
+    callers_tenant text := current_setting('app.current_tenant_id', true);
 BEGIN
+    IF managed.tenant_column IS NULL THEN
+        RETURN NEXT '';
+        RETURN;
+    END IF;
+    -- A target under row-level security is shown whole to who works for no tenant.
+    PERFORM set_config('app.current_tenant_id', '', true);
     RETURN QUERY EXECUTE format(
         'SELECT c.tenant
          FROM (SELECT t.tenant FROM listener.%I t UNION SELECT k.tenant FROM listener.dirty_key k WHERE k.view_id = $1
@@ -205,12 +225,13 @@ BEGIN
          WHERE c.tenant IS NOT NULL GROUP BY c.tenant',
         'tenants_' || managed.id, managed.tenant_column, managed.target_schema, managed.target_name)
         USING managed.id, managed.tenant_type;
+    PERFORM set_config('app.current_tenant_id', callers_tenant, true);
 END
 $function$;
 
 -- expand(view): writes "all tenants" out: logs a change of the view for each of its tenants. It is the refresh of the
 -- key of tenant '', with the same proof: the version is read before the tenants are listed.
---   outcome 'expanded', with the number of tenants; 'busy'; 'paused'
+--   outcome 'expanded', with the number of tenants; 'busy'; 'paused'; where the view has no tenants, that of refresh()
 -- Reads the tenants query and dirty_key; writes change_log and refresh_state.
 CREATE OR REPLACE FUNCTION listener.expand(view text, OUT outcome text, OUT tenants bigint)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -222,6 +243,11 @@ DECLARE
     dirty record;
 BEGIN
     PERFORM listener.check_caller('listener.expand()');
+    IF managed.tenant_column IS NULL THEN
+        -- A service of an older release asks for this key so.
+        SELECT r.outcome, r.inserted INTO outcome, tenants FROM listener.refresh(managed.name, '') r;
+        RETURN;
+    END IF;
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
         RETURN;

@@ -19,22 +19,47 @@ BEGIN
 END
 $function$;
 
--- is_stale(view_id, tenant): whether a change of this key is known that its target does not show yet: logged and not
--- drained, drained and not refreshed, or marked for all tenants and not written out.
-CREATE OR REPLACE FUNCTION listener.is_stale(view_id integer, tenant text) RETURNS boolean
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+-- is_pending(view_id, tenant): whether a change of this key is known that its target does not show yet: logged and not
+-- drained, drained and not refreshed, marked for all tenants and not written out, or a row that moved and may be looked
+-- up by somebody who has not seen that. A tenant that is NULL is any of the view's; the one key of a view without tenants,
+-- '', has a change by any.
+CREATE OR REPLACE FUNCTION listener.is_pending(view_id integer, tenant text) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT EXISTS (
         SELECT FROM listener.dirty_key k
         LEFT JOIN LATERAL listener.state_of(k.view_id, k.tenant) r ON true
-        WHERE k.view_id = $1 AND k.tenant IN ($2, '') AND k.version > coalesce(r.refreshed_version, -1)
-    ) OR EXISTS (
+        WHERE $2 IS NOT NULL AND k.view_id = $1 AND k.tenant IN ($2, '') AND k.version > coalesce(r.refreshed_version, -1)
+    ) OR ($2 IS NULL AND EXISTS (SELECT FROM listener.dirty k WHERE k.view_id = $1))
+    OR EXISTS (
         SELECT FROM listener.unconsumed() c
-        WHERE c.tenant IN ($2, '')
+        WHERE ($2 IS NULL OR $2 = '' OR c.tenant IN ($2, ''))
           AND (c.view_id = $1 OR c.source_id IN (SELECT s.source_id FROM listener.view_source s WHERE s.view_id = $1))
+    ) OR EXISTS (
+        SELECT FROM listener.moved_tenant m
+        WHERE ($2 IS NULL OR $2 = '' OR m.tenant IN ($2, ''))
+          AND m.source_id IN (SELECT s.source_id FROM listener.view_source s WHERE s.view_id = $1)
     )
 $function$;
 
+-- pending_upstream(view_id, tenant): the views upstream of this one with a pending change that may reach this key, and
+-- the tenant whose change it is, NULL where it may be any.
+CREATE OR REPLACE FUNCTION listener.pending_upstream(view_id integer, tenant text)
+RETURNS TABLE (upstream_id integer, upstream_tenant text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT u.upstream_id, t.tenant
+    FROM listener.view_upstream u CROSS JOIN LATERAL (SELECT CASE WHEN u.by_tenant THEN $2 END) AS t (tenant)
+    WHERE u.view_id = $1 AND listener.is_pending(u.upstream_id, t.tenant)
+$function$;
+
+-- is_stale(view_id, tenant): whether a change is known that this key's target does not show yet: its own, or one of a
+-- view upstream.
+CREATE OR REPLACE FUNCTION listener.is_stale(view_id integer, tenant text) RETURNS boolean
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT listener.is_pending($1, $2) OR EXISTS (SELECT FROM listener.pending_upstream($1, $2))
+$function$;
+
 -- freshness: one row per refresh key that was ever dirty or refreshed. Ages are as of now, by the server's clock.
+--   waits_for: the view upstream, and its tenant, whose change this key has yet to see; its oldest
 CREATE OR REPLACE VIEW listener.freshness AS
 SELECT v.name AS view_name, coalesce(k.tenant, r.tenant) AS tenant_id,
        CASE WHEN v.paused_at IS NOT NULL THEN 'paused'
@@ -49,12 +74,18 @@ SELECT v.name AS view_name, coalesce(k.tenant, r.tenant) AS tenant_id,
                           ELSE least(k.last_change_at + v.quiet_period, k.dirty_since + v.max_wait) END,
                           r.started_at + v.quiet_period, r.retry_at) END AS due_at,
        r.duration, r.inserted, r.updated, r.deleted, r.failures, r.retry_at, r.last_error,
-       coalesce(k.correlation_id, r.correlation_id) AS correlation_id, k.app_correlation_id
+       coalesce(k.correlation_id, r.correlation_id) AS correlation_id, k.app_correlation_id,
+       (SELECT u.name || CASE w.tenant WHEN '' THEN ' of all tenants' ELSE ' of tenant ' || w.tenant END
+        FROM listener.view_upstream p
+        JOIN listener.managed_view u ON u.id = p.upstream_id AND p.view_id = v.id
+        JOIN listener.dirty w ON w.view_id = p.upstream_id
+                             AND (w.tenant IN (coalesce(k.tenant, r.tenant), '') OR NOT p.by_tenant)
+        ORDER BY w.dirty_since LIMIT 1) AS waits_for
 FROM listener.dirty k
 FULL JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
 JOIN listener.managed_view v ON v.id = coalesce(k.view_id, r.view_id)
 LEFT JOIN listener.dead_letter d ON d.view_id = v.id AND d.tenant = coalesce(k.tenant, r.tenant) AND d.status = 'open'
-WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS NOT NULL;
+WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS NOT NULL OR v.tenant_column IS NULL;
 
 -- compare(view, tenant_id): the target against its definition for one tenant, exactly, in one snapshot.
 --   missing, extra: rows that only the definition, only the target has; held: rows of the target
@@ -120,18 +151,42 @@ BEGIN
     paused := managed.paused_at IS NOT NULL;
     SELECT count(*), extract(epoch FROM now_at - min(c.changed_at)) INTO undrained, oldest_undrained_age
     FROM listener.unconsumed() c
-    WHERE c.tenant IN (explain_key.tenant, '') AND (c.view_id = managed.id OR c.source_id IN (
+    WHERE (explain_key.tenant = '' OR c.tenant IN (explain_key.tenant, '')) AND (c.view_id = managed.id OR c.source_id IN (
         SELECT s.source_id FROM listener.view_source s WHERE s.view_id = managed.id));
     SELECT f.version, f.refreshed_version, extract(epoch FROM now_at - f.dirty_since),
            extract(epoch FROM f.due_at - now_at), extract(epoch FROM now_at - f.refreshed_at),
            f.failures, extract(epoch FROM f.retry_at - now_at), f.last_error, f.correlation_id
     INTO version, refreshed_version, dirty_age, due_in, refreshed_age, failures, retry_in, last_error, correlation_id
     FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = explain_key.tenant;
-    all_tenants_pending := EXISTS (SELECT FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = '');
+    all_tenants_pending := managed.tenant_column IS NOT NULL AND EXISTS (SELECT FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = '');
     SELECT d.id INTO letter_id FROM listener.dead_letter d
     WHERE d.view_id = managed.id AND d.tenant = explain_key.tenant AND d.status = 'open';
     SELECT h.pid, h.query INTO lock_holder, lock_holder_query
     FROM listener.lock_holder(listener.lock_key(managed.id, tenant)) h;
     drain_holder := (SELECT h.pid FROM listener.lock_holder(listener.lock_key(0, '')) h);
+END
+$function$;
+
+-- explain_upstream(view, tenant_id): the keys upstream of this one with a change that is not shown there yet.
+--   tenant: '' for all tenants, NULL where any tenant's rows concern this key; dirty_age in seconds, NULL where the change
+--   is not drained yet
+CREATE OR REPLACE FUNCTION listener.explain_upstream(view text, tenant_id text)
+RETURNS TABLE (view_name text, tenant text, dirty_age float8, paused boolean)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+#variable_conflict use_column
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+BEGIN
+    RETURN QUERY
+    SELECT v.name, coalesce(d.tenant, p.upstream_tenant), extract(epoch FROM clock_timestamp() - d.dirty_since)::float8,
+           v.paused_at IS NOT NULL
+    FROM listener.pending_upstream(managed.id, listener.canonical_tenant(tenant_id, managed.tenant_type)) p
+    JOIN listener.managed_view v ON v.id = p.upstream_id
+    LEFT JOIN LATERAL (
+        SELECT k.tenant, k.dirty_since FROM listener.dirty k
+        WHERE k.view_id = p.upstream_id AND (p.upstream_tenant IS NULL OR k.tenant IN (p.upstream_tenant, ''))
+        ORDER BY k.dirty_since LIMIT 1) d ON true
+    -- The first of a chain first: the others wait for it.
+    ORDER BY (SELECT count(*) FROM listener.view_upstream u WHERE u.view_id = v.id), v.name;
 END
 $function$;

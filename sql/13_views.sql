@@ -3,8 +3,10 @@
 -- create_view(...): registers a query as a managed view.
 --   name            the target table that dashboards read, with or without a schema; it must not exist yet
 --   query           any SELECT that returns the tenant column; row-level security binds it, so it needs no predicate
---   key_columns     the columns that tell two rows of one tenant apart; they may be NULL
---   tenant_column   of type uuid, text, varchar, bigint or integer
+--   key_columns     the columns that tell two rows of one tenant apart; they may be NULL. '{}': the whole row, and equal
+--                   rows may stand there more than once
+--   tenant_column   of type uuid, text, varchar, bigint or integer; NULL: the rows have no tenant, or read those of
+--                   others, and the whole view is one key
 --   tenants_query   one column: every tenant there is; required where a source has row-level security
 --   depends_on      the tables that functions in the query read ('{}': none)
 --   quiet_period, max_wait, edge   the window: default 250 ms, 2 s, leading
@@ -13,9 +15,9 @@
 --   target_rls      row-level security on the target, by app.current_tenant_id
 -- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
 -- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
--- Raises LSN03 with a hint where the query or the privileges do not allow it.
+-- Raises LSN03 with a hint where the query or the privileges do not allow it. Warns of what 20_scope.sql and 20_time.sql find.
 CREATE OR REPLACE FUNCTION listener.create_view(
-    name text, query text, key_columns name[], tenant_column name DEFAULT 'tenant_id',
+    name text, query text, key_columns name[] DEFAULT '{}', tenant_column name DEFAULT 'tenant_id',
     tenants_query text DEFAULT NULL, depends_on regclass[] DEFAULT NULL,
     quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
     max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', target_rls boolean DEFAULT false)
@@ -29,7 +31,6 @@ DECLARE
     parts text[];
     view listener.managed_view;
     definition regclass;
-    target regclass;
     source_ids integer[];
     keys name[];
 BEGIN
@@ -44,8 +45,10 @@ BEGIN
         OPERATOR(pg_catalog.||) 'pg_temp'::pg_catalog.text, ', ');
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM listener.lock_registration();
-    IF name IS NULL OR query IS NULL OR key_columns IS NULL OR tenant_column IS NULL THEN
-        RAISE EXCEPTION 'name, query, key_columns and tenant_column must be given' USING ERRCODE = 'LSN02';
+    IF name IS NULL OR query IS NULL OR key_columns IS NULL THEN
+        RAISE EXCEPTION 'name, query and key_columns must be given' USING ERRCODE = 'LSN02';
+    ELSIF tenant_column IS NULL AND (tenants_query IS NOT NULL OR target_rls) THEN
+        RAISE EXCEPTION 'a view without a tenant column has neither a tenants_query nor target_rls' USING ERRCODE = 'LSN02';
     END IF;
     BEGIN
         parts := pg_catalog.parse_ident(name);
@@ -66,24 +69,19 @@ BEGIN
         RAISE EXCEPTION '%.% already exists', view.target_schema, view.target_name
             USING ERRCODE = 'LSN03', HINT = 'Choose another name, or drop it first.';
     END IF;
-    -- The short name where it is free, so that commands and metrics read as people speak of the view.
-    SELECT n.free INTO view.name
-    FROM (VALUES (1, view.target_name::text), (2, view.target_schema || '.' || view.target_name),
-                 (3, pg_catalog.format('%I.%I', view.target_schema, view.target_name))) AS n (ord, free)
-    WHERE NOT EXISTS (SELECT FROM listener.managed_view v WHERE v.name = n.free) ORDER BY n.ord LIMIT 1;
+    view.name := listener.free_name(view.target_schema, view.target_name);
     view.query := query;
+    view.strategy := CASE WHEN tenant_column IS NULL THEN 'whole' ELSE 'tenant' END;
     view.tenant_column := tenant_column;
     -- The tenant column belongs to the key: without it two tenants' rows could collide.
     SELECT pg_catalog.array_agg(k.key ORDER BY k.ord) INTO keys
     FROM (SELECT DISTINCT ON (u.key) u.key, u.ord
-          FROM pg_catalog.unnest(ARRAY[tenant_column] || key_columns) WITH ORDINALITY AS u (key, ord)
+          FROM pg_catalog.unnest(pg_catalog.array_remove(ARRAY[tenant_column], NULL) || key_columns) WITH ORDINALITY AS u (key, ord)
+          WHERE pg_catalog.cardinality(key_columns) > 0
           ORDER BY u.key, u.ord) k;
-    view.key_columns := keys;
+    view.key_columns := coalesce(keys, '{}');
     view.tenants_query := tenants_query;
-    -- With their schemas: they are read again under another search_path.
-    view.depends_on := CASE WHEN depends_on IS NOT NULL THEN ARRAY(
-        SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) FROM pg_catalog.unnest(depends_on) AS d (relid)
-        JOIN pg_catalog.pg_class c ON c.oid = d.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace) END;
+    view.depends_on := listener.qualified_names(depends_on);
     view.quiet_period := coalesce(quiet_period, '250 ms');
     view.max_wait := coalesce(max_wait, greatest('2 s', view.quiet_period));
     view.edge := coalesce(edge, 'leading');
@@ -98,19 +96,50 @@ BEGIN
     SELECT r.source_ids, r.tenant_secured INTO source_ids, view.tenant_secured
     FROM listener.register_sources(definition, tenant_column, depends_on) r;
     IF tenants_query IS NULL THEN
-        PERFORM listener.create_default_tenants(view.id, tenant_column, source_ids);
+        PERFORM listener.create_default_tenants(view, source_ids);
     END IF;
-    target := listener.create_target(view, definition);
+    IF tenant_column IS NULL THEN
+        PERFORM listener.check_whole(definition);
+    END IF;
+    PERFORM listener.create_target(view, definition);
+    PERFORM listener.warn_of_definition(view, definition);
+    PERFORM listener.register_view(view, source_ids);
+    PERFORM pg_catalog.set_config('role', previous_role, true), pg_catalog.set_config('search_path', callers_path, true);
+END
+$function$;
+
+-- free_name(schema, relation): what the view is called: the short name where it is free, so that commands and metrics
+-- read as people speak of it.
+CREATE OR REPLACE FUNCTION listener.free_name(schema name, relation name) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT n.free
+    FROM (VALUES (1, relation::text), (2, schema || '.' || relation), (3, format('%I.%I', schema, relation))) AS n (ord, free)
+    WHERE NOT EXISTS (SELECT FROM listener.managed_view v WHERE v.name = n.free) ORDER BY n.ord LIMIT 1
+$function$;
+
+-- qualified_names(relations): with their schemas: they are read again under another search_path.
+CREATE OR REPLACE FUNCTION listener.qualified_names(relations regclass[]) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN relations IS NOT NULL THEN ARRAY(
+        SELECT format('%I.%I', n.nspname, c.relname) FROM unnest(relations) AS d (relid)
+        JOIN pg_class c ON c.oid = d.relid JOIN pg_namespace n ON n.oid = c.relnamespace) END
+$function$;
+
+-- register_view(view, source_ids): the last steps for a view whose definition and target are there: it is managed from
+-- here on, and filled.
+CREATE OR REPLACE FUNCTION listener.register_view(view listener.managed_view, source_ids integer[]) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
     PERFORM listener.generate_difference(view);
     view.fingerprint := listener.view_fingerprint(view);
-    view.created_at := pg_catalog.clock_timestamp();
+    view.created_at := clock_timestamp();
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
     INSERT INTO listener.view_source
-    SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM pg_catalog.unnest(source_ids) s;
+    SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM unnest(source_ids) s;
+    PERFORM listener.check_cycles();
     -- Last, so that writers wait for as little as can be.
     PERFORM listener.attach_capture(source_ids);
     PERFORM listener.mark_all_dirty(view.id);
-    PERFORM pg_catalog.set_config('role', previous_role, true), pg_catalog.set_config('search_path', callers_path, true);
 END
 $function$;
 
@@ -134,11 +163,11 @@ BEGIN
 END
 $function$;
 
--- set_window(view, ...): changes a view's window; NULL leaves a value as it is. A running service takes it over with
--- the next change or sweep.
+-- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` takes that away. A running
+-- service takes it over with the next change or sweep.
 CREATE OR REPLACE FUNCTION listener.set_window(
     view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
-    max_age interval DEFAULT NULL) RETURNS void
+    max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
@@ -151,36 +180,65 @@ BEGIN
         quiet_period = coalesce(set_window.quiet_period, v.quiet_period),
         max_wait = coalesce(set_window.max_wait, v.max_wait),
         edge = coalesce(set_window.edge, v.edge),
-        max_age = coalesce(set_window.max_age, v.max_age)
+        max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END
     WHERE v.id = managed.id;
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;
 
--- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, and the
--- triggers of tables that no other view reads.
-CREATE OR REPLACE FUNCTION listener.drop_view(view text, keep_target boolean DEFAULT false) RETURNS void
+-- grant_reader(view, role): lets a role read the target; its schema is not ours to open.
+CREATE OR REPLACE FUNCTION listener.grant_reader(view text, role name) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
 BEGIN
+    EXECUTE pg_catalog.format('GRANT SELECT ON %I.%I TO %I', managed.target_schema, managed.target_name, role);
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, and the
+-- triggers of tables that no other view reads. A materialized view that was there before stays. Raises LSN03 where other
+-- managed views read a target that is to go.
+CREATE OR REPLACE FUNCTION listener.drop_view(view text, keep_target boolean DEFAULT false) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+    readers text;
+BEGIN
     PERFORM listener.lock_registration();
-    -- Taking locks from readers may take some tries: first what gives way.
-    DELETE FROM listener.view_source w WHERE w.view_id = managed.id;
-    PERFORM listener.drop_orphans();
-    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || managed.id);
-    EXECUTE pg_catalog.format('DROP VIEW IF EXISTS listener.%I', 'definition_' || managed.id);
-    EXECUTE pg_catalog.format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || managed.id);
-    IF NOT keep_target THEN
+    SELECT pg_catalog.string_agg(v.name, ', ' ORDER BY v.name) INTO readers
+    FROM listener.view_reads r JOIN listener.managed_view v ON v.id = r.view_id
+    WHERE r.upstream_id = managed.id AND NOT keep_target;
+    IF readers IS NOT NULL THEN
+        RAISE EXCEPTION '% is read by %', managed.name, readers USING ERRCODE = 'LSN03',
+            HINT = 'Drop these first, or keep its target as a plain table: keep_target => true.';
+    END IF;
+    PERFORM listener.unregister(managed);
+    IF NOT keep_target AND managed.strategy <> 'materialized view' THEN
         EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);
     END IF;
-    DELETE FROM listener.managed_view v WHERE v.id = managed.id;
-    DELETE FROM listener.dirty_key k WHERE k.view_id = managed.id;
-    DELETE FROM listener.refresh_state r WHERE r.view_id = managed.id;
-    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = pg_catalog.clock_timestamp()
-    WHERE d.view_id = managed.id AND d.status = 'open';
     PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- unregister(view): all of a view but its target goes: definition, keys, open letters, the triggers that no other needs.
+CREATE OR REPLACE FUNCTION listener.unregister(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    -- Taking locks from readers may take some tries: first what gives way.
+    DELETE FROM listener.view_source w WHERE w.view_id = view.id;
+    PERFORM listener.drop_orphans();
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || view.id);
+    EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'definition_' || view.id);
+    EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || view.id);
+    DELETE FROM listener.managed_view v WHERE v.id = view.id;
+    DELETE FROM listener.dirty_key k WHERE k.view_id = view.id;
+    DELETE FROM listener.refresh_state r WHERE r.view_id = view.id;
+    UPDATE listener.dead_letter d SET status = 'discarded', closed_at = clock_timestamp()
+    WHERE d.view_id = view.id AND d.status = 'open';
 END
 $function$;
 

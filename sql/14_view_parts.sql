@@ -40,30 +40,62 @@ BEGIN
 END
 $function$;
 
+-- lists_target(policy): whether it is the one that shows a target whole to the service while no tenant is set.
+CREATE OR REPLACE FUNCTION listener.lists_target(policy pg_policy) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT policy.polname = 'listener_list' AND EXISTS (
+        SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN listener.managed_view v ON v.target_schema = n.nspname AND v.target_name = c.relname
+        WHERE c.oid = policy.polrelid)
+$function$;
+
+-- hidden_source(relation): a table that the view reads and whose rows row-level security hides from the service as long as it
+-- names no tenant: no permissive policy lets it read them all, or a restrictive one takes some away. NULL: there is none.
+CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass) RETURNS regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT c.oid::regclass
+    FROM listener.installation i
+    JOIN pg_roles o ON o.rolname = i.service_role AND NOT o.rolbypassrls AND NOT o.rolsuper
+    CROSS JOIN listener.reads(relation) r JOIN pg_class c ON c.oid = r.relid
+    WHERE c.relrowsecurity
+      AND (NOT EXISTS (SELECT FROM pg_policy p
+                       WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
+                         AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
+                         AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
+                                     WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE')))
+           OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
+    ORDER BY c.oid LIMIT 1
+$function$;
+
 -- check_listable(view_id): raises LSN03 where row-level security would hide tenants from the service, which lists them
 -- with no tenant set: filling and verify would silently leave them out.
 CREATE OR REPLACE FUNCTION listener.check_listable(view_id integer) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    service_role name := (SELECT i.service_role FROM listener.installation i);
-    hidden record;
+    hidden regclass := listener.hidden_source(to_regclass('listener.tenants_' || view_id));
 BEGIN
-    SELECT c.oid::regclass AS relation, c.relname INTO hidden
-    FROM listener.reads(to_regclass('listener.tenants_' || view_id)) r JOIN pg_class c ON c.oid = r.relid
-    WHERE c.relrowsecurity
-      AND NOT (SELECT o.rolbypassrls OR o.rolsuper FROM pg_roles o WHERE o.rolname = service_role)
-      AND (NOT EXISTS (SELECT FROM pg_policy p
-                       WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
-                         AND pg_get_expr(p.polqual, p.polrelid) = 'true'
-                         AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
-                                     WHERE o.role = 0 OR pg_has_role(service_role, o.role, 'USAGE')))
-           OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
-    LIMIT 1;
-    IF hidden.relation IS NOT NULL THEN
-        RAISE EXCEPTION 'the tenants cannot be listed: row-level security hides the rows of %', hidden.relation
+    IF hidden IS NOT NULL THEN
+        RAISE EXCEPTION 'the tenants cannot be listed: row-level security hides the rows of %', hidden
             USING ERRCODE = 'LSN03',
                   HINT = format('Let the service list them: CREATE POLICY listener_lists ON %s FOR SELECT TO %I USING (true);',
-                                hidden.relation, service_role);
+                                hidden, (SELECT i.service_role FROM listener.installation i));
+    END IF;
+END
+$function$;
+
+-- check_whole(definition): raises LSN03 where the service cannot read all that a view without tenants reads: no one tenant
+-- that it could name would show it everything.
+CREATE OR REPLACE FUNCTION listener.check_whole(definition regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    hidden regclass := listener.hidden_source(definition);
+BEGIN
+    IF hidden IS NOT NULL THEN
+        RAISE EXCEPTION 'the whole view cannot be computed: row-level security hides rows of % from the service', hidden
+            USING ERRCODE = 'LSN03',
+                  HINT = format('Make it a materialized view and listener.keep_materialized_view(name); or let the service read '
+                                'every tenant: CREATE POLICY listener_reads ON %s FOR SELECT TO %I USING (true);',
+                                hidden, (SELECT i.service_role FROM listener.installation i));
     END IF;
 END
 $function$;
@@ -87,14 +119,16 @@ BEGIN
 END
 $function$;
 
--- make_definition(view_id, query, search_path), make_tenants(view_id, tenants_query, search_path):
+-- make_definition(view_id, query, search_path, of_invoker), make_tenants(view_id, tenants_query, search_path):
 -- listener.definition_<id> and listener.tenants_<id>, of texts that were looked at. The texts are read with this path,
 -- and nothing else is.
-CREATE OR REPLACE FUNCTION listener.make_definition(view_id integer, query text, search_path text) RETURNS void
+--   of_invoker   whoever computes it is bound by row-level security; a materialized view is computed as its owner
+CREATE OR REPLACE FUNCTION listener.make_definition(
+    view_id integer, query text, search_path text, of_invoker boolean DEFAULT true) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    statement text := format(E'CREATE VIEW listener.%I WITH (security_invoker = true) AS (\n%s\n)',
-                             'definition_' || view_id, rtrim(query, E'; \n\r\t'));
+    statement text := format(E'CREATE VIEW listener.%I WITH (security_invoker = %s) AS (\n%s\n)',
+                             'definition_' || view_id, of_invoker::text, rtrim(query, E'; \n\r\t'));
 BEGIN
     PERFORM set_config('search_path', make_definition.search_path, true);
     EXECUTE statement;
@@ -153,24 +187,28 @@ BEGIN
 END
 $function$;
 
--- create_default_tenants(view_id, tenant_column, source_ids): the tenants of the definition's own rows, for sources
--- that the service can read whole. Raises LSN03 where row-level security would hide them.
-CREATE OR REPLACE FUNCTION listener.create_default_tenants(view_id integer, tenant_column name, source_ids integer[])
+-- create_default_tenants(view, source_ids): the tenants of the definition's own rows, for sources that the service can
+-- read whole; '' alone where the view has none. Raises LSN03 where row-level security would hide them.
+CREATE OR REPLACE FUNCTION listener.create_default_tenants(view listener.managed_view, source_ids integer[])
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     secured text := (SELECT string_agg(t.relation::text, ', ') FROM unnest(source_ids) s (id)
                      JOIN listener.source o ON o.id = s.id
                      CROSS JOIN LATERAL listener.capture_tables(o.relid) t
-                     JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity);
+                     JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity
+                       AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND listener.lists_target(p)));
 BEGIN
-    IF secured IS NOT NULL THEN
+    IF view.tenant_column IS NULL THEN
+        EXECUTE format('CREATE VIEW listener.%I AS SELECT ''''::pg_catalog.text AS tenant', 'tenants_' || view.id);
+        RETURN;
+    ELSIF secured IS NOT NULL THEN
         RAISE EXCEPTION 'the tenants cannot be listed: row-level security hides the rows of %', secured
             USING ERRCODE = 'LSN03',
                   HINT = 'Give tenants_query, a query that the service may read, for example SELECT id FROM tenants.';
     END IF;
     EXECUTE format('CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT DISTINCT d.%I::text AS tenant FROM listener.%I d',
-                   'tenants_' || view_id, tenant_column, 'definition_' || view_id);
+                   'tenants_' || view.id, view.tenant_column, 'definition_' || view.id);
 END
 $function$;
 
@@ -189,7 +227,8 @@ BEGIN
         RAISE EXCEPTION 'the query returns no column %', missing USING ERRCODE = 'LSN03',
             HINT = 'It returns ' || (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum)
                                      FROM pg_attribute a WHERE a.attrelid = definition AND a.attnum > 0)
-                   || format('; it must return the tenant column (%I) and the key columns.', tenant_column);
+                   || coalesce('; it must return the tenant column (' || quote_ident(tenant_column) || ') and the key columns.',
+                               '; it must return the key columns.');
     END IF;
     SELECT CASE WHEN a.atttypid = 'varchar'::regtype THEN 'text' ELSE format_type(a.atttypid, NULL) END
     INTO tenant_type FROM pg_attribute a WHERE a.attrelid = definition AND a.attname = tenant_column;
@@ -214,9 +253,22 @@ BEGIN
 END
 $function$;
 
+-- target_tenant_column(relation, definition, tenant_column): the tenant column of a relation that is the target of a
+-- managed view, whatever it is called there, where it is of the type that the definition's is.
+CREATE OR REPLACE FUNCTION listener.target_tenant_column(relation oid, definition regclass, tenant_column name) RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT v.tenant_column
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    JOIN listener.managed_view v ON v.target_schema = n.nspname AND v.target_name = c.relname
+    JOIN pg_attribute t ON t.attrelid = c.oid AND t.attname = v.tenant_column
+    JOIN pg_attribute d ON d.attrelid = $2 AND d.attname = $3 AND d.atttypid = t.atttypid
+    WHERE c.oid = $1
+$function$;
+
 -- register_sources(definition, tenant_column, depends_on): registers every table that the definition reads.
 --   source_ids; tenant_secured: row-level security is forced on each that has tenants
--- A table with a column of the tenant column's name is a tenant's; one without, unless add_source named its column,
+-- A view without a tenant column takes a table as it is captured already, or as a view by tenant would most likely have it
+-- later: two sets of triggers on it would cost its writers twice. Else a table with a column of the tenant column's name is a tenant's; one without, unless add_source named its column,
 -- is shared by all tenants. Raises LSN03 for a function that may hide a table, or for a missing privilege.
 CREATE OR REPLACE FUNCTION listener.register_sources(
     definition regclass, tenant_column name, depends_on regclass[], OUT source_ids integer[], OUT tenant_secured boolean)
@@ -224,6 +276,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     hiding text;
     shared text;
+    likely name := coalesce((SELECT v.tenant_column FROM listener.managed_view v WHERE v.tenant_column IS NOT NULL
+                             GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 1), 'tenant_id');
 BEGIN
     SELECT string_agg(f.funcid::regprocedure::text, ', ') INTO hiding FROM listener.hiding_functions(definition) f;
     IF hiding IS NOT NULL AND depends_on IS NULL THEN
@@ -231,23 +285,29 @@ BEGIN
             USING ERRCODE = 'LSN03',
                   HINT = 'Name them: depends_on => ''{table, …}'', or ''{}'' when it reads none.';
     END IF;
-    PERFORM listener.check_readable(definition);
+    IF (SELECT c.reloptions @> '{security_invoker=true}' FROM pg_class c WHERE c.oid = definition) THEN
+        PERFORM listener.check_readable(definition);
+    END IF;
     SELECT array_agg(listener.register_source(t.relid::regclass, t.tenant_column) ORDER BY t.relid),
-           coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL OR t.through), false),
+           register_sources.tenant_column IS NOT NULL
+               AND coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL OR t.through), false),
            string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.tenant_column IS NULL AND NOT t.through)
     INTO source_ids, tenant_secured, shared
     FROM (
         SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured, known.through_id IS NOT NULL AS through,
-               CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE a.attname END AS tenant_column
+               CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE coalesce(
+                   a.attname, listener.target_tenant_column(c.oid, definition, register_sources.tenant_column)) END AS tenant_column
         FROM pg_class c
-        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = register_sources.tenant_column
+        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = coalesce(register_sources.tenant_column, likely)
                                 AND a.attnum > 0 AND NOT a.attisdropped
+                                AND (register_sources.tenant_column IS NOT NULL
+                                     OR a.attgenerated <> 'v' AND a.atttypid = ANY ('{uuid,text,varchar,int4,int8}'::regtype[]))
         -- One that a look-up goes through was told its column there; it counts where the table has none of this name.
         LEFT JOIN LATERAL (
             SELECT s.* FROM listener.source s
-            WHERE s.relid = c.oid AND (s.explicit OR (a.attname IS NULL AND EXISTS (
+            WHERE s.relid = c.oid AND (s.explicit OR register_sources.tenant_column IS NULL OR (a.attname IS NULL AND EXISTS (
                 SELECT FROM listener.source o WHERE o.through_id = s.id)))
-            ORDER BY s.explicit DESC, s.id LIMIT 1) known ON true
+            ORDER BY s.explicit DESC, s.tenant_column IS NULL, s.id LIMIT 1) known ON true
         WHERE c.oid IN (SELECT r.relid FROM listener.reads(definition) r WHERE r.relkind <> 'v'
                         UNION SELECT d FROM unnest(depends_on) d)
     ) t;
@@ -255,7 +315,7 @@ BEGIN
     SELECT array_agg(DISTINCT i.id) INTO source_ids
     FROM (SELECT s.id FROM unnest(source_ids) s (id)
           UNION SELECT listener.through_sources(s.id) FROM unnest(source_ids) s (id)) i;
-    IF shared IS NOT NULL THEN
+    IF shared IS NOT NULL AND tenant_column IS NOT NULL THEN
         RAISE NOTICE '% has no column %: a change to it refreshes every tenant', shared, tenant_column;
     END IF;
 END
@@ -276,12 +336,18 @@ BEGIN
                 ELSE format('GRANT USAGE, CREATE ON SCHEMA %I TO %I;', view.target_schema, current_user) END;
     END IF;
     EXECUTE format('CREATE TABLE %s (LIKE listener.%I)', target, 'definition_' || view.id);
-    EXECUTE format('ALTER TABLE %s ALTER COLUMN %I SET NOT NULL', target, view.tenant_column);
+    IF view.tenant_column IS NOT NULL THEN
+        EXECUTE format('ALTER TABLE %s ALTER COLUMN %I SET NOT NULL', target, view.tenant_column);
+    END IF;
     -- Without a primary key (its columns could not be NULL), a publication FOR ALL TABLES would stop the refresh.
     EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', target);
-    EXECUTE format('CREATE UNIQUE INDEX ON %s (%s) NULLS NOT DISTINCT', target,
-                   (SELECT string_agg(quote_ident(k.key), ', ' ORDER BY k.ord)
-                    FROM unnest(view.key_columns) WITH ORDINALITY AS k (key, ord)));
+    IF cardinality(view.key_columns) > 0 THEN
+        EXECUTE format('CREATE UNIQUE INDEX ON %s (%s) NULLS NOT DISTINCT', target,
+                       (SELECT string_agg(quote_ident(k.key), ', ' ORDER BY k.ord)
+                        FROM unnest(view.key_columns) WITH ORDINALITY AS k (key, ord)));
+    ELSIF view.tenant_column IS NOT NULL THEN
+        EXECUTE format('CREATE INDEX ON %s (%I)', target, view.tenant_column);
+    END IF;
     EXECUTE format('COMMENT ON TABLE %s IS %L', target,
                    'Kept fresh by listener from listener.definition_' || view.id || '; not to be written by hand.');
     EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', target, service_role);
@@ -293,8 +359,10 @@ BEGIN
     IF view.target_rls THEN
         EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', target);
         EXECUTE listener.target_policy(view);
-        -- The service lists the tenants of a target; what it writes stays bound to the one whose refresh it is.
-        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I USING (true)', target, service_role);
+        -- The service lists the tenants of a target while it works for none. A refresh is bound to its own tenant, also
+        -- that of a view which reads this target.
+        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I '
+                       'USING (nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL)', target, service_role);
     END IF;
     RETURN target::regclass;
 END

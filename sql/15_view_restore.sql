@@ -10,13 +10,13 @@ DECLARE
     tenant_type text;
 BEGIN
     EXECUTE format('DROP VIEW IF EXISTS listener.%I, listener.%I', 'tenants_' || view.id, 'definition_' || view.id);
-    PERFORM listener.make_definition(view.id, view.query, view.search_path);
+    PERFORM listener.make_definition(view.id, view.query, view.search_path, view.strategy <> 'materialized view');
     IF view.tenants_query IS NOT NULL THEN
         PERFORM listener.make_tenants(view.id, view.tenants_query, view.search_path);
     END IF;
     definition := to_regclass('listener.definition_' || view.id);
     tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
-    IF tenant_type <> view.tenant_type THEN
+    IF tenant_type IS DISTINCT FROM view.tenant_type THEN
         RAISE EXCEPTION 'its tenant column is of type % now, and was %', tenant_type, view.tenant_type
             USING ERRCODE = 'LSN03';
     END IF;
@@ -30,7 +30,7 @@ CREATE OR REPLACE FUNCTION listener.restore_tenants(view listener.managed_view, 
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     IF view.tenants_query IS NULL THEN
-        PERFORM listener.create_default_tenants(view.id, view.tenant_column, source_ids);
+        PERFORM listener.create_default_tenants(view, source_ids);
     END IF;
     PERFORM listener.grant_definition(view.id);
     PERFORM listener.generate_difference(view);
@@ -50,6 +50,9 @@ BEGIN
     PERFORM listener.lock_registration();
     IF to_regclass(target) IS NOT NULL THEN
         RAISE EXCEPTION '% is there', target USING ERRCODE = 'LSN03';
+    ELSIF managed.strategy = 'materialized view' THEN
+        RAISE EXCEPTION '% was a materialized view of your own', target USING ERRCODE = 'LSN03',
+            HINT = format('Create it again, or SELECT listener.drop_view(%L).', managed.name);
     ELSIF definition IS NULL THEN
         RAISE EXCEPTION 'the definition of % is gone', managed.name USING ERRCODE = 'LSN03',
             HINT = 'The sweep makes it again once what it reads is back.';

@@ -112,6 +112,7 @@ BEGIN
             INSERT INTO listener.view_source (view_id, source_id, same_form)
             SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s
             ON CONFLICT DO NOTHING;
+            PERFORM listener.check_cycles();
             PERFORM listener.attach_capture(found_ids, 5);
             -- Without its target it is looked at again once that is back.
             UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint)
@@ -149,7 +150,7 @@ DECLARE
     relations regclass[] := ARRAY(
         SELECT g.tgrelid FROM pg_trigger g JOIN listener.source s ON g.tgname LIKE format('listener\_%s\_%%', s.id)
         UNION SELECT c.oid FROM listener.managed_view v
-              JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+              JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name)) AND c.relkind <> 'm'
         UNION SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
               WHERE n.nspname = 'listener' AND c.relkind = 'r' AND c.relowner = n.nspowner);
     holder text;
@@ -173,15 +174,17 @@ CREATE OR REPLACE FUNCTION listener.uninstall(drop_targets boolean DEFAULT false
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
+    name text;
 BEGIN
     PERFORM listener.lock_for_uninstall();
-    PERFORM listener.drop_view(v.name, NOT drop_targets) FROM listener.managed_view v;
-    -- A look-up before the source that it goes through.
-    LOOP
-        PERFORM listener.detach_capture(s.id) FROM listener.source s
-        WHERE NOT EXISTS (SELECT FROM listener.source o WHERE o.through_id = s.id);
-        EXIT WHEN NOT FOUND;
+    -- What capture made for a target that is a source, too, would keep it.
+    UPDATE listener.source SET explicit = false;
+    -- A view before those that it reads: upstream of it are all that are upstream of them, and they.
+    FOR name IN SELECT v.name FROM listener.managed_view v ORDER BY (
+                    SELECT count(*) FROM listener.view_upstream u WHERE u.view_id = v.id) DESC LOOP
+        PERFORM listener.drop_view(name, NOT drop_targets);
     END LOOP;
+    PERFORM listener.drop_orphans();
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;

@@ -49,7 +49,9 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     -- Known by its comment after a renaming.
     SELECT t.view, CASE WHEN o.relname IS NULL
-        THEN format('the target %s of %s is gone: SELECT listener.restore_target(%L)', t.target, t.view, t.view)
+        THEN CASE WHEN (t.managed).strategy = 'materialized view'
+                  THEN format('the materialized view %s is gone: create it again, or SELECT listener.drop_view(%L)', t.target, t.view)
+                  ELSE format('the target %s of %s is gone: SELECT listener.restore_target(%L)', t.target, t.view, t.view) END
         ELSE format('the target %s of %s is called %I.%I now: ', t.target, t.view, o.nspname, o.relname)
              || CASE WHEN o.nspname <> (t.managed).target_schema
                      THEN format('ALTER TABLE %I.%I SET SCHEMA %I', o.nspname, o.relname, (t.managed).target_schema)
@@ -89,7 +91,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT t.view, format('the unique index of the target %s is gone: CREATE UNIQUE INDEX ON %s (%s) NULLS NOT DISTINCT',
                           t.target, t.target, t.key_list)
     FROM target t
-    WHERE t.relid IS NOT NULL AND NOT EXISTS (SELECT FROM listener.missing_columns(t.managed)) AND NOT EXISTS (
+    WHERE t.relid IS NOT NULL AND cardinality(t.keys) > 0
+      AND NOT EXISTS (SELECT FROM listener.missing_columns(t.managed)) AND NOT EXISTS (
         SELECT FROM pg_index x
         WHERE x.indrelid = t.relid AND x.indisunique AND x.indisvalid AND x.indpred IS NULL AND x.indexprs IS NULL
           AND t.keys = ARRAY(SELECT a.attname FROM pg_attribute a
@@ -112,7 +115,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT t.view, format('%I may not write the target %s: GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', t.service_role,
                           t.target, t.target, t.service_role)
     FROM target t
-    WHERE t.relid IS NOT NULL AND EXISTS (
+    WHERE t.relid IS NOT NULL AND (t.managed).strategy <> 'materialized view' AND EXISTS (
         SELECT FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) p (granted)
         WHERE NOT has_table_privilege(t.service_role, t.relid, p.granted))
     UNION ALL
@@ -120,10 +123,4 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                           t.target, pg_get_userbyid(t.relowner), t.owner_role, t.target, t.owner_role)
     FROM target t
     WHERE NOT pg_has_role(t.owner_role, t.relowner, 'USAGE')
-$function$;
-
--- readiness(): what keeps the service from being ready, one line each; no row when nothing does.
-CREATE OR REPLACE FUNCTION listener.readiness() RETURNS SETOF text
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT t.trouble FROM listener.view_troubles() t GROUP BY t.trouble ORDER BY min(t.view), t.trouble
 $function$;

@@ -32,6 +32,7 @@ from listener.service import Service
 from listener.settings import Settings
 from listener.views import Change
 from shop import EXTRAS, define, open_shop
+from stranger import load_stranger
 
 # A generous bound on events that come within milliseconds: reached only when something is broken.
 DEADLINE = 30.0
@@ -150,6 +151,16 @@ def sample_template(server: Server, template: str) -> Iterator[str]:
     server.drop(name)
 
 
+@pytest.fixture(scope="session")
+def stranger_template(server: Server, template: str) -> Iterator[str]:
+    """The same with a team's billing and its materialized views, none of them managed."""
+    name = server.clone(template)
+    with psycopg.connect(server.url("postgres", name), autocommit=True) as connection:
+        load_stranger(connection)
+    yield name
+    server.drop(name)
+
+
 @dataclass(frozen=True)
 class Database:
     """A database of one test."""
@@ -264,6 +275,14 @@ def database(server: Server, template: str) -> Iterator[Database]:
 def sample(server: Server, sample_template: str) -> Iterator[Database]:
     """A database with the sample schema and its five views."""
     name = at_home(server, server.clone(sample_template))
+    yield Database(server, name)
+    server.drop(name)
+
+
+@pytest.fixture
+def stranger(server: Server, stranger_template: str) -> Iterator[Database]:
+    """A database with a team's billing and its materialized views, none of them managed."""
+    name = at_home(server, server.clone(stranger_template))
     yield Database(server, name)
     server.drop(name)
 

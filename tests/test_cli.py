@@ -338,7 +338,7 @@ def test_what_is_not_there_is_named(database: Database, tmp_path: Path) -> None:
     url = database.url()
     assert "no managed view 'nothing'" in one_line("refresh", "nothing", "--tenant", NOBODY, url=url)
     assert "no managed view" in one_line("verify", "nothing", url=url)
-    assert "either --tenant" in one_line("refresh", "nothing", url=url)
+    assert "no managed view" in one_line("refresh", "nothing", url=url)
     assert "there is no letter" in one_line("dead-letters", "show", NOBODY, url=url)
     assert "cannot read" in one_line("demo", "--replay", str(tmp_path / "none.csv"))
     assert "listener migrate" in one_line("status", url=database.server.url("listener_service", "postgres"))

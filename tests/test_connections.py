@@ -10,9 +10,11 @@ import anyio
 import psycopg
 import pytest
 import structlog
+from psycopg_pool import AsyncConnectionPool
 
 from books import ANNA, book, open_books, settled, transaction
-from conftest import DEADLINE, Database, RunningService, eventually
+from conftest import DEADLINE, Database, RunningService, eventually, settings_for
+from listener.connections import pool, taken
 from listener.sample import create_tenants
 from web_client import get, is_ready, reasons
 
@@ -88,3 +90,33 @@ async def test_readiness_and_metrics_are_answered_while_every_other_connection_i
             assert "cannot be asked" not in await reasons(running)
             assert "\nlistener_not_ready_reasons 0.0\n" in (await get(running, "/metrics")).text
             assert await connections(superuser) == WORKERS + 4
+
+
+async def test_a_connection_that_is_handed_to_somebody_who_is_cancelled_goes_back(
+    sample: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(sample.url(), workers=1)
+    async with pool(sample.url(), settings, pooled=False) as opened, anyio.create_task_group() as tasks:
+        # All of them, and one who waits.
+        mine = [await taken(opened, DEADLINE) for _ in range(settings.workers + 2)]
+        waiting = anyio.CancelScope()
+
+        async def wait() -> None:
+            with waiting:
+                await taken(opened, DEADLINE)
+
+        tasks.start_soon(wait)
+        await eventually(lambda: opened.get_stats().get("requests_waiting") == 1)
+        add = AsyncConnectionPool._add_to_pool
+
+        async def add_and_cancel(of: Any, connection: Any) -> None:
+            await add(of, connection)
+            waiting.cancel()
+
+        monkeypatch.setattr(AsyncConnectionPool, "_add_to_pool", add_and_cancel)
+        await opened.putconn(mine.pop())
+        await eventually(lambda: waiting.cancelled_caught)
+        monkeypatch.undo()
+        mine.append(await taken(opened, DEADLINE))
+        for connection in mine:
+            await opened.putconn(connection)

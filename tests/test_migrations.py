@@ -22,7 +22,8 @@ CATALOG = """
     SELECT 'relation', c.relname, c.relkind::text, c.relacl::text, pg_get_userbyid(c.relowner)
     FROM pg_class c WHERE c.relnamespace = 'listener'::regnamespace
     UNION ALL
-    SELECT 'function', p.oid::regprocedure::text, md5(pg_get_functiondef(p.oid)), p.proacl::text,
+    SELECT 'function', p.oid::regprocedure::text, md5(pg_get_functiondef(p.oid)),
+           (SELECT string_agg(a::text, ' ' ORDER BY a::text) FROM unnest(p.proacl) a),
            pg_get_userbyid(p.proowner)
     FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace
     ORDER BY 1, 2

@@ -10,11 +10,11 @@ import psycopg
 import typer
 
 from listener import __version__, console, errors
-from listener.cli import act, letters, look, setup
+from listener.cli import act, doctor, letters, look, setup
 from listener.cli.session import app
 from listener.version import commit
 
-__all__ = ["act", "app", "letters", "look", "main", "setup"]
+__all__ = ["act", "app", "doctor", "letters", "look", "main", "setup"]
 
 
 def main() -> None:

@@ -22,11 +22,16 @@ def refresh(
     all_tenants: Annotated[bool, typer.Option("--all-tenants", help="every tenant of the view")] = False,
     as_json: Json = False,
 ) -> None:
-    """Refreshes one tenant of a view now, or all of them."""
-    if (tenant is None) is not all_tenants:
+    """Refreshes one tenant of a view now, or all of them; a view that has no tenants as a whole."""
+    if tenant is not None and all_tenants:
         raise errors.SetupError("give either --tenant ID or --all-tenants.")
 
     async def act(connection: Connection) -> None:
+        if tenant is None and not all_tenants:
+            if await queries.has_tenants(connection, view):
+                raise errors.SetupError("give either --tenant ID or --all-tenants.")
+            await _refresh_one(connection, view, None, as_json=as_json)
+            return
         if tenant is not None:
             await _refresh_one(connection, view, tenant, as_json=as_json)
             return
@@ -45,7 +50,7 @@ def refresh(
     with_connection(act)
 
 
-async def _refresh_one(connection: Connection, view: str, tenant: str, *, as_json: bool) -> None:
+async def _refresh_one(connection: Connection, view: str, tenant: str | None, *, as_json: bool) -> None:
     name, canonical = await known_key(connection, view, tenant)
     outcome = await operations.refresh_one(connection, name, canonical)
     row = operations.outcome_row(outcome)
@@ -54,9 +59,10 @@ async def _refresh_one(connection: Connection, view: str, tenant: str, *, as_jso
     if outcome.outcome == "paused":
         raise errors.SetupError(_paused(name))
     if outcome.outcome == "busy":
+        whose, option = (f" of tenant {canonical}", f" --tenant {canonical}") if canonical else ("", "")
         raise errors.SetupError(
-            f"another session has been refreshing {name} of tenant {canonical} all the while.",
-            hint=f"See: listener explain {name} --tenant {canonical}",
+            f"another session has been refreshing {name}{whose} all the while.",
+            hint=f"See: listener explain {name}{option}",
         )
     if not as_json:
         console.out.print(", ".join(f"{name} {value}" for name, value in row.items()))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from listener import console, errors, operations, queries
-from listener.cli.session import AnyView, Connection, Json, Tenant, View, app, known_key, with_connection
+from listener.cli.session import AnyView, Connection, Json, MaybeTenant, View, app, known_key, with_connection
 
 
 @app.command()
@@ -49,13 +49,17 @@ def status(
 
 
 # Columns that are left out where all of their cells say only this: a line must fit a terminal.
-SELDOM = {"schema": "public", "failing": 0, "quarantined": 0, "paused": False, "failures": 0, "due": None}
+SELDOM = {
+    "schema": "public", "failing": 0, "quarantined": 0, "paused": False, "failures": 0, "due": None, "reads": None,
+    "waits_for": None,
+}  # fmt: skip
 
 
 def _view_line(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "view": row["view"],
         "schema": row["target"].partition(".")[0],
+        "reads": row["reads"],
         **{name: row[name] for name in ("keys", "dirty", "failing", "quarantined", "paused", "dirty_since")},
         "refreshed": row["last_refreshed_at"],
     }
@@ -70,6 +74,7 @@ def _key_line(row: dict[str, Any]) -> dict[str, Any]:
         "refreshed": row["refreshed_at"],
         "due": row["due_at"],
         "failures": row["failures"] or 0,
+        "waits_for": row["waits_for"],
     }
 
 
@@ -89,7 +94,7 @@ async def _keys(connection: Connection, tenant: str) -> list[dict[str, Any]]:
 
 
 @app.command()
-def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
+def explain(view: View, tenant: MaybeTenant = None, as_json: Json = False) -> None:
     """Why is this key stale: log, dirty since, due when, who holds the lock, last error, what it waits for.
 
     Also what somebody did to the tables of the view, and the statement that mends it.
@@ -103,7 +108,8 @@ def explain(view: View, tenant: Tenant, as_json: Json = False) -> None:
             return
         refreshed = facts["refreshed_age"]
         since = f", refreshed {console.duration(refreshed)} ago" if refreshed is not None else ""
-        console.out.print(f"{facts['view_name']} of tenant {facts['tenant']}: {'stale' if lines else 'fresh'}{since}")
+        whose = f" of tenant {facts['tenant']}" if facts["tenant"] else ""
+        console.out.print(f"{facts['view_name']}{whose}: {'stale' if lines else 'fresh'}{since}")
         for line in [*facts["troubles"], *lines]:
             console.out.print(f"  - {line}")
 

@@ -14,12 +14,13 @@ from typer.core import TyperGroup
 from listener import connections, dead_letters, errors, queries
 from listener.settings import Settings, load
 from listener.startup import schema_facts
+from listener.views import EVERYBODY
 
 
 class InReadingOrder(TyperGroup):
     """Lists the commands in the order in which one needs them."""
 
-    ORDER = "demo roles migrate run status explain verify refresh sweep pause resume dead-letters uninstall"
+    ORDER = "demo roles migrate run status explain verify doctor refresh sweep pause resume dead-letters uninstall"
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.split().index)
@@ -42,6 +43,9 @@ app = typer.Typer(
 Connection = psycopg.AsyncConnection[Any]
 View = Annotated[str, typer.Argument(help="name of a managed view, as `listener status` shows it")]
 Tenant = Annotated[str, typer.Option("--tenant", help="the tenant's id")]
+MaybeTenant = Annotated[
+    str | None, typer.Option("--tenant", help="the tenant's id; not for a view that has no tenants")
+]
 AnyView = Annotated[str | None, typer.Argument(help="a managed view; all of them where it is left out")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
@@ -76,12 +80,18 @@ def with_connection(act: Callable[[Connection], Awaitable[None]], *, as_owner: b
     anyio.run(go)
 
 
-async def known_key(connection: Connection, view: str, tenant: str) -> tuple[str, str]:
+async def known_key(connection: Connection, view: str, tenant: str | None) -> tuple[str, str]:
     """The names of a view and of one of its tenants. Raises SetupError where the view has no such tenant.
+
+    None is for a view that has no tenants, and whose one key is ''.
 
     A call that named no valid tenant is refused, and stands in the dead letters as validation_error; a view or tenant
     that is merely not there is a slip of the hand, and does not.
     """
+    if tenant is None:
+        if await queries.has_tenants(connection, view):
+            raise errors.SetupError(f"{view} has tenants: give --tenant ID.")
+        tenant = EVERYBODY
     try:
         name, canonical, known = await queries.tenant_of_view(connection, view, tenant)
     except psycopg.Error as error:

@@ -10,8 +10,9 @@ BEGIN
         EXECUTE format('DROP VIEW IF EXISTS %s CASCADE', name);
     END LOOP;
     -- The tables before the functions: find_view() and others return the row type of a table.
-    FOR name IN SELECT c.oid::regclass::text FROM pg_class c
-                WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind = 'r' AND c.relname <> 'alembic_version' LOOP
+    FOR name IN SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                WHERE n.nspname = 'listener' AND c.relkind = 'r' AND c.relowner = n.nspowner
+                  AND c.relname <> 'alembic_version' LOOP
         EXECUTE format('DROP TABLE %s CASCADE', name);
     END LOOP;
     DROP SEQUENCE listener.doorbell;

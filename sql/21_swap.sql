@@ -1,0 +1,342 @@
+-- Putting a relation in the place of another under its name, in one short transaction: what adopt, unadopt and a changed
+-- definition share. What the new one is to have of the old one is written out as statements, so that they can be shown
+-- before they are run. All of it acts as the role that owns the schema, which must be a member of the old one's owner.
+
+-- dependent_views(relation): the views that read a relation directly, those that read others of them first: that is
+-- the order in which a reader locks them. definition: their text, with every name qualified.
+CREATE OR REPLACE FUNCTION listener.dependent_views(relation regclass)
+RETURNS TABLE (view regclass, owner name, options text, definition text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT c.oid::regclass, pg_get_userbyid(c.relowner),
+           (SELECT string_agg(format('%s = %L', o.option_name, o.option_value), ', ')
+            FROM pg_options_to_table(c.reloptions) o),
+           pg_get_viewdef(c.oid)
+    FROM pg_class c
+    WHERE c.relkind = 'v' AND c.oid IN (
+        SELECT w.ev_class FROM pg_depend d JOIN pg_rewrite w ON w.oid = d.objid AND w.rulename = '_RETURN'
+        WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = relation)
+    ORDER BY c.oid DESC
+$function$;
+
+-- tied_to(relation): what cannot be led over to another relation of the same name, since the catalog ties it to this
+-- one's row type or to this one itself: one line each. Indexes, statistics, grants, comments and the views that read its
+-- columns can; the last must belong to roles that the owner of this schema is a member of.
+CREATE OR REPLACE FUNCTION listener.tied_to(relation regclass) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH old AS (
+        SELECT c.oid, c.reltype, t.typarray,
+               -- A whole row leaves no dependency of its own: its type stands in the parsed query.
+               format(':[a-z_]*type(id)? (%s|%s)\M', c.reltype, t.typarray) AS whole_row
+        FROM pg_class c JOIN pg_type t ON t.oid = c.reltype WHERE c.oid = relation
+    ), depending AS (
+        SELECT DISTINCT d.classid, d.objid, d.objsubid
+        FROM old o JOIN pg_depend d ON (d.refclassid = 'pg_class'::regclass AND d.refobjid = o.oid)
+                                    OR (d.refclassid = 'pg_type'::regclass AND d.refobjid IN (o.reltype, o.typarray))
+        WHERE NOT (d.classid = 'pg_type'::regclass AND d.objid IN (o.reltype, o.typarray))
+    )
+    SELECT DISTINCT CASE
+        WHEN c.relkind = 'm' THEN format('materialized view %s, which reads it', c.oid::regclass)
+        WHEN c.relkind = 'v' AND w.rulename = '_RETURN' AND w.ev_action::text ~ o.whole_row
+            THEN format('view %s, which names its whole row', c.oid::regclass)
+        WHEN c.relkind = 'v' AND w.rulename = '_RETURN'
+            THEN format('view %s, which belongs to %s: GRANT %2$s TO %s', c.oid::regclass,
+                        quote_ident(pg_get_userbyid(c.relowner)), quote_ident(current_user))
+        ELSE pg_describe_object(d.classid, d.objid, d.objsubid) END
+    FROM depending d CROSS JOIN old o
+    LEFT JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
+    LEFT JOIN pg_class c ON c.oid = w.ev_class
+    LEFT JOIN pg_class r ON d.classid = 'pg_class'::regclass AND r.oid = d.objid AND d.objsubid = 0
+    LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
+    LEFT JOIN pg_policy p ON d.classid = 'pg_policy'::regclass AND p.oid = d.objid
+    WHERE CASE
+        WHEN w.oid IS NOT NULL THEN NOT (w.rulename = '_RETURN' AND (
+            w.ev_class = o.oid OR (c.relkind = 'v' AND w.ev_action::text !~ o.whole_row
+                                   AND pg_has_role(c.relowner, 'USAGE'))))
+        WHEN r.oid IS NOT NULL THEN r.relkind NOT IN ('i', 't')
+        WHEN k.oid IS NOT NULL THEN NOT (k.contype = 'n' AND k.conrelid = o.oid)
+        WHEN p.oid IS NOT NULL THEN NOT (p.polrelid = o.oid AND p.polname LIKE 'listener\_%')
+        ELSE d.classid NOT IN ('pg_statistic_ext'::regclass, 'pg_publication_rel'::regclass) END
+    UNION ALL
+    SELECT format('extension %s, which it is part of', e.extname)
+    FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+    WHERE d.classid = 'pg_class'::regclass AND d.objid = relation AND d.refclassid = 'pg_extension'::regclass
+$function$;
+
+-- check_swappable(relation): raises LSN03 where something is tied to it, or where it, or its schema, is not ours to change.
+CREATE OR REPLACE FUNCTION listener.check_swappable(relation regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    owner oid := (SELECT c.relowner FROM pg_class c WHERE c.oid = relation);
+    schema name := (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = relation);
+    tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t);
+BEGIN
+    IF NOT pg_has_role(owner, 'USAGE') THEN
+        RAISE EXCEPTION '% belongs to %, and role % is no member of it', relation, pg_get_userbyid(owner), current_user
+            USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', pg_get_userbyid(owner), current_user);
+    ELSIF NOT (has_schema_privilege(schema, 'CREATE') AND has_schema_privilege(owner, schema, 'CREATE')) THEN
+        RAISE EXCEPTION 'nothing can be put beside % by %, or belong to % there', relation, current_user, pg_get_userbyid(owner)
+            USING ERRCODE = 'LSN03',
+                  HINT = format('GRANT USAGE, CREATE ON SCHEMA %I TO %I, %I;', schema, current_user, pg_get_userbyid(owner));
+    ELSIF tied IS NOT NULL THEN
+        RAISE EXCEPTION '% cannot be replaced: tied to it are %', relation, tied USING ERRCODE = 'LSN03',
+            HINT = 'Drop these first and make them again afterwards; a function with RETURNS TABLE (…) is tied to no row '
+                'type. Or keep it a materialized view: listener.keep_materialized_view(name).';
+    END IF;
+END
+$function$;
+
+-- grants_of(relation): who was granted what by whom, on the relation and on its columns, as JSON; not what its owner has
+-- by owning it.
+CREATE OR REPLACE FUNCTION listener.grants_of(relation regclass) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(jsonb_agg(jsonb_build_object(
+        'column', g.attname, 'privilege', x.privilege_type, 'grantable', x.is_grantable,
+        'grantor', pg_get_userbyid(x.grantor), 'grantee', CASE WHEN x.grantee <> 0 THEN pg_get_userbyid(x.grantee) END)
+        -- What a grantor may give on he was given by the owner.
+        ORDER BY x.grantor <> g.relowner, g.attnum, x.grantee, x.privilege_type), '[]')
+    FROM (SELECT c.relowner, NULL::name AS attname, 0 AS attnum, c.relacl AS acl FROM pg_class c WHERE c.oid = relation
+          UNION ALL
+          SELECT c.relowner, a.attname, a.attnum, a.attacl FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+          WHERE c.oid = relation AND a.attnum > 0 AND NOT a.attisdropped) AS g
+    CROSS JOIN LATERAL aclexplode(g.acl) x
+    WHERE x.grantee <> g.relowner
+$function$;
+
+-- granted(grants, new, owner): the statements that grant the same on another relation, which belongs to `owner`: by the
+-- same grantors where the session may act as them, else by the owner. Who is no role any more is left out.
+CREATE OR REPLACE FUNCTION listener.granted(grants jsonb, new text, owner name) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT s.statement
+    FROM jsonb_array_elements(grants) WITH ORDINALITY AS g (item, ord)
+    CROSS JOIN LATERAL (
+        SELECT format('GRANT %s%s ON %s TO %s%s', item ->> 'privilege', ' (' || quote_ident(item ->> 'column') || ')', new,
+                      coalesce(quote_ident(item ->> 'grantee'), 'PUBLIC'),
+                      CASE WHEN (item ->> 'grantable')::boolean THEN ' WITH GRANT OPTION' END) AS grant,
+               item ->> 'grantor' <> owner AND to_regrole(quote_ident(item ->> 'grantor')) IS NOT NULL
+                   AND pg_has_role(session_user, to_regrole(quote_ident(item ->> 'grantor')), 'MEMBER') AS as_grantor
+    ) AS f
+    CROSS JOIN LATERAL (
+        VALUES (1, CASE WHEN f.as_grantor THEN format('SET LOCAL ROLE %I', item ->> 'grantor') END), (2, f.grant),
+               (3, CASE WHEN f.as_grantor THEN format('SET LOCAL ROLE %I', current_user) END)) AS s (step, statement)
+    WHERE s.statement IS NOT NULL
+      AND (item ->> 'grantee' IS NULL OR to_regrole(quote_ident(item ->> 'grantee')) IS NOT NULL)
+    ORDER BY g.ord, s.step
+$function$;
+
+-- indexes_of(relation): its valid indexes. is_key: it is unique, and on plain columns alone. rest: what follows USING.
+CREATE OR REPLACE FUNCTION listener.indexes_of(relation regclass)
+RETURNS TABLE (id oid, name name, is_unique boolean, is_key boolean, columns name[], rest text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT c.oid, c.relname, x.indisunique,
+           x.indisunique AND x.indpred IS NULL AND x.indexprs IS NULL AND x.indnatts = x.indnkeyatts, k.columns,
+           substr(f.text, length(format('CREATE %sINDEX %I ON %s USING ', CASE WHEN x.indisunique THEN 'UNIQUE ' END,
+                                        c.relname, relation)) + 1)
+    FROM pg_index x JOIN pg_class c ON c.oid = x.indexrelid
+    CROSS JOIN LATERAL pg_get_indexdef(c.oid) AS f (text)
+    CROSS JOIN LATERAL (
+        SELECT array_agg(a.attname ORDER BY n.ord)::name[] FROM unnest(x.indkey::smallint[]) WITH ORDINALITY AS n (attnum, ord)
+        JOIN pg_attribute a ON a.attrelid = relation AND a.attnum = n.attnum) AS k (columns)
+    WHERE x.indrelid = relation AND x.indisvalid
+    ORDER BY c.oid
+$function$;
+
+-- carried(old, new, kind, keys, written, grants): the statements that give `new`, a relation beside `old` that is still
+-- empty, what `old` has: owner, storage options, indexes, statistics, comments, and these grants.
+--   kind      'r' a table, 'm' a materialized view
+--   keys      the columns of the unique index that `new` has already: one of `old` on the same ones is that. A table of
+--             ours has no other unique index (one statement deletes, updates and inserts, in no order): the others are
+--             made without being unique
+--   written   indexes that are to be made otherwise than `old` has them: name -> {"unique", "rest"}
+-- Indexes and statistics get the name listener_new_<oid of the old one>, which swap() replaces by the old one's.
+CREATE OR REPLACE FUNCTION listener.carried(
+    old regclass, new text, kind "char", keys name[], written jsonb, grants jsonb) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH class AS (
+        SELECT c.*, n.nspname, CASE kind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'TABLE' END AS word,
+               pg_get_userbyid(c.relowner) AS owner
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old
+    ), indexes AS (
+        SELECT i.id, i.name, coalesce((written -> i.name ->> 'unique')::boolean, i.is_unique) AS is_unique,
+               coalesce(written -> i.name ->> 'rest', i.rest) AS rest
+        FROM listener.indexes_of(old) i
+        WHERE i.name NOT LIKE 'listener\_key\_%' AND NOT (kind = 'r' AND i.is_key AND i.columns = keys)
+    ), statements (ord, part, statement) AS (
+        SELECT 1, 0::bigint, format('ALTER TABLE %s OWNER TO %I', new, c.owner) FROM class c
+        UNION ALL
+        SELECT 2, 0, format('ALTER TABLE %s SET TABLESPACE %I', new, s.spcname)
+        FROM class c JOIN pg_tablespace s ON s.oid = c.reltablespace
+        UNION ALL
+        SELECT 2, 1, format('ALTER TABLE %s SET ACCESS METHOD %I', new, m.amname)
+        FROM class c JOIN pg_am m ON m.oid = c.relam WHERE m.amname <> current_setting('default_table_access_method')
+        UNION ALL
+        SELECT 3, 0, format('ALTER TABLE %s SET (%s%s = %L)', new, p.prefix, o.option_name, o.option_value)
+        FROM class c LEFT JOIN pg_class t ON t.oid = c.reltoastrelid
+        CROSS JOIN LATERAL (VALUES ('', c.reloptions), ('toast.', t.reloptions)) AS p (prefix, options)
+        CROSS JOIN LATERAL pg_options_to_table(p.options) o
+        UNION ALL
+        SELECT 4, a.attnum, format('ALTER TABLE %s ALTER COLUMN %I %s', new, a.attname, w.what)
+        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+        CROSS JOIN LATERAL (
+            SELECT format('SET STATISTICS %s', a.attstattarget) WHERE a.attstattarget >= 0
+            UNION ALL
+            SELECT format('SET (%s = %s)', o.option_name, o.option_value) FROM pg_options_to_table(a.attoptions) o
+            UNION ALL
+            SELECT 'SET STORAGE ' || CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'e' THEN 'EXTERNAL'
+                                                       WHEN 'x' THEN 'EXTENDED' ELSE 'MAIN' END
+            WHERE a.attstorage <> t.typstorage
+            UNION ALL
+            SELECT 'SET COMPRESSION ' || CASE a.attcompression WHEN 'l' THEN 'lz4' ELSE 'pglz' END
+            WHERE a.attcompression <> '') AS w (what)
+        WHERE a.attrelid = old AND a.attnum > 0 AND NOT a.attisdropped
+        UNION ALL
+        SELECT 5, i.id::bigint, format('CREATE %sINDEX %I ON %s USING %s',
+                                       CASE WHEN i.is_unique AND kind = 'm' THEN 'UNIQUE ' END, 'listener_new_' || i.id, new, i.rest)
+        FROM indexes i
+        UNION ALL
+        SELECT 6, x.id::bigint, s.statement
+        FROM class c CROSS JOIN indexes x JOIN pg_class i ON i.oid = x.id JOIN pg_index p ON p.indexrelid = x.id
+        CROSS JOIN LATERAL (
+            SELECT format('ALTER INDEX %I.%I SET TABLESPACE %I', c.nspname, 'listener_new_' || x.id, t.spcname)
+            FROM pg_tablespace t WHERE t.oid = i.reltablespace
+            UNION ALL
+            SELECT format('ALTER INDEX %I.%I ALTER COLUMN %s SET STATISTICS %s', c.nspname, 'listener_new_' || x.id, a.attnum,
+                          a.attstattarget)
+            FROM pg_attribute a WHERE a.attrelid = x.id AND a.attstattarget >= 0
+            UNION ALL
+            SELECT format('ALTER TABLE %s CLUSTER ON %I', new, 'listener_new_' || x.id) WHERE p.indisclustered) AS s (statement)
+        UNION ALL
+        SELECT 7, e.oid::bigint, replace(replace(pg_get_statisticsobjdef(e.oid),
+                   format('CREATE STATISTICS %I.%I ', n.nspname, e.stxname),
+                   format('CREATE STATISTICS %I.%I ', n.nspname, 'listener_new_' || e.oid)), ' FROM ' || old, ' FROM ' || new)
+        FROM pg_statistic_ext e JOIN pg_namespace n ON n.oid = e.stxnamespace WHERE e.stxrelid = old
+        UNION ALL
+        SELECT 8, d.objsubid, CASE d.objsubid
+            WHEN 0 THEN format('COMMENT ON %s %s IS %L', c.word, new, d.description)
+            ELSE format('COMMENT ON COLUMN %s.%I IS %L', new, a.attname, d.description) END
+        FROM class c JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid
+        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.objsubid AND d.objsubid > 0
+        WHERE NOT (d.objsubid = 0 AND d.description LIKE 'Kept fresh by listener from listener.definition\_%')
+        UNION ALL
+        SELECT 9, i.id::bigint, format('COMMENT ON INDEX %I.%I IS %L', c.nspname, 'listener_new_' || i.id, d.description)
+        FROM class c CROSS JOIN indexes i JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = i.id
+        UNION ALL
+        SELECT 10, g.ord, g.statement FROM class c
+        CROSS JOIN LATERAL listener.granted(grants, new, c.owner) WITH ORDINALITY AS g (statement, ord)
+    )
+    SELECT s.statement FROM statements s ORDER BY s.ord, s.part, s.statement
+$function$;
+
+-- swapping(old, new): the statements of the swap itself, in their order. `new` is the name of a relation in the schema of
+-- `old`; it need not exist for them to be shown, but only those that exist there have their names changed.
+CREATE OR REPLACE FUNCTION listener.swapping(old regclass, new name) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH class AS (
+        SELECT c.oid, c.relname, c.relkind, n.oid AS schema_id, n.nspname
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old
+    ), statements (ord, part, statement) AS (
+        SELECT 1, 0::bigint, format('ALTER TABLE %s RENAME TO %I', old, 'listener_old_' || c.oid) FROM class c
+        UNION ALL
+        SELECT 2, 0, format('ALTER TABLE %I.%I RENAME TO %I', c.nspname, new, c.relname) FROM class c
+        UNION ALL
+        -- The text still names the old one's name, which by now is the new one's. What is not said here would be lost.
+        SELECT 3, -v.view::oid::bigint, format(E'CREATE OR REPLACE VIEW %s%s AS\n%s', v.view, ' WITH (' || v.options || ')',
+                                               v.definition)
+        FROM listener.dependent_views(old) v
+        UNION ALL
+        SELECT 4, 0, format('DROP %s %I.%I', CASE c.relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'TABLE' END, c.nspname,
+                            'listener_old_' || c.oid) FROM class c
+        UNION ALL
+        SELECT 5, i.id::bigint, format('ALTER INDEX %I.%I RENAME TO %I', c.nspname, 'listener_new_' || i.id, i.name)
+        FROM class c CROSS JOIN listener.indexes_of(old) i
+        WHERE to_regclass(format('%I.%I', c.nspname, 'listener_new_' || i.id)) IS NOT NULL
+        UNION ALL
+        SELECT 6, e.oid::bigint, format('ALTER STATISTICS %I.%I RENAME TO %I', n.nspname, 'listener_new_' || e.oid, e.stxname)
+        FROM pg_statistic_ext e JOIN pg_namespace n ON n.oid = e.stxnamespace
+        WHERE e.stxrelid = old AND EXISTS (SELECT FROM pg_statistic_ext f
+                                           WHERE f.stxnamespace = n.oid AND f.stxname = 'listener_new_' || e.oid)
+        UNION ALL
+        SELECT 7, p.oid::bigint, format('ALTER PUBLICATION %I ADD TABLE %I.%I%s%s', p.pubname, c.nspname, c.relname,
+            (SELECT format(' (%s)', string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum))
+             FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum = ANY (r.prattrs::smallint[])
+             HAVING r.prattrs IS NOT NULL),
+            ' WHERE (' || pg_get_expr(r.prqual, c.oid) || ')')
+        FROM class c JOIN pg_publication_rel r ON r.prrelid = c.oid JOIN pg_publication p ON p.oid = r.prpubid
+    )
+    SELECT s.statement FROM statements s ORDER BY s.ord, s.part
+$function$;
+
+-- check_way(relations): raises lock_not_available where a transaction held a lock on one of them 50 ms ago and holds it
+-- still. Asking for a lock behind it would make every later reader wait for it, too.
+CREATE OR REPLACE FUNCTION listener.check_way(relations regclass[]) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    here oid := (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());
+    before text[] := ARRAY(
+        SELECT l.virtualtransaction FROM pg_locks l
+        WHERE l.locktype = 'relation' AND l.database = here AND l.relation = ANY (relations) AND l.granted
+          AND l.pid IS DISTINCT FROM pg_backend_pid());
+    holder record;
+BEGIN
+    IF before = '{}' THEN
+        RETURN;
+    END IF;
+    PERFORM pg_sleep(0.05);
+    SELECT l.pid, l.relation::regclass AS relation, coalesce(nullif(a.application_name, ''), a.usename) AS who INTO holder
+    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'relation' AND l.database = here AND l.relation = ANY (relations) AND l.granted
+      AND l.virtualtransaction = ANY (before) AND l.pid IS DISTINCT FROM pg_backend_pid()
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION '% is in use', holder.relation USING ERRCODE = 'lock_not_available',
+            HINT = format('%s holds a lock on it: see pg_stat_activity.',
+                          coalesce(format('Backend %s (%s)', holder.pid, holder.who), 'A prepared transaction'));
+    END IF;
+END
+$function$;
+
+-- swap(old, new): puts `new` in the place of `old`, its name and its readers, and drops `old`.
+-- Locks, each ACCESS EXCLUSIVE until the transaction ends: `new`, the views that read `old`, `old`. Those that readers
+-- use are had within 200 ms or not at all, and not asked for while a long transaction holds one; the order is that in
+-- which a reader takes them. Nothing else is locked, no source above all.
+-- locked: how long readers have been locked out when this returns; the commit comes on top.
+-- Raises lock_not_available, having done nothing: try again. Raises LSN03 where something is tied to `old` by now.
+CREATE OR REPLACE FUNCTION listener.swap(old regclass, new regclass, OUT locked interval)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    readers regclass[] := ARRAY(SELECT v.view FROM listener.dependent_views(old) v) || old;
+    new_name name := (SELECT c.relname FROM pg_class c WHERE c.oid = new);
+    previous_timeout text := current_setting('lock_timeout');
+    relation regclass;
+    statement text;
+    asked timestamptz;
+BEGIN
+    PERFORM listener.check_swappable(old);
+    -- It waits for refreshes of the new one, and nobody reads that yet.
+    PERFORM set_config('lock_timeout', '200ms', true);
+    PERFORM listener.lock_out(new);
+    PERFORM listener.check_way(readers);
+    asked := clock_timestamp();
+    FOREACH relation IN ARRAY readers LOOP
+        PERFORM set_config('lock_timeout', greatest(
+            1, 200 - round(1000 * extract(epoch FROM clock_timestamp() - asked)))::integer || 'ms', true);
+        PERFORM listener.lock_out(relation);
+    END LOOP;
+    -- As it is now that nobody can change it.
+    PERFORM listener.check_swappable(old);
+    FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.swapping(old, new_name) s) LOOP
+        EXECUTE statement;
+    END LOOP;
+    PERFORM set_config('lock_timeout', previous_timeout, true);
+    locked := clock_timestamp() - asked;
+END
+$function$;
+
+-- lock_out(relation): ACCESS EXCLUSIVE on a relation of any kind, and on nothing else: LOCK TABLE refuses a materialized
+-- view, and locks all that a view reads.
+CREATE OR REPLACE FUNCTION listener.lock_out(relation regclass) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    EXECUTE format('ALTER TABLE %s OWNER TO %I', relation,
+                   (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = relation));
+END
+$function$;

@@ -1,0 +1,394 @@
+-- Who may do what, for `listener doctor`: the rights that the service's role needs, those that nobody should have, and
+-- what row-level security lets through.
+
+-- needed_rights(): every right that the service's role needs, and some of the owner's, with whether it has it.
+--   level: what it is where it is missing. A right that only create_view or a migration needs is a warning.
+CREATE OR REPLACE FUNCTION listener.needed_rights()
+RETURNS TABLE (level text, view text, object text, right_name text, role name, held boolean, mend text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH RECURSIVE installed AS (
+        SELECT i.owner_role, i.service_role, i.service_role <> i.owner_role AS apart FROM listener.installation i
+    ), walk (view, relid, relkind) AS (
+        SELECT v.name, c.oid, c.relkind FROM listener.managed_view v
+        JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
+        UNION
+        SELECT w.view, c.oid, c.relkind
+        FROM walk w JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v'
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
+        JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.oid <> w.relid
+    ), used AS MATERIALIZED (
+        -- By whom a relation is read decides the view that names it: its owner, unless it is security_invoker.
+        SELECT w.view, d.refclassid, d.refobjid, d.refobjsubid,
+               w.relid IN (SELECT c.oid FROM pg_class c, pg_options_to_table(c.reloptions) o
+                           WHERE c.oid = w.relid AND o.option_name = 'security_invoker' AND o.option_value::boolean) AS by_caller
+        FROM walk w JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v'
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+        WHERE d.refobjid <> w.relid AND d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass)
+    ), read AS (
+        SELECT string_agg(DISTINCT u.view, ', ' ORDER BY u.view) AS view, c.oid, c.relnamespace, bool_or(u.by_caller) AS by_caller,
+               array_agg(DISTINCT u.refobjsubid) FILTER (WHERE u.refobjsubid > 0) AS columns
+        FROM used u JOIN pg_class c ON c.oid = u.refobjid AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+        WHERE u.refclassid = 'pg_class'::regclass AND c.relnamespace <> 'listener'::regnamespace
+        GROUP BY c.oid
+    ), target AS (
+        SELECT v.id, v.name, v.strategy, c.oid, c.relnamespace
+        FROM listener.managed_view v
+        JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+    )
+    SELECT 'error', NULL, 'schema listener', 'USAGE', i.service_role,
+           has_schema_privilege(i.service_role, 'listener', 'USAGE'),
+           format('GRANT USAGE ON SCHEMA listener TO %I;', i.service_role)
+    FROM installed i WHERE i.apart
+    UNION ALL
+    -- What is not there any more, whose name somebody changed, has no right either.
+    SELECT 'error', NULL, n.object, n.right_name, i.service_role,
+           CASE WHEN n.right_name = 'OWNER' THEN coalesce(
+                    (SELECT p.proowner = to_regrole(quote_ident(i.service_role)) FROM pg_proc p WHERE p.oid = to_regprocedure(n.object)), false)
+                WHEN n.kind = 'FUNCTION' THEN coalesce(
+                    has_function_privilege(i.service_role, to_regprocedure(n.object), n.right_name), false)
+                WHEN n.kind = 'SEQUENCE' THEN coalesce(
+                    has_sequence_privilege(i.service_role, to_regclass(n.object), n.right_name), false)
+                ELSE coalesce(has_table_privilege(i.service_role, to_regclass(n.object), n.right_name), false) END,
+           CASE WHEN n.right_name = 'OWNER' OR (n.kind = 'FUNCTION' AND to_regprocedure(n.object) IS NULL)
+                     OR (n.kind <> 'FUNCTION' AND to_regclass(n.object) IS NULL) THEN 'listener migrate'
+                ELSE format('GRANT %s ON %s %s TO %I;', n.right_name, n.kind, n.object, i.service_role) END
+    FROM installed i CROSS JOIN listener.needed_right n
+    UNION ALL
+    SELECT 'error', v.name, c.oid::regclass::text, 'SELECT', i.service_role,
+           has_table_privilege(i.service_role, c.oid, 'SELECT'),
+           format('GRANT SELECT ON %s TO %I;', c.oid::regclass, i.service_role)
+    FROM installed i CROSS JOIN listener.managed_view v
+    JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
+    UNION ALL
+    SELECT 'error', v.name, p.oid::regprocedure::text, 'EXECUTE', i.service_role,
+           has_function_privilege(i.service_role, p.oid, 'EXECUTE'),
+           format('GRANT EXECUTE ON FUNCTION %s TO %I;', p.oid::regprocedure, i.service_role)
+    FROM installed i CROSS JOIN listener.managed_view v
+    JOIN pg_proc p ON p.oid = to_regprocedure(format('listener.difference_%s(text)', v.id))
+    UNION ALL
+    -- That the target may be written, view_troubles() says.
+    SELECT 'ok', t.name, t.oid::regclass::text, w.right_name, i.service_role,
+           has_table_privilege(i.service_role, t.oid, w.right_name), NULL
+    FROM installed i CROSS JOIN target t CROSS JOIN unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) w (right_name)
+    WHERE t.strategy <> 'materialized view'
+    UNION ALL
+    SELECT 'error', string_agg(t.name, ', ' ORDER BY t.name), 'schema ' || n.nspname, 'USAGE', i.service_role,
+           has_schema_privilege(i.service_role, n.oid, 'USAGE'),
+           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, i.service_role)
+    FROM installed i CROSS JOIN target t JOIN pg_namespace n ON n.oid = t.relnamespace
+    GROUP BY n.oid, n.nspname, i.service_role
+    UNION ALL
+    -- To make the target again, and whatever comes next.
+    SELECT 'warning', NULL, 'schema ' || n.nspname, w.right_name, i.owner_role,
+           has_schema_privilege(i.owner_role, n.oid, w.right_name),
+           format('GRANT %s ON SCHEMA %I TO %I;', w.right_name, n.nspname, i.owner_role)
+    FROM installed i CROSS JOIN (SELECT DISTINCT t.relnamespace FROM target t WHERE t.strategy <> 'materialized view') t
+    JOIN pg_namespace n ON n.oid = t.relnamespace
+    CROSS JOIN unnest('{USAGE,CREATE}'::text[]) w (right_name)
+    UNION ALL
+    SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', i.service_role,
+           has_table_privilege(i.service_role, r.oid, 'SELECT')
+               OR (has_any_column_privilege(i.service_role, r.oid, 'SELECT') AND NOT EXISTS (
+                       SELECT FROM unnest(r.columns) c (attnum) WHERE NOT has_column_privilege(i.service_role, r.oid, c.attnum::smallint, 'SELECT'))),
+           format('GRANT SELECT ON %s TO %I;', r.oid::regclass, i.service_role)
+    FROM installed i CROSS JOIN read r
+    UNION ALL
+    SELECT 'warning', string_agg(r.view, ', '), 'schema ' || n.nspname, 'USAGE', i.service_role,
+           has_schema_privilege(i.service_role, n.oid, 'USAGE'),
+           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, i.service_role)
+    FROM installed i CROSS JOIN read r JOIN pg_namespace n ON n.oid = r.relnamespace
+    WHERE r.relnamespace NOT IN (SELECT t.relnamespace FROM target t)
+    GROUP BY n.oid, n.nspname, i.service_role
+    UNION ALL
+    SELECT 'error', string_agg(DISTINCT u.view, ', '), p.oid::regprocedure::text, 'EXECUTE', i.service_role,
+           has_function_privilege(i.service_role, p.oid, 'EXECUTE'),
+           format('GRANT EXECUTE ON FUNCTION %s TO %I;', p.oid::regprocedure, i.service_role)
+    FROM installed i CROSS JOIN used u JOIN pg_proc p ON u.refclassid = 'pg_proc'::regclass AND p.oid = u.refobjid
+    WHERE p.pronamespace <> 'listener'::regnamespace
+    GROUP BY p.oid, i.service_role
+    UNION ALL
+    -- Every drain looks which cluster this is.
+    SELECT 'error', NULL, 'pg_control_system()', 'EXECUTE', i.service_role,
+           has_function_privilege(i.service_role, 'pg_control_system()', 'EXECUTE'),
+           format('GRANT EXECUTE ON FUNCTION pg_control_system() TO %I;', i.service_role)
+    FROM installed i
+    UNION ALL
+    SELECT 'warning', NULL, 'role pg_read_all_stats', 'MEMBER', i.service_role,
+           pg_has_role(i.service_role, 'pg_read_all_stats', 'USAGE'),
+           format('GRANT pg_read_all_stats TO %I;', i.service_role)
+    FROM installed i
+    UNION ALL
+    -- A migration hands the functions that compute to the service's role.
+    SELECT 'warning', NULL, 'role ' || quote_ident(i.service_role), 'MEMBER', i.owner_role,
+           pg_has_role(i.owner_role, i.service_role, 'MEMBER'), format('GRANT %I TO %I;', i.service_role, i.owner_role)
+    FROM installed i WHERE i.apart
+$function$;
+
+-- held_by(service_role, acl): the rights in a list that reach this role, and through whom.
+CREATE OR REPLACE FUNCTION listener.held_by(service_role name, acl aclitem[]) RETURNS TABLE (grantee text, right_name text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END, a.privilege_type
+    FROM aclexplode(acl) a
+    WHERE a.grantee = 0 OR pg_has_role(service_role, a.grantee, 'MEMBER')
+$function$;
+
+-- lost_guarantees(): what cannot be promised where the service logs in as the role that owns the schema listener or a
+-- source; no row where its role is its own.
+CREATE OR REPLACE FUNCTION listener.lost_guarantees() RETURNS SETOF text
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    WITH owned AS (
+        SELECT i.owner_role, i.service_role, c.oid, c.relrowsecurity AND NOT c.relforcerowsecurity AS unbound
+        FROM listener.installation i
+        LEFT JOIN (SELECT s.relid AS oid FROM listener.source s
+                   WHERE NOT EXISTS (SELECT FROM listener.managed_view v
+                                     WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) = s.relid)) s
+        ON true
+        JOIN pg_roles r ON r.rolname = i.service_role
+        LEFT JOIN pg_class c ON c.oid = s.oid AND NOT r.rolsuper AND pg_has_role(i.service_role, c.relowner, 'MEMBER')
+    )
+    SELECT 'its role may change what the schema listener manages' FROM owned o
+    WHERE o.service_role = o.owner_role HAVING count(*) > 0
+    UNION ALL
+    SELECT format('its role may write %s', CASE count(*) WHEN 1 THEN '1 source' ELSE count(*) || ' sources' END)
+    FROM owned o WHERE o.oid IS NOT NULL HAVING count(*) > 0
+    UNION ALL
+    SELECT format('row-level security of %s does not bind it, since it is not forced', string_agg(o.oid::regclass::text, ', '))
+    FROM owned o WHERE o.unbound HAVING count(*) > 0
+    UNION ALL
+    SELECT 'whoever has the application''s password may read the log and refresh any tenant'
+    FROM owned o WHERE o.oid IS NOT NULL AND o.service_role <> o.owner_role HAVING count(*) > 0
+$function$;
+
+-- excess_findings(): rights that the service's role should not have, and what others have in the schema listener. Where the
+-- service shares its role with the owner or the application, one warning says so instead.
+CREATE OR REPLACE FUNCTION listener.excess_findings()
+RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH installed AS (
+        SELECT i.owner_role, i.service_role, quote_ident(i.service_role) AS service, r.oid AS service_id, r.rolsuper,
+               r.rolbypassrls, r.rolcreaterole, r.rolcreatedb, r.rolreplication,
+               i.service_role <> i.owner_role AS apart
+        FROM listener.installation i JOIN pg_roles r ON r.rolname = i.service_role
+    ), target AS (
+        SELECT to_regclass(format('%I.%I', v.target_schema, v.target_name))::oid AS relid FROM listener.managed_view v
+    ), captured AS MATERIALIZED (
+        -- A target that another view reads is written by the service, and must be.
+        SELECT DISTINCT c.oid, c.oid::regclass::text AS name, c.relowner, c.relacl, c.relnamespace
+        FROM (SELECT t.relid FROM listener.source_table t UNION SELECT s.relid FROM listener.source s) t
+        JOIN pg_class c ON c.oid = t.relid
+        WHERE NOT EXISTS (SELECT FROM target x WHERE x.relid = c.oid)
+    ), shared AS (
+        -- The role owns a source: it is the application's.
+        SELECT i.*, NOT i.apart OR EXISTS (SELECT FROM captured c WHERE c.relowner = i.service_id) AS is_shared FROM installed i
+    ), too_much AS (
+        SELECT c.name AS object, h.grantee, string_agg(h.right_name, ', ' ORDER BY h.right_name) AS rights
+        FROM shared i CROSS JOIN captured c CROSS JOIN LATERAL listener.held_by(i.service_role, c.relacl) h
+        WHERE NOT i.is_shared AND h.right_name IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')
+          AND NOT pg_has_role(i.service_role, c.relowner, 'MEMBER')
+        GROUP BY c.name, h.grantee
+        UNION ALL
+        SELECT c.name, h.grantee, string_agg(format('%s (%I)', h.right_name, a.attname), ', ' ORDER BY a.attnum)
+        FROM shared i CROSS JOIN captured c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attacl IS NOT NULL
+        CROSS JOIN LATERAL listener.held_by(i.service_role, a.attacl) h
+        WHERE NOT i.is_shared AND h.right_name IN ('INSERT', 'UPDATE') AND NOT pg_has_role(i.service_role, c.relowner, 'MEMBER')
+        GROUP BY c.name, h.grantee
+    )
+    SELECT 'roles', 'warning', NULL, i.service,
+           format('the service shares the role with %s, and these guarantees fall away: %s.',
+                  CASE WHEN i.apart THEN 'the application' ELSE 'the owner of the schema listener' END,
+                  (SELECT string_agg(l, '; ') FROM listener.lost_guarantees() l)),
+           'LISTENER_SERVICE_ROLE=listener_service listener roles'
+    FROM shared i WHERE i.is_shared
+    UNION ALL
+    SELECT 'roles', a.level, NULL, i.service, a.problem, format('ALTER ROLE %s %s;', i.service, a.mend)
+    FROM installed i CROSS JOIN LATERAL (VALUES
+        (i.rolsuper, 'error', 'it is a superuser: row-level security does not bind it.', 'NOSUPERUSER'),
+        (i.rolbypassrls, 'error', 'it has BYPASSRLS: row-level security does not bind it.', 'NOBYPASSRLS'),
+        (i.rolcreaterole, 'warning', 'it may make roles, and needs none.', 'NOCREATEROLE'),
+        (i.rolcreatedb, 'warning', 'it may make databases, and needs none.', 'NOCREATEDB'),
+        (i.rolreplication, 'warning', 'it may replicate the whole server, and needs none of it.', 'NOREPLICATION'))
+        AS a (has, level, problem, mend)
+    WHERE a.has
+    UNION ALL
+    SELECT 'roles', 'error', NULL, i.service, format('it is a member of %I, and may change whatever the schema listener manages.',
+                                                     i.owner_role), format('REVOKE %I FROM %s;', i.owner_role, i.service)
+    FROM installed i
+    WHERE i.apart AND NOT i.rolsuper AND pg_has_role(i.service_role, i.owner_role, 'MEMBER')
+    UNION ALL
+    SELECT 'roles', 'error', NULL, i.service,
+           format('it is a member of %I, which owns %s: it may write sources, and row-level security that is not forced does not bind it.',
+                  pg_get_userbyid(c.relowner), CASE count(*) WHEN 1 THEN min(c.name) ELSE count(*) || ' sources' END),
+           format('REVOKE %I FROM %s;', pg_get_userbyid(c.relowner), i.service)
+    FROM shared i JOIN captured c ON pg_has_role(i.service_role, c.relowner, 'MEMBER')
+    WHERE NOT i.is_shared AND NOT i.rolsuper AND pg_get_userbyid(c.relowner) <> i.owner_role
+    GROUP BY c.relowner, i.owner_role, i.service
+    UNION ALL
+    SELECT 'rights', 'warning', NULL, t.object, format('%s may write it (%s%s), and never needs to.', i.service, t.rights,
+                                                       CASE WHEN t.grantee <> i.service THEN ' through ' || t.grantee ELSE '' END),
+           CASE WHEN t.grantee IN (i.service, 'PUBLIC') THEN format('REVOKE %s ON %s FROM %s;', t.rights, t.object, t.grantee)
+                ELSE format('REVOKE %s FROM %s;', t.grantee, i.service) END
+    FROM installed i CROSS JOIN too_much t
+    UNION ALL
+    SELECT 'rights', CASE n.nspname WHEN 'listener' THEN 'error' ELSE 'warning' END, NULL, 'schema ' || n.nspname,
+           format('%s may create in it%s, and what is made there may be called instead of what was meant.', i.service,
+                  CASE WHEN h.grantee <> i.service THEN ' through ' || h.grantee ELSE '' END),
+           CASE WHEN h.grantee IN (i.service, 'PUBLIC') THEN format('REVOKE CREATE ON SCHEMA %I FROM %s;', n.nspname, h.grantee)
+                ELSE format('REVOKE %s FROM %s;', h.grantee, i.service) END
+    FROM shared i CROSS JOIN pg_namespace n CROSS JOIN LATERAL listener.held_by(i.service_role, n.nspacl) h
+    WHERE NOT i.is_shared AND h.right_name = 'CREATE' AND NOT pg_has_role(i.service_role, i.owner_role, 'MEMBER')
+      AND (n.nspname = 'listener' OR n.oid IN (SELECT c.relnamespace FROM captured c)
+           OR n.oid IN (SELECT c.relnamespace FROM target t JOIN pg_class c ON c.oid = t.relid))
+    UNION ALL
+    SELECT 'roles', 'warning', NULL, c.oid::regclass::text, format('it belongs to %s, which should own no table.', i.service),
+           format('ALTER %s %s OWNER TO %I;', CASE c.relkind WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'TABLE' END,
+                  c.oid::regclass, i.owner_role)
+    FROM shared i JOIN pg_class c ON c.relowner = i.service_id AND c.relkind IN ('r', 'p', 'v', 'm')
+    WHERE NOT i.is_shared AND c.relpersistence <> 't' AND NOT c.relispartition
+    UNION ALL
+    -- Functions whose owner is neither as the migration left it.
+    SELECT 'roles', 'error', NULL, p.oid::regprocedure::text, format('it belongs to %I, and runs with the wrong rights.', pg_get_userbyid(p.proowner)),
+           format('ALTER FUNCTION %s OWNER TO %I;', p.oid::regprocedure, w.owner)
+    FROM installed i JOIN pg_proc p ON p.pronamespace = 'listener'::regnamespace
+    CROSS JOIN LATERAL (SELECT CASE WHEN EXISTS (
+        SELECT FROM listener.needed_right n WHERE n.kind = 'FUNCTION' AND n.right_name = 'OWNER' AND to_regprocedure(n.object) = p.oid)
+        THEN i.service_role ELSE i.owner_role END) AS w (owner)
+    WHERE pg_get_userbyid(p.proowner) NOT IN (w.owner, i.service_role)
+    UNION ALL
+    SELECT 'rights', a.level, NULL, o.object, format(a.problem, a.grantee), format('REVOKE ALL ON %s FROM %s;', o.what, a.grantee)
+    FROM installed i CROSS JOIN (
+        SELECT 'schema listener', 'SCHEMA listener', n.nspacl FROM pg_namespace n WHERE n.nspname = 'listener'
+        UNION ALL
+        SELECT c.oid::regclass::text, CASE c.relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || c.oid::regclass, c.relacl
+        FROM pg_class c WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind IN ('r', 'v', 'S')
+        UNION ALL
+        SELECT p.oid::regprocedure::text, 'FUNCTION ' || p.oid::regprocedure, coalesce(p.proacl, acldefault('f', p.proowner))
+        FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace) AS o (object, what, acl)
+    CROSS JOIN LATERAL (
+        SELECT DISTINCT 'error', 'PUBLIC', 'everybody (%s) has rights on it.' FROM aclexplode(o.acl) g WHERE g.grantee = 0
+        UNION ALL
+        SELECT DISTINCT 'warning', quote_ident(pg_get_userbyid(g.grantee)), '%s, which writes sources, has rights on it: the application needs none.'
+        FROM aclexplode(o.acl) g
+        WHERE g.grantee <> 0 AND pg_get_userbyid(g.grantee) NOT IN (i.owner_role, i.service_role) AND EXISTS (
+            SELECT FROM captured c CROSS JOIN LATERAL aclexplode(c.relacl) w
+            WHERE w.grantee = g.grantee AND w.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')
+              AND pg_get_userbyid(c.relowner) <> pg_get_userbyid(g.grantee))) AS a (level, grantee, problem)
+$function$;
+
+-- row_security_findings(): whether row-level security keeps the service to the tenant whose refresh it is: on each source
+-- that has a tenant column, through nested views, and on targets.
+CREATE OR REPLACE FUNCTION listener.row_security_findings()
+RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH installed AS (
+        SELECT i.owner_role, i.service_role, r.rolsuper OR r.rolbypassrls AS is_unbound
+        FROM listener.installation i JOIN pg_roles r ON r.rolname = i.service_role
+    ), listed AS MATERIALIZED (
+        -- The service reads these with no tenant set, and is meant to see them whole.
+        SELECT DISTINCT r.relid FROM listener.managed_view v
+        CROSS JOIN LATERAL listener.reads(to_regclass('listener.tenants_' || v.id)) r
+        WHERE v.tenants_query IS NOT NULL
+    ), known AS MATERIALIZED (
+        SELECT DISTINCT ON (c.oid) c.oid, c.oid::regclass::text AS source, a.attname AS tenant_column,
+               format_type(a.atttypid, NULL) AS tenant_type, c.relrowsecurity, c.relforcerowsecurity, c.relowner,
+               (SELECT string_agg(v.name, ', ' ORDER BY v.name) FROM listener.view_source w
+                JOIN listener.managed_view v ON v.id = w.view_id WHERE w.source_id = s.id) AS readers,
+               EXISTS (SELECT FROM listener.view_source w JOIN listener.managed_view v ON v.id = w.view_id
+                       WHERE w.source_id = s.id AND v.tenant_secured) AS is_promised
+        FROM listener.source s JOIN pg_class c ON c.oid = s.relid AND c.relrowsecurity
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = s.tenant_column AND NOT a.attisdropped
+        WHERE c.oid NOT IN (SELECT l.relid FROM listed l)
+        ORDER BY c.oid, s.id
+    ), policy AS MATERIALIZED (
+        -- Those that decide what the service reads.
+        SELECT k.oid, p.polname, p.polpermissive, pg_get_expr(p.polqual, p.polrelid) AS qual,
+               pg_get_expr(p.polqual, p.polrelid) LIKE '%app.current_tenant_id%' OR EXISTS (
+                   SELECT FROM pg_depend d JOIN pg_proc f ON f.oid = d.refobjid
+                   WHERE d.classid = 'pg_policy'::regclass AND d.objid = p.oid AND d.refclassid = 'pg_proc'::regclass
+                     AND f.prosrc LIKE '%app.current_tenant_id%') AS reads_tenant
+        FROM installed i CROSS JOIN known k JOIN pg_policy p ON p.polrelid = k.oid AND p.polcmd IN ('r', '*')
+        WHERE EXISTS (SELECT FROM unnest(p.polroles) o (role) WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE'))
+          AND p.polname <> 'listener_lookup'
+    ), summed AS (
+        SELECT k.*, format('%I = current_setting(''app.current_tenant_id'')::%s', k.tenant_column, k.tenant_type) AS mine,
+               count(p.polname) FILTER (WHERE p.polpermissive) AS permissive,
+               min(p.polname::text) FILTER (WHERE p.polpermissive AND p.qual = 'true') AS open_policy,
+               min(p.polname::text) FILTER (WHERE p.polpermissive) AS some_policy,
+               min(p.qual) FILTER (WHERE p.polpermissive) AS some_qual,
+               coalesce(bool_or(p.reads_tenant), false) AS reads_tenant,
+               coalesce(bool_or(p.reads_tenant) FILTER (WHERE NOT p.polpermissive), false) AS restricted
+        FROM known k LEFT JOIN policy p ON p.oid = k.oid
+        GROUP BY k.oid, k.source, k.tenant_column, k.tenant_type, k.relrowsecurity, k.relforcerowsecurity, k.relowner,
+                 k.readers, k.is_promised
+    ), target AS (
+        SELECT v.name, v.target_rls, c.oid, c.oid::regclass::text AS target, c.relacl, c.relowner
+        FROM listener.managed_view v JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+    )
+    SELECT 'row security', 'warning', s.readers, s.source,
+           format('its row-level security is enabled and not forced: it does not bind %I, which owns it.', pg_get_userbyid(s.relowner)),
+           format('ALTER TABLE %s FORCE ROW LEVEL SECURITY;', s.source)
+    FROM summed s
+    WHERE NOT s.relforcerowsecurity AND NOT s.is_promised
+    UNION ALL
+    SELECT 'row security', 'error', s.readers, s.source,
+           format('no policy lets %I read a row of it: dashboards turn empty.', i.service_role),
+           format('CREATE POLICY listener_tenant ON %s FOR SELECT TO %I USING (%s);', s.source, i.service_role, s.mine)
+    FROM installed i CROSS JOIN summed s
+    WHERE s.permissive = 0 AND NOT i.is_unbound
+    UNION ALL
+    SELECT 'row security', 'error', s.readers, s.source,
+           format('its policy %I shows %I every tenant''s rows.', s.open_policy, i.service_role),
+           format('CREATE POLICY listener_tenant ON %s AS RESTRICTIVE FOR SELECT TO %I USING (%s);', s.source, i.service_role, s.mine)
+    FROM installed i CROSS JOIN summed s
+    WHERE s.open_policy IS NOT NULL AND NOT s.restricted
+    UNION ALL
+    -- What the application's policy says to everybody else stays as it is.
+    SELECT 'row security', 'warning', s.readers, s.source,
+           format('none of its policies reads app.current_tenant_id, which a refresh sets (%I: %s).', s.some_policy, s.some_qual),
+           format('ALTER POLICY %I ON %s USING (CASE WHEN current_user = %L THEN %s ELSE %s END);', s.some_policy, s.source,
+                  i.service_role, s.mine, s.some_qual)
+    FROM installed i CROSS JOIN summed s
+    WHERE s.permissive > 0 AND s.open_policy IS NULL AND NOT s.reads_tenant
+    UNION ALL
+    SELECT 'row security', 'ok', s.readers, s.source, format('enabled and forced, by %I', s.some_policy), NULL
+    FROM summed s
+    WHERE s.relforcerowsecurity AND s.reads_tenant AND (s.open_policy IS NULL OR s.restricted)
+    UNION ALL
+    SELECT 'row security', 'error', string_agg(DISTINCT n.view, ', '), n.nested::regclass::text,
+           format('it reads %s with the rights of %I, whom row-level security there does not bind.',
+                  string_agg(DISTINCT n.source, ', '), pg_get_userbyid(n.owner)),
+           format('ALTER VIEW %s SET (security_invoker = true);', n.nested::regclass)
+    FROM (
+        SELECT v.name AS view, x.oid AS nested, x.relowner AS owner, k.source
+        FROM listener.managed_view v
+        CROSS JOIN LATERAL listener.reads(to_regclass('listener.definition_' || v.id)) r
+        JOIN pg_class x ON x.oid = r.relid AND x.relkind = 'v'
+        JOIN pg_rewrite w ON w.ev_class = x.oid
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid AND d.refclassid = 'pg_class'::regclass
+        JOIN known k ON k.oid = d.refobjid
+        JOIN pg_roles o ON o.oid = x.relowner
+        WHERE NOT EXISTS (SELECT FROM pg_options_to_table(x.reloptions) p
+                          WHERE p.option_name = 'security_invoker' AND p.option_value::boolean)
+          AND (o.rolsuper OR o.rolbypassrls OR (NOT k.relforcerowsecurity AND pg_has_role(x.relowner, k.relowner, 'USAGE')))
+    ) n
+    GROUP BY n.nested, n.owner
+    UNION ALL
+    SELECT 'row security', 'warning', t.name, t.target, 'everybody may read it, and it shows every tenant''s rows.',
+           format('REVOKE SELECT ON %s FROM PUBLIC;', t.target)
+    FROM target t
+    WHERE NOT t.target_rls AND EXISTS (SELECT FROM aclexplode(t.relacl) a WHERE a.grantee = 0 AND a.privilege_type = 'SELECT')
+    UNION ALL
+    SELECT 'row security', 'warning', t.name, t.target, format('its policy %I shows its readers every tenant''s rows.', p.polname),
+           format('DROP POLICY %I ON %s;', p.polname, t.target)
+    FROM target t CROSS JOIN installed i JOIN pg_policy p ON p.polrelid = t.oid
+    WHERE t.target_rls AND p.polpermissive AND p.polcmd IN ('r', '*') AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+      AND NOT p.polroles <@ ARRAY[to_regrole(quote_ident(i.service_role))::oid]
+    UNION ALL
+    SELECT 'row security', 'ok', t.name, t.target,
+           format('read by %s, %s', coalesce(g.readers, 'nobody yet'),
+                  CASE WHEN t.target_rls THEN 'who see the tenant in app.current_tenant_id' ELSE 'who see every tenant' END), NULL
+    FROM target t CROSS JOIN installed i
+    CROSS JOIN LATERAL (
+        SELECT string_agg(CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END, ', ') AS readers
+        FROM aclexplode(t.relacl) a
+        WHERE a.privilege_type = 'SELECT' AND a.grantee <> t.relowner AND a.grantee <> to_regrole(quote_ident(i.service_role))) g
+$function$;
