@@ -12,17 +12,11 @@ CREATE OR REPLACE FUNCTION listener.time_dependence(relation regclass)
 RETURNS TABLE (dependence text, what text, max_age interval)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE nested (relid) AS (
-        SELECT relation::oid
-        UNION
-        SELECT c.oid
-        FROM nested n
-        JOIN pg_rewrite r ON r.ev_class = n.relid
-        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
-        JOIN pg_class c ON c.oid = d.refobjid AND c.relkind = 'v'
+        SELECT relation::oid UNION SELECT v.relid FROM listener.tenant_views(relation) v
     ), code (tree, source) AS (
-        SELECT r.ev_action::text, pg_get_viewdef(n.relid) FROM nested n JOIN pg_rewrite r ON r.ev_class = n.relid
+        SELECT r.ev_action::text COLLATE "C", pg_get_viewdef(n.relid) COLLATE "C" FROM nested n JOIN pg_rewrite r ON r.ev_class = n.relid
         UNION
-        SELECT coalesce(p.prosqlbody::text, ''), coalesce(pg_get_function_sqlbody(p.oid), p.prosrc)
+        SELECT coalesce(p.prosqlbody::text, '') COLLATE "C", coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) COLLATE "C"
         FROM code c
         CROSS JOIN LATERAL regexp_matches(c.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') AS m (found)
         JOIN pg_proc p ON p.oid = m.found[1]::oid
@@ -37,7 +31,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         CROSS JOIN LATERAL regexp_matches(c.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') AS m (found)
         JOIN pg_proc p ON p.oid = m.found[1]::oid
     ), timed AS (
-        SELECT c.proname || '()' AS what, c.source, c.proname = 'age' AS by_days FROM called c WHERE c.tells_time
+        SELECT c.proname::text || '()' AS what, c.source, c.proname = 'age' AS by_days FROM called c WHERE c.tells_time
         UNION
         SELECT (ARRAY['CURRENT_DATE', 'CURRENT_TIME', 'CURRENT_TIME', 'CURRENT_TIMESTAMP', 'CURRENT_TIMESTAMP', 'LOCALTIME',
                       'LOCALTIME', 'LOCALTIMESTAMP', 'LOCALTIMESTAMP'])[m.found[1]::integer + 1], c.source, m.found[1] = '0'
@@ -56,7 +50,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
            min(CASE WHEN t.by_days
                       -- What is left when each that is cut to a day, or more, is taken away.
                       OR regexp_replace(t.source,
-                          '\(+' || g.call || '( AT TIME ZONE [^)]*)?\)+::date'
+                          '\(*' || g.call || '( AT TIME ZONE [^)]*)?\)*::date'
                           '|date_trunc\(''(day|week|month|quarter|year|decade|century|millennium)''(::text)?, \(?' || g.call, '', 'gi')
                          !~* g.call
                     THEN interval '1 hour' ELSE interval '1 min' END)
@@ -102,7 +96,7 @@ BEGIN
     FROM listener.time_dependence(definition) t WHERE t.dependence = 'time';
     IF timed IS NOT NULL AND view.max_age IS NULL THEN
         RAISE WARNING '% depends on the time (%), and no write announces what changes by itself', view.name, timed
-            USING HINT = format('max_age => %L refreshes each key at least so often.', proposed);
+            USING HINT = format('max_age => %L refreshes each key at least so often.', CASE WHEN proposed < '1 hour' THEN '1 min' ELSE '1 hour' END);
     END IF;
     SELECT string_agg(t.what, ', ') INTO timed FROM listener.time_dependence(definition) t WHERE t.dependence = 'volatile';
     IF timed IS NOT NULL THEN

@@ -102,6 +102,7 @@ BEGIN
         'listener.tenant_inputs(regclass, name)',
         'listener.tenant_plans(regclass, name, text)',
         'listener.tenant_scope(regclass, name, text)',
+        'listener.tenant_views(regclass)',
         'listener.tenants(text)',
         'listener.time_dependence(regclass)',
         'listener.tracked(text)',
