@@ -12,7 +12,9 @@ from benchmarks import (
     bulk,
     calm,
     capture,
+    doctor,
     drain,
+    fill,
     held_snapshot,
     idle,
     noisy,
@@ -33,10 +35,12 @@ ALL = {
     "sustained": sustained,
     "noisy": noisy,
     "backlog": backlog,
+    "fill": fill,
     "drain": drain,
     "held-snapshot": held_snapshot,
     "recovery": recovery,
     "idle": idle,
+    "doctor": doctor,
 }
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
@@ -67,6 +71,8 @@ def main() -> None:
     parser.add_argument("--hold-rate", type=float, default=5000, help="held-snapshot: writes a second (5000)")
     parser.add_argument("--kills", type=int, default=100, help="recovery: how often each is killed (100)")
     parser.add_argument("--restarts", type=int, default=20, help="recovery: how often the server restarts (20)")
+    parser.add_argument("--fill-rows", type=int, default=2_000_000, help="fill: rows of the source (2000000)")
+    parser.add_argument("--tables", type=int, default=200, help="doctor: how many source tables (200)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/benchmarks.md too")
     options = parser.parse_args()

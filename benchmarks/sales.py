@@ -126,13 +126,15 @@ def all_fresh(administrator: psycopg.Connection[Any]) -> bool:
 
 def differing(administrator: psycopg.Connection[Any], views: int) -> int:
     """Rows by which the targets differ from their queries, both ways."""
-    total = 0
-    for name, (_, query) in list(VIEWS.items())[:views]:
-        row = administrator.execute(
-            sql.SQL(
-                "SELECT (SELECT count(*) FROM (({q}) EXCEPT ALL SELECT * FROM {t}) a)"
-                " + (SELECT count(*) FROM (SELECT * FROM {t} EXCEPT ALL ({q})) b)"
-            ).format(q=sql.SQL(query), t=sql.Identifier(name))
-        ).fetchone()
-        total += row[0] if row else 0
-    return total
+    return sum(differing_in(administrator, name) for name in list(VIEWS)[:views])
+
+
+def differing_in(administrator: psycopg.Connection[Any], view: str) -> int:
+    """The same of one of them."""
+    row = administrator.execute(
+        sql.SQL(
+            "SELECT (SELECT count(*) FROM (({q}) EXCEPT ALL SELECT * FROM {t}) a)"
+            " + (SELECT count(*) FROM (SELECT * FROM {t} EXCEPT ALL ({q})) b)"
+        ).format(q=sql.SQL(VIEWS[view][1]), t=sql.Identifier(view))
+    ).fetchone()
+    return row[0] if row else 0

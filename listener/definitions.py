@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
 from listener.errors import SetupError
-from listener.view_files import ViewFile
+from listener.view_files import ViewFile, written
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -19,6 +19,7 @@ Action = Literal["create", "alter", "set", "none", "not in files"]
 # What create_view takes where it is not given.
 DEFAULTS: dict[str, Any] = {"tenant_column": "tenant_id", "timezone": "UTC", "target_rls": False, "key_columns": []}
 WINDOW = ("quiet_period", "max_wait", "edge", "max_age")
+WINDOW_DEFAULTS = {"quiet_period": "00:00:00.25", "max_wait": "00:00:02", "edge": "leading"}
 # The path of a session of this role that says nothing of its own; that of the commands' own statements is pinned.
 ROLES_PATH = sql.SQL("(SELECT s.reset_val FROM pg_settings s WHERE s.name = 'search_path')")
 
@@ -207,3 +208,16 @@ async def grant(connection: AsyncConnection[Any], view: str, readers: list[str])
 async def _first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
     row = await (await connection.execute(query, given or None)).fetchone()
     return None if row is None else row[0]
+
+
+def file_of(row: DictRow) -> str:
+    """The text of a file of a registered view: what is as create_view would have it anyway is left out."""
+    whole = row["strategy"] == "whole"
+    options = {
+        name: row[name]
+        for name in ("key_columns", "tenant_column", "tenants_query", "depends_on", *WINDOW, "timezone", "target_rls")
+        if row[name] is not None and row[name] != (DEFAULTS | WINDOW_DEFAULTS).get(name)
+    }
+    if whole:
+        options["whole"] = True
+    return written(row["target"].removeprefix("public."), row["query"], options, row["readers"])

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
@@ -63,10 +64,27 @@ async def _examined(settings: Settings) -> AsyncIterator[Finding]:
                 async for finding in _listening(connection, settings):
                     yield finding
             if broken is None:
-                for row in await queries.findings(connection, connections.most(settings)):
-                    yield Finding(**row)
+                async for finding in _asked(connection, settings):
+                    yield finding
     except (psycopg.Error, SetupError) as error:
         yield unusable(error, url, settings)
+
+
+async def _asked(connection: Connection, settings: Settings) -> AsyncIterator[Finding]:
+    """What the database says of itself. A check that cannot be made is a finding: rights may be what is missing."""
+    most = connections.most(settings)
+    for check, ask in (
+        ("rights", queries.state_findings),
+        ("capture", queries.capture_findings),
+        ("progress", queries.progress_findings),
+        ("server", partial(queries.server_findings, replica_connections=most)),
+    ):
+        try:
+            for row in await ask(connection):
+                yield Finding(**row)
+        except psycopg.errors.InsufficientPrivilege as error:
+            problem = f"it cannot be asked: {error.diag.message_primary}."
+            yield Finding(check, "error", None, f"the check of {check}", problem, "listener migrate")
 
 
 def _well(check: str, what: str, why: str) -> Finding:
@@ -175,6 +193,8 @@ def unusable(
         mend = f"createdb {shlex.quote(database)}"
     elif "pg_hba.conf" in said:
         mend = "psql --command 'TABLE pg_hba_file_rules'"
+    elif "may not use it" in said and user == settings.service_role:
+        mend = f"GRANT USAGE ON SCHEMA listener TO {user};"
     elif isinstance(error, SetupError):
         mend = _command_in(known.hint or "") or known.hint or ""
     else:

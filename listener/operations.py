@@ -81,7 +81,7 @@ async def refresh_one(connection: AsyncConnection[Any], view: str, tenant: str, 
         await anyio.sleep(BUSY_WAIT)
 
 
-async def _drain(connection: AsyncConnection[Any]) -> None:
+async def drain_all(connection: AsyncConnection[Any]) -> None:
     """Until a drain of our own looked: one that is under way elsewhere may have looked too early."""
     while True:
         if (await changes.drain(connection, anyio.current_time())).outcome != "busy":
@@ -106,6 +106,14 @@ async def refresh_all(
         yield done, len(everyone), result
 
 
+async def catch_up(connection: AsyncConnection[Any], view: str) -> None:
+    """Refreshes what of this view is dirty by now. Raises psycopg.Error where a key fails."""
+    await drain_all(connection)
+    pending = changes.pending(connection, anyio.current_time(), overdue=False)
+    for change in [change async for change in pending if change.key.view == view and not change.aged]:
+        await refresh(connection, change)
+
+
 async def sweep_once(
     connection: AsyncConnection[Any], policy: RetryPolicy | None = None
 ) -> AsyncIterator[tuple[int, int, Outcome | Failed | None]]:
@@ -113,7 +121,7 @@ async def sweep_once(
 
     With a policy a failure is recorded as the service records it, and stops no other key; without, it is raised.
     """
-    await _drain(connection)
+    await drain_all(connection)
     done = 0
     failed: set[RefreshKey] = set()
     # Writing "all tenants" out makes keys that only the next round sees.
@@ -140,7 +148,7 @@ async def sweep_once(
             yield done, total, result
         if not expanded:
             return
-        await _drain(connection)
+        await drain_all(connection)
 
 
 async def verify(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 
 from psycopg import AsyncConnection, sql
 from psycopg.rows import DictRow, class_row, dict_row
@@ -102,7 +102,8 @@ async def direct_address(connection: AsyncConnection[Any]) -> str:
             """
             SELECT format('postgresql://%%s@%%s:%%s/%%s%%s',
                           current_user, host(inet_server_addr()), p.port, current_database(),
-                          CASE WHEN inet_server_addr() IS NULL THEN '?host=' || split_part(current_setting('unix_socket_directories'), ',', 1) END)
+                          CASE WHEN inet_server_addr() IS NULL
+                               THEN '?host=' || split_part(current_setting('unix_socket_directories'), ',', 1) END)
             FROM (SELECT current_setting('port')) AS p (port)
             """,
             (),
@@ -254,6 +255,14 @@ async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     return str(row[0])
 
 
+async def is_paused(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the view is paused. Raises psycopg.Error, LSN01, where there is no such view."""
+    row = await (
+        await connection.execute("SELECT v.paused_at IS NOT NULL FROM listener.find_view(%s) v", (view,))
+    ).fetchone()
+    return bool(row and row[0])
+
+
 async def undrained(connection: AsyncConnection[Any]) -> tuple[int, float | None]:
     """How many logged changes no drain has seen, and the age of the oldest in seconds."""
     row = await (
@@ -266,6 +275,33 @@ async def undrained(connection: AsyncConnection[Any]) -> tuple[int, float | None
     ).fetchone()
     assert row is not None
     return row[0], row[1]
+
+
+async def is_listened_to(connection: AsyncConnection[Any]) -> bool:
+    """Whether a service has its listening connection to this database open."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT EXISTS (SELECT FROM pg_stat_activity a
+                           WHERE a.datname = current_database() AND a.application_name = 'listener listen')
+            """
+        )
+    ).fetchone()
+    return bool(row and row[0])
+
+
+async def has_undrained(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether a mark of the view, or of its keys, is logged that no drain has seen."""
+    row = await (
+        await connection.execute(
+            """
+            SELECT EXISTS (SELECT FROM listener.unconsumed() c JOIN listener.managed_view v ON v.id = c.view_id
+                           WHERE v.name = %s)
+            """,
+            (view,),
+        )
+    ).fetchone()
+    return bool(row and row[0])
 
 
 async def views(connection: AsyncConnection[Any]) -> list[DictRow]:
@@ -326,10 +362,29 @@ async def readiness(connection: AsyncConnection[Any]) -> list[str]:
     return [row[0] for row in await cursor.fetchall()]
 
 
-async def findings(connection: AsyncConnection[Any], replica_connections: int) -> list[DictRow]:
-    """What listener.findings() says: check, level, view, object, problem, mend."""
+async def state_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """What listener.state_findings() says, as the next three do: check, level, view, object, problem, mend."""
+    return await _found(connection, "SELECT * FROM listener.state_findings()")
+
+
+async def capture_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """Whether every source has its triggers."""
+    return await _found(connection, "SELECT * FROM listener.capture_findings()")
+
+
+async def progress_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """Whether views are refreshed."""
+    return await _found(connection, "SELECT * FROM listener.progress_findings()")
+
+
+async def server_findings(connection: AsyncConnection[Any], replica_connections: int) -> list[DictRow]:
+    """The server's settings; a replica opens so many connections at the most."""
+    return await _found(connection, "SELECT * FROM listener.server_findings(%s)", replica_connections)
+
+
+async def _found(connection: AsyncConnection[Any], query: LiteralString, *given: object) -> list[DictRow]:
     async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute("SELECT * FROM listener.findings(%s)", (replica_connections,))
+        await cursor.execute(query, given)
         return await cursor.fetchall()
 
 

@@ -79,8 +79,9 @@ BEGIN
                   HINT = format('GRANT USAGE, CREATE ON SCHEMA %I TO %I, %I;', schema, current_user, pg_get_userbyid(owner));
     ELSIF tied IS NOT NULL THEN
         RAISE EXCEPTION '% cannot be replaced: tied to it are %', relation, tied USING ERRCODE = 'LSN03',
-            HINT = 'Drop these first and make them again afterwards; a function with RETURNS TABLE (…) is tied to no row '
-                'type. Or keep it a materialized view: listener.keep_materialized_view(name).';
+            HINT = 'Drop these first and make them again afterwards; a function with RETURNS TABLE (…) is tied to no row type.'
+                || CASE WHEN (SELECT c.relkind FROM pg_class c WHERE c.oid = relation) = 'm'
+                        THEN ' Or keep it a materialized view: listener.keep_materialized_view(name).' ELSE '' END;
     END IF;
 END
 $function$;
@@ -311,6 +312,8 @@ DECLARE
     asked timestamptz;
 BEGIN
     PERFORM listener.check_swappable(old);
+    -- What takes longer the first time has been done once when readers wait for it.
+    PERFORM count(*) FROM listener.swapping(old, new_name);
     -- It waits for refreshes of the new one, and nobody reads that yet.
     PERFORM set_config('lock_timeout', '200ms', true);
     PERFORM listener.lock_out(new);

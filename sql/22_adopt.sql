@@ -19,7 +19,7 @@ BEGIN
         found := pg_catalog.to_regclass(name);
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     EXCEPTION WHEN OTHERS THEN
-        RAISE EXCEPTION '% is no valid name: %', pg_catalog.quote_literal(name), SQLERRM USING ERRCODE = 'LSN02';
+        found := NULL;  -- it is no name at all
     END;
     IF found IS NULL THEN
         RAISE EXCEPTION 'there is no materialized view %', name USING ERRCODE = 'LSN02',
@@ -54,6 +54,30 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
          CROSS JOIN LATERAL pg_options_to_table(s.setconfig) o
          WHERE d.datname = current_database() AND s.setrole = 0 AND lower(o.option_name) = 'timezone'),
         (SELECT g.reset_val FROM pg_settings g WHERE lower(g.name) = 'timezone'))
+$function$;
+
+-- check_sources(relation): raises LSN03 where a materialized view reads another, whose changes fire no trigger.
+CREATE OR REPLACE FUNCTION listener.check_sources(relation regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    stored regclass := (SELECT r.id FROM listener.read_by(relation) r JOIN pg_class c ON c.oid = r.id
+                        WHERE c.relkind = 'm' LIMIT 1);
+BEGIN
+    IF stored IS NOT NULL THEN
+        RAISE EXCEPTION '% reads the materialized view %, whose changes fire no trigger', relation, stored
+            USING ERRCODE = 'LSN03', HINT = 'Adopt that one first, or have this one read what that one does.';
+    END IF;
+END
+$function$;
+
+-- read_by(relation): what a materialized view reads, through views.
+CREATE OR REPLACE FUNCTION listener.read_by(relation regclass) RETURNS TABLE (id oid)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT DISTINCT s.id
+    FROM pg_rewrite w
+    JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid AND d.refclassid = 'pg_class'::regclass
+    CROSS JOIN LATERAL (SELECT d.refobjid AS id UNION SELECT r.relid FROM listener.reads(d.refobjid::regclass) r) AS s
+    WHERE w.ev_class = relation AND s.id <> relation
 $function$;
 
 -- adopted_key(relation, key_columns, tenant_column): the key that a target of this materialized view has: the tenant
@@ -100,7 +124,7 @@ DECLARE
     key_index record;
 BEGIN
     PERFORM listener.lock_registration();
-    PERFORM listener.check_swappable(old);
+    PERFORM listener.check_swappable(old), listener.check_sources(old);
     SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner, c.relispopulated, c.reloptions INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old;
     query := pg_get_viewdef(old);
@@ -125,23 +149,19 @@ BEGIN
         timezone => zone, target_rls => target_rls);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     -- Known by the name that it will have, from the beginning.
-    UPDATE listener.managed_view v SET name = (
-        SELECT n.free
-        FROM (VALUES (1, class.relname::text), (2, class.nspname || '.' || class.relname),
-                     (3, format('%I.%I', class.nspname, class.relname))) AS n (ord, free)
-        WHERE NOT EXISTS (SELECT FROM listener.managed_view o WHERE o.name = n.free) ORDER BY n.ord LIMIT 1)
+    UPDATE listener.managed_view v SET name = listener.free_name(class.nspname, class.relname)
     WHERE (v.target_schema, v.target_name) = (class.nspname, ('listener_new_' || old::oid)::name)
     RETURNING v.* INTO managed;
     PERFORM listener.check_same_columns(old, beside::regclass);
     PERFORM listener.revoke_defaults(beside::regclass);
-    SELECT i.* INTO key_index FROM listener.indexes_of(beside::regclass) i WHERE i.is_unique;
+    SELECT i.* INTO key_index FROM listener.indexes_of(beside::regclass) i;
     IF FOUND THEN
         EXECUTE format('ALTER INDEX %I.%I RENAME TO %I', class.nspname, key_index.name, coalesce(
             (SELECT 'listener_new_' || i.id FROM listener.indexes_of(old) i
-             WHERE i.is_key AND i.columns = key_index.columns ORDER BY i.id LIMIT 1), 'listener_key_' || managed.id));
+             WHERE key_index.is_key AND i.is_key AND i.columns = key_index.columns ORDER BY i.id LIMIT 1), 'listener_key_' || managed.id));
     END IF;
     FOREACH statement IN ARRAY ARRAY(
-        SELECT s FROM listener.carried(old, beside, 'r', key_index.columns, '{}', listener.only_select(listener.grants_of(old))) s)
+        SELECT s FROM listener.carried(old, beside, 'r', managed.key_columns, '{}', listener.only_select(listener.grants_of(old))) s)
     LOOP
         EXECUTE statement;
     END LOOP;
@@ -152,7 +172,7 @@ BEGIN
             (SELECT coalesce(jsonb_object_agg(i.name, jsonb_build_object('unique', i.is_unique, 'rest', i.rest)), '{}')
              FROM listener.indexes_of(old) i),
             listener.grants_of(old), request);
-    PERFORM listener.tell_losses(old, key_index.columns);
+    PERFORM listener.tell_losses(old, managed.key_columns);
     PERFORM set_config('role', previous_role, true);
     RETURN managed.name;
 END
@@ -250,7 +270,7 @@ DECLARE
     adoption listener.adoption := listener.find_adoption(view, '{filling,turning back}');
 BEGIN
     EXECUTE format('ANALYZE %I.%I', adoption.schema_name, CASE adoption.state WHEN 'filling' THEN managed.target_name
-        ELSE 'listener_new_' || format('%I.%I', managed.target_schema, managed.target_name)::regclass::oid END);
+                                                              ELSE listener.name_beside(managed) END);
     PERFORM set_config('role', previous_role, true);
 END
 $function$;
@@ -258,8 +278,9 @@ $function$;
 -- finish_adoption(view): puts the filled target in the place of the materialized view, and drops that: see swap() for the
 -- locks. Refreshing goes on where it was paused: a refresh that begins just before may otherwise find that its target
 -- has another name, fail, and be tried again, so pause(view) before this spares the log an error.
--- Returns how long readers were locked out. Raises lock_not_available, having done nothing; LSN03 while a tenant was not
--- filled yet, where the materialized view is not the one that was adopted, and where something is tied to it by now.
+-- Returns how long readers were locked out. Raises lock_not_available, or object_not_in_prerequisite_state while a key was
+-- not filled yet, having done nothing: try again. Raises LSN03 where the materialized view is not the one that this was
+-- begun with, and where something is tied to it by now.
 CREATE OR REPLACE FUNCTION listener.finish_adoption(view text) RETURNS interval
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -275,10 +296,10 @@ BEGIN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
     END IF;
-    unfilled := listener.unfilled(managed);
+    SELECT count(*) INTO unfilled FROM listener.unfilled(managed.name);
     IF unfilled > 0 THEN
-        RAISE EXCEPTION '% of % was not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, managed.name
-            USING ERRCODE = 'LSN03', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
+        RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, managed.name
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
     END IF;
     locked := (listener.swap(old, format('%I.%I', managed.target_schema, managed.target_name)::regclass));
     UPDATE listener.managed_view v SET target_name = adoption.relation_name WHERE v.id = managed.id RETURNING v.* INTO managed;
@@ -290,12 +311,12 @@ BEGIN
 END
 $function$;
 
--- unfilled(view): how many of its keys no refresh has filled yet.
-CREATE OR REPLACE FUNCTION listener.unfilled(view listener.managed_view) RETURNS bigint
+-- unfilled(view): its keys that no refresh has filled yet.
+CREATE OR REPLACE FUNCTION listener.unfilled(view text) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT count(*) FROM listener.tenants(view.name) t
+    SELECT t FROM listener.tenants(view) t
     WHERE NOT EXISTS (SELECT FROM listener.refresh_state r
-                      WHERE r.view_id = view.id AND r.tenant = t AND r.refreshed_at IS NOT NULL)
+                      WHERE r.view_id = (listener.find_view(view)).id AND r.tenant = t AND r.refreshed_at IS NOT NULL)
 $function$;
 
 -- abort_adoption(view): takes back what begin_adoption() or begin_unadoption() made beside what is in place, which stays
@@ -319,13 +340,47 @@ BEGIN
 END
 $function$;
 
+-- name_beside(view): what the materialized view is called that is made beside the target.
+CREATE OR REPLACE FUNCTION listener.name_beside(view listener.managed_view) RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT 'listener_new_' || to_regclass(format('%I.%I', view.target_schema, view.target_name))::oid
+$function$;
+
 -- drop_beside(view): drops the materialized view that was made beside its target, where there is one.
 CREATE OR REPLACE FUNCTION listener.drop_beside(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    beside text := format('%I.%I', view.target_schema, listener.name_beside(view));
 BEGIN
-    EXECUTE format('DROP MATERIALIZED VIEW IF EXISTS %I.%I', view.target_schema,
-                   'listener_new_' || to_regclass(format('%I.%I', view.target_schema, view.target_name))::oid);
+    IF to_regclass(beside) IS NOT NULL THEN
+        EXECUTE format('DROP MATERIALIZED VIEW %s', beside);
+    END IF;
 END
+$function$;
+
+-- unadopting(view, adoption): the statements that make the materialized view anew beside the target, the first of them
+-- that itself. Its definition is what it is by now, since a table that it reads may have another name.
+CREATE OR REPLACE FUNCTION listener.unadopting(view listener.managed_view, adoption listener.adoption) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH names AS (
+        SELECT format('%I.%I', view.target_schema, view.target_name)::regclass AS target,
+               format('%I.%I', view.target_schema, listener.name_beside(view)) AS beside, i.service_role
+        FROM listener.installation i
+    ), grants AS (
+        -- Who may read it now; and the service, and the privileges that a table did not take over, as it was.
+        SELECT coalesce(jsonb_agg(u.g), '[]') AS all
+        FROM (SELECT g FROM names n CROSS JOIN LATERAL jsonb_array_elements(listener.grants_of(n.target)) g
+              WHERE g ->> 'grantee' IS DISTINCT FROM n.service_role
+              UNION ALL
+              SELECT g FROM names n CROSS JOIN LATERAL jsonb_array_elements(adoption.grants) g
+              WHERE g ->> 'grantee' = n.service_role OR g ->> 'privilege' <> 'SELECT') AS u (g)
+    )
+    SELECT format(E'CREATE MATERIALIZED VIEW %s AS\n%s\nWITH NO DATA', n.beside, rtrim(coalesce(
+        pg_get_viewdef(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n'))
+    FROM names n
+    UNION ALL
+    SELECT s FROM names n CROSS JOIN grants g
+    CROSS JOIN LATERAL listener.carried(n.target, n.beside, 'm', '{}', adoption.indexes, g.all) s
 $function$;
 
 -- begin_unadoption(view): makes the materialized view anew, beside the target and empty: the definition as it stands,
@@ -338,9 +393,8 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
     target regclass := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
-    beside text;
     statement text;
-    service_role name := (SELECT i.service_role FROM listener.installation i);
+    created boolean := false;
 BEGIN
     PERFORM listener.lock_registration();
     IF target IS NULL THEN
@@ -349,21 +403,12 @@ BEGIN
     END IF;
     PERFORM listener.check_swappable(target);
     PERFORM listener.drop_beside(managed);
-    beside := format('%I.%I', managed.target_schema, 'listener_new_' || target::oid);
-    EXECUTE format('CREATE MATERIALIZED VIEW %s AS %s WITH NO DATA', beside, rtrim(coalesce(
-        pg_get_viewdef(to_regclass('listener.definition_' || managed.id)), adoption.definition), E'; \n'));
-    PERFORM listener.revoke_defaults(beside::regclass);
-    FOREACH statement IN ARRAY ARRAY(
-        SELECT s FROM listener.carried(
-            target, beside, 'm', '{}', adoption.indexes,
-            -- Who may read it now; and the service, and the privileges that a table did not take over, as it was.
-            (SELECT coalesce(jsonb_agg(g), '[]')
-             FROM (SELECT g FROM jsonb_array_elements(listener.grants_of(target)) g WHERE g ->> 'grantee' IS DISTINCT FROM service_role
-                   UNION ALL
-                   SELECT g FROM jsonb_array_elements(adoption.grants) g
-                   WHERE g ->> 'grantee' = service_role OR g ->> 'privilege' <> 'SELECT') AS u (g))) s)
-    LOOP
+    FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.unadopting(managed, adoption) s) LOOP
         EXECUTE statement;
+        IF NOT created THEN
+            PERFORM listener.revoke_defaults(format('%I.%I', managed.target_schema, listener.name_beside(managed))::regclass);
+            created := true;
+        END IF;
     END LOOP;
     UPDATE listener.adoption a SET state = 'turning back' WHERE a.view_id = managed.id;
     PERFORM set_config('role', previous_role, true);
@@ -377,8 +422,7 @@ DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{turning back}');
-    statement text := format('REFRESH MATERIALIZED VIEW %I.%I', managed.target_schema,
-        'listener_new_' || format('%I.%I', managed.target_schema, managed.target_name)::regclass::oid);
+    statement text := format('REFRESH MATERIALIZED VIEW %I.%I', managed.target_schema, listener.name_beside(managed));
 BEGIN
     PERFORM set_config('TimeZone', managed.time_zone, true), set_config('search_path', managed.search_path, true);
     EXECUTE statement;
@@ -397,7 +441,7 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{turning back}');
     target regclass := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
-    beside regclass := to_regclass(format('%I.%I', managed.target_schema, 'listener_new_' || target::oid));
+    beside regclass := to_regclass(format('%I.%I', managed.target_schema, listener.name_beside(managed)));
     locked interval;
 BEGIN
     PERFORM listener.lock_registration();
@@ -427,10 +471,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 $function$;
 
 -- whole_digests(view): by tenant, the rows of the materialized view's query computed as a whole, with its owner's rights
--- as REFRESH computes them. With tenant_digest() in one REPEATABLE READ transaction it tells whether a tenant's rows are
--- the same when they are computed alone: a rank over all tenants is not.
+-- as REFRESH computes them.
 CREATE OR REPLACE FUNCTION listener.whole_digests(view text) RETURNS TABLE (tenant text, held bigint, digest numeric)
-LANGUAGE plpgsql VOLATILE
+LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres'
 SET extra_float_digits = 1 SET bytea_output = 'hex' SET jit = off AS $function$
 DECLARE
@@ -448,15 +491,14 @@ $function$;
 
 -- tenant_digest(view, tenant_id): one tenant's rows of the definition, computed as refresh() computes them.
 CREATE OR REPLACE FUNCTION listener.tenant_digest(view text, tenant_id text, OUT held bigint, OUT digest numeric)
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres'
 SET extra_float_digits = 1 SET bytea_output = 'hex' SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
     tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
-    statement text := listener.digest_statement(managed, format('listener.%I AS q WHERE q.%I OPERATOR(pg_catalog.=) $1::%s',
-        'definition_' || managed.id, managed.tenant_column,
-        CASE WHEN managed.tenant_type IN ('text', 'uuid') THEN 'pg_catalog.' ELSE '' END || managed.tenant_type));
+    statement text := listener.digest_statement(managed, format('listener.%I AS q WHERE %s', 'definition_' || managed.id,
+                                                                listener.is_of_tenant(managed, 'q.')));
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
     ignored text;
@@ -472,8 +514,29 @@ BEGIN
 END
 $function$;
 
+-- differing_tenants(view): while a view is being adopted, the tenants whose rows are others when they are computed alone,
+-- as refresh() does, than when the whole query is: a rank among all tenants, say, or a tenant that the tenants query does
+-- not list. No row: it can be refreshed by tenant. One snapshot for all of it, since each function called is STABLE.
+--   alone, whole   how many rows; they may be as many and differ
+-- Costs what the materialized view's REFRESH costs, and that of refreshing each tenant.
+CREATE OR REPLACE FUNCTION listener.differing_tenants(view text) RETURNS TABLE (tenant text, alone bigint, whole bigint)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+BEGIN
+    RETURN QUERY
+    SELECT coalesce(t.tenant, w.tenant), coalesce(a.held, 0), coalesce(w.held, 0)
+    FROM listener.whole_digests(view) w
+    FULL JOIN listener.tenants(view) AS t (tenant) ON t.tenant = w.tenant
+    LEFT JOIN LATERAL listener.tenant_digest(view, t.tenant) a ON t.tenant IS NOT NULL
+    WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)
+    ORDER BY 1;
+    PERFORM set_config('role', previous_role, true);
+END
+$function$;
+
 -- plan_adoption(name, key_columns, tenant_column): what adopt would do, for somebody to read; it changes nothing.
---   part   'source': a table that gets capture triggers; 'beside': a statement that begin_adoption() runs after it made
+--   part   'name', 'view': of the relation, of the managed view; 'source': a table that gets capture triggers; 'beside': a statement that begin_adoption() runs after it made
 --          the target; 'swap': one of finish_adoption(); 'lock': a relation that the swap locks; 'key': the key columns
 -- Raises what begin_adoption() raises for the materialized view itself.
 CREATE OR REPLACE FUNCTION listener.plan_adoption(
@@ -487,17 +550,18 @@ DECLARE
     keys name[] := listener.adopted_key(old, key_columns, tenant_column);
     new name := 'listener_new_' || old::oid;
 BEGIN
-    PERFORM listener.check_swappable(old);
+    PERFORM listener.check_swappable(old), listener.check_sources(old);
     RETURN QUERY
     SELECT 'name', old::text
     UNION ALL
+    SELECT 'view', listener.free_name(c.nspname, c.relname)
+    FROM (SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old) c
+    UNION ALL
     SELECT 'key', k FROM unnest(keys) k
     UNION ALL
-    SELECT 'source', t.relation::text
-    FROM pg_rewrite w JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid AND d.refclassid = 'pg_class'::regclass
-    CROSS JOIN LATERAL (SELECT d.refobjid AS id UNION SELECT r.relid FROM listener.reads(d.refobjid::regclass) r) AS s
-    CROSS JOIN LATERAL listener.capture_tables(s.id) t
-    WHERE w.ev_class = old GROUP BY t.relation
+    SELECT 'source', o.name
+    FROM (SELECT DISTINCT t.relation::text FROM listener.read_by(old) r CROSS JOIN LATERAL listener.capture_tables(r.id) t
+          ORDER BY 1) AS o (name)
     UNION ALL
     SELECT 'lock', l.view::text FROM listener.dependent_views(old) l
     UNION ALL
@@ -511,6 +575,32 @@ BEGIN
     UNION ALL
     SELECT 'swap', s FROM listener.swapping(old, new) s;
     PERFORM listener.tell_losses(old, keys);
+    PERFORM set_config('role', previous_role, true);
+END
+$function$;
+
+-- plan_unadoption(view): the same for unadopt; 'beside' is what begin_unadoption() runs.
+CREATE OR REPLACE FUNCTION listener.plan_unadoption(view text) RETURNS TABLE (part text, statement text)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+    adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
+    target regclass := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
+BEGIN
+    PERFORM listener.check_swappable(target);
+    RETURN QUERY
+    SELECT 'name', target::text
+    UNION ALL
+    SELECT 'view', managed.name
+    UNION ALL
+    SELECT 'lock', l.view::text FROM listener.dependent_views(target) l
+    UNION ALL
+    SELECT 'lock', target::text
+    UNION ALL
+    SELECT 'beside', s FROM listener.unadopting(managed, adoption) s
+    UNION ALL
+    SELECT 'swap', s FROM listener.swapping(target, listener.name_beside(managed)) s;
     PERFORM set_config('role', previous_role, true);
 END
 $function$;

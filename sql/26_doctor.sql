@@ -181,9 +181,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
       AND 'timestamptz'::regtype IN (SELECT p.prorettype UNION SELECT unnest(p.proargtypes::oid[]))
 $function$;
 
--- server_findings(replica_connections): the server's settings, what its sessions hold up, the time zone. Runs as its
--- caller, who may see other sessions.
-CREATE OR REPLACE FUNCTION listener.server_findings(replica_connections integer)
+-- server_findings(replica_connections, old): the server's settings, transactions that have been open for longer than
+-- `old`, the time zone. Runs as its caller, who may see other sessions.
+CREATE OR REPLACE FUNCTION listener.server_findings(replica_connections integer, old interval DEFAULT '15 min')
 RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
     WITH setting AS (
@@ -200,7 +200,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $func
         SELECT a.pid, a.usename, a.state, clock_timestamp() - a.xact_start AS age
         FROM pg_stat_activity a
         WHERE (a.backend_xid IS NOT NULL OR a.backend_xmin IS NOT NULL) AND a.pid <> pg_backend_pid()
-          AND a.backend_type = 'client backend' AND a.xact_start < clock_timestamp() - interval '15 min'
+          AND a.backend_type = 'client backend' AND a.xact_start < clock_timestamp() - old
         ORDER BY a.xact_start LIMIT 1
     ), zone AS (
         SELECT coalesce(

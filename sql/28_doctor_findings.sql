@@ -9,7 +9,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'view', 'error', t.view, coalesce(t.view, 'sources'), (s.parts)[1] || '.', (s.parts)[2]
     FROM listener.view_troubles() t
     CROSS JOIN LATERAL (SELECT coalesce(regexp_match(t.trouble, '^(.*?): ((?:ALTER|CREATE|TRUNCATE|GRANT|SELECT|make) .*)$'),
-                                        regexp_match(t.trouble, '^(.*?): (.*)$'))) AS s (parts)
+                                        regexp_match(t.trouble, '^(.*?): (.*)$'), ARRAY[t.trouble])) AS s (parts)
     UNION ALL
     SELECT 'rights', CASE WHEN n.held THEN 'ok' ELSE n.level END, n.view, n.object,
            CASE WHEN n.held THEN format('%I has %s', n.role, n.right_name)
@@ -23,24 +23,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL SELECT * FROM listener.row_security_findings()
 $function$;
 
--- findings(replica_connections): everything that the database can say; sql/26_doctor.sql has what a finding is. A replica
--- opens so many connections at the most. For the service's role and for members of the owner's.
-CREATE OR REPLACE FUNCTION listener.findings(replica_connections integer DEFAULT 8)
-RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
-    SELECT * FROM listener.state_findings()
-    UNION ALL SELECT * FROM listener.capture_findings()
-    UNION ALL SELECT * FROM listener.progress_findings()
-    UNION ALL SELECT * FROM listener.server_findings(replica_connections)
-$function$;
-
 -- readiness(): what keeps the service from being ready, one line each; no row when nothing does. Of the role of the service
 -- itself the service knows what it was allowed to be.
 CREATE OR REPLACE FUNCTION listener.readiness() RETURNS SETOF text
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
-    SELECT t.trouble FROM listener.view_troubles() t
-    UNION
-    SELECT format('%s: %s %s', f.object, f.problem, f.mend) FROM listener.state_findings() f
-    WHERE f.level = 'error' AND f."check" NOT IN ('view', 'roles')
+    SELECT DISTINCT CASE f."check" WHEN 'view' THEN concat_ws(': ', rtrim(f.problem, '.'), f.mend)
+                                   ELSE format('%s: %s %s', f.object, f.problem, f.mend) END
+    FROM listener.state_findings() f
+    WHERE f.level = 'error' AND f."check" <> 'roles'
     ORDER BY 1
 $function$;

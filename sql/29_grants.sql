@@ -46,7 +46,6 @@ BEGIN
         'listener.explain_upstream(text, text)',
         'listener.explained(text, text)',
         'listener.find_view(text)',
-        'listener.findings(integer)',
         'listener.fold_restored_log()',
         'listener.hiding_functions(regclass)',
         'listener.hold_lease()',
@@ -92,7 +91,7 @@ BEGIN
         'listener.ring_for_all()',
         'listener.scope_advice(jsonb, jsonb, integer[], "char", boolean, text, name, name, name[])',
         'listener.seconds_text(interval)',
-        'listener.server_findings(integer)',
+        'listener.server_findings(integer, interval)',
         'listener.serves(text)',
         'listener.some_tenant(text)',
         'listener.state_findings()',
@@ -138,7 +137,7 @@ BEGIN
         'listener.unconsumed()']::regprocedure[]
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
-        -- Who may make and drop views may fill and compare them.
+        -- Who may make and drop views may fill and compare them, and ask doctor, also where it is no member any more.
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', computing, installed.owner_role);
     END LOOP;
     EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);

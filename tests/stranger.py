@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, LiteralString
 
 import psycopg
 from psycopg import AsyncConnection
@@ -20,15 +20,15 @@ if TYPE_CHECKING:  # conftest imports this module
 TENANTS = tuple(f"00000000-0000-4000-8000-00000000000{n}" for n in range(1, 5))
 TENANTS_QUERY = "SELECT id FROM billing.tenants"
 # The materialized views, by what they stand for.
-BY_TENANT = "reporting.invoice_totals"
-UNIQUE_WITHOUT_TENANT = "reporting.customer_totals"
-NULLABLE_KEY = "reporting.category_notes"
-WINDOW = "reporting.recent_payments"
-WITHOUT_TENANT = "reporting.currency_totals"
-RANKED = "reporting.tenant_ranks"
-QUOTED = 'reporting."Größte Kunden"'
-TIED = "reporting.customer_balances"
-ON_TOP = "reporting.balance_summary"
+BY_TENANT: LiteralString = "reporting.invoice_totals"
+UNIQUE_WITHOUT_TENANT: LiteralString = "reporting.customer_totals"
+NULLABLE_KEY: LiteralString = "reporting.category_notes"
+WINDOW: LiteralString = "reporting.recent_payments"
+WITHOUT_TENANT: LiteralString = "reporting.currency_totals"
+RANKED: LiteralString = "reporting.tenant_ranks"
+QUOTED: LiteralString = 'reporting."Größte Kunden"'
+TIED: LiteralString = "reporting.customer_balances"
+ON_TOP: LiteralString = "reporting.balance_summary"
 
 
 def load_stranger(connection: psycopg.Connection[Any]) -> None:

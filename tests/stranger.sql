@@ -75,7 +75,7 @@ SELECT ('00000000-0000-4000-8000-00000000000' || n)::uuid, 'Tenant ' || n FROM g
 INSERT INTO billing.customers
 SELECT c, ('00000000-0000-4000-8000-00000000000' || 1 + c % 4)::uuid, 'Customer ' || c FROM generate_series(1, 40) c;
 INSERT INTO billing.invoices (tenant_id, customer_id, category, currency, amount, issued_on)
-SELECT c.tenant_id, c.id, (ARRAY['goods', 'services', NULL])[1 + i % 3], (ARRAY['EUR', 'USD'])[1 + i % 2],
+SELECT c.tenant_id, c.id, (ARRAY['goods', 'services', NULL])[1 + i % 3], (ARRAY['EUR', 'USD'])[1 + i / 7 % 2],
        (i * 37 % 1000) + 0.25 * (i % 4), date '2025-06-01' + i % 400
 FROM generate_series(1, 2000) i JOIN billing.customers c ON c.id = 1 + i % 40;
 INSERT INTO billing.payments (tenant_id, customer_id, amount, received_at)

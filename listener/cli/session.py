@@ -20,7 +20,10 @@ from listener.views import EVERYBODY
 class InReadingOrder(TyperGroup):
     """Lists the commands in the order in which one needs them."""
 
-    ORDER = "demo roles migrate run status explain verify doctor refresh sweep pause resume dead-letters uninstall"
+    ORDER = (
+        "demo roles migrate doctor inventory adopt unadopt views fill run status explain verify refresh sweep "
+        "pause resume dead-letters forget uninstall"
+    )
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.split().index)

@@ -1,0 +1,202 @@
+"""Adopting a materialized view, and turning that back: begin, fill, check, swap. No printing here.
+
+Until the swap the materialized view is as it was. Each step is a transaction of its own, by the functions of
+sql/22_adopt.sql; what an interrupted run left is found by the next, which goes on from there.
+
+Behind a long reader the swap gives way and is tried again: nothing waits in a queue meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import psycopg
+
+from listener import adoptions, operations
+from listener.adoptions import Request
+from listener.backoff import Backoff
+from listener.errors import SetupError, from_database
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+
+# Strategies, as managed_view calls them.
+BY_TENANT, WHOLE, KEPT = "tenant", "whole", "materialized view"
+REFUSED = "LSN03"
+NAMED = 3  # tenants in a message
+
+Tell = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """What became of it. `locked`: seconds that readers were locked out of `locks`, had at attempt number `attempts`.
+
+    A view that is kept as a materialized view was never swapped: no locks, no attempts.
+    """
+
+    view: str
+    strategy: str
+    keys: int = 0
+    locks: tuple[str, ...] = ()
+    locked: float = 0.0
+    attempts: int = 0
+
+
+class _NotByTenantError(Exception):
+    """A tenant's rows are others when they are computed alone; the text says whose."""
+
+
+async def adopt(
+    connection: AsyncConnection[Any], request: Request, tell: Tell, progress: Progress, patience: float
+) -> Adopted:
+    """Adopts by tenant, else as a whole, else keeps it as the materialized view that it is, and tells why.
+
+    A strategy that the request names is the only one. The swap is tried for `patience` seconds. Raises psycopg.Error
+    and SetupError; whatever was made beside the materialized view is gone then, but where only the swap's locks were
+    not to be had: the next run goes on there.
+    """
+    strategies = [request.strategy] if request.strategy else [BY_TENANT, WHOLE, KEPT]
+    if BY_TENANT in strategies and not await adoptions.has_column(connection, request.name, request.tenant_column):
+        if request.strategy:
+            raise SetupError(f"{request.name} has no column {request.tenant_column}.", hint="Name it: --tenant-column.")
+        tell(f"not by tenant: it has no column {request.tenant_column}")
+        strategies.remove(BY_TENANT)
+    for strategy in strategies:
+        if strategy == KEPT:
+            return Adopted(await adoptions.keep(connection, request), KEPT)
+        try:
+            return await _adopt(connection, request.by(strategy), tell, progress, patience)
+        except _NotByTenantError as reason:
+            if request.strategy:
+                raise SetupError(
+                    f"{request.name} cannot be refreshed by tenant: {reason}.", hint="Leave --strategy away."
+                ) from reason
+            tell(f"not by tenant: {reason}")
+        except psycopg.Error as error:
+            # What is tied to it is in the way of any swap, and whoever asked has to know; it was looked for first.
+            if strategy != WHOLE or request.strategy or error.sqlstate != REFUSED:
+                raise
+            if await adoptions.tied(connection, request.name):
+                raise
+            tell(f"not as a whole: {error.diag.message_primary}")
+    raise AssertionError(strategies)
+
+
+async def _adopt(
+    connection: AsyncConnection[Any], request: Request, tell: Tell, progress: Progress, patience: float
+) -> Adopted:
+    plan = await adoptions.plan(connection, request)
+    view = await adoptions.begin(connection, request)
+    tell(f"SHARE ROW EXCLUSIVE on {', '.join(plan['source'])}, for a moment each: capture triggers")
+    async with _taken_back(connection, view):
+        keys = await _fill(connection, view, progress)
+        await _check(connection, view, request, tell)
+        await adoptions.analyze(connection, view)
+        await operations.catch_up(connection, view)
+        # A failure here other than of locks, too, takes everything back.
+        swapped = await _swap(connection, view, adoptions.finish, tell, patience)
+    if swapped is None:
+        raise _no_locks(request.name)
+    locked, attempts = swapped
+    return Adopted(view, request.strategy or BY_TENANT, keys, tuple(plan["lock"]), locked, attempts)
+
+
+async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patience: float) -> Adopted:
+    """Gives the materialized view back, filled, and drops the managed view. Raises as adopt()."""
+    view, strategy, state = await adoptions.state(connection, name)
+    locks: tuple[str, ...] = ()
+    locked, attempts = 0.0, 0
+    if strategy != KEPT and state != "turned back":
+        plan = await adoptions.plan_back(connection, view)
+        locks = tuple(plan["lock"])
+        await adoptions.begin_back(connection, view)
+        async with _taken_back(connection, view):
+            tell(f"filling {plan['name'][0]} beside its target")
+            await adoptions.fill_back(connection, view)
+            await adoptions.analyze(connection, view)
+            swapped = await _swap(connection, view, adoptions.finish_back, tell, patience)
+        if swapped is None:
+            raise _no_locks(name)
+        locked, attempts = swapped
+    await adoptions.drop(connection, view)
+    return Adopted(view, strategy, locks=locks, locked=locked, attempts=attempts)
+
+
+@asynccontextmanager
+async def _taken_back(connection: AsyncConnection[Any], view: str) -> AsyncIterator[None]:
+    """What was made beside is dropped where the block raises; where that cannot be, the next run finds it."""
+    try:
+        yield
+    except Exception:
+        with suppress(psycopg.Error):
+            await adoptions.abort(connection, view)
+        raise
+
+
+async def _fill(connection: AsyncConnection[Any], view: str, progress: Progress) -> int:
+    done = 0
+    async for done, total, result in operations.refresh_all(connection, view):
+        progress("fill", done, total)
+        if isinstance(result, operations.Failed):
+            raise result.error
+        if result is not None and result.outcome != "refreshed":
+            raise SetupError(f"{view} was not filled: a key is {result.outcome}.", hint="Run it again: it goes on.")
+    return done
+
+
+async def _check(connection: AsyncConnection[Any], view: str, request: Request, tell: Tell) -> None:
+    async for _, _, difference in operations.verify(connection, [view]):
+        if difference is not None and difference.verdict != "stale":
+            raise SetupError(
+                f"{view} is {difference.verdict} for {difference.tenant_id or 'all tenants'}: "
+                f"{difference.error or f'{difference.missing} rows are missing, {difference.extra} too many'}."
+            )
+    if request.strategy != BY_TENANT:
+        return
+    differing = await adoptions.differing_tenants(connection, view)
+    if differing:
+        named = ", ".join(str(tenant) for tenant in differing[:NAMED])
+        more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+        raise _NotByTenantError(f"computed alone, other rows come out for {named}{more}")
+    tell("by tenant: each one's rows are the same computed alone and with all others")
+
+
+async def _swap(
+    connection: AsyncConnection[Any],
+    view: str,
+    finish: Callable[[AsyncConnection[Any], str], Awaitable[float]],
+    tell: Tell,
+    patience: float,
+) -> tuple[float, int] | None:
+    """Seconds that readers were locked out, and how often it was tried; None where the locks were not to be had."""
+    backoff = Backoff(base=0.1, cap=5)
+    deadline = anyio.current_time() + patience
+    while True:
+        # A refresh that began before would find that its target has another name.
+        await adoptions.pause(connection, view)
+        try:
+            return await finish(connection, view), backoff.attempts + 1
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            await adoptions.resume(connection, view)
+            delay = backoff.next_delay()
+            tell(f"the swap gives way: {from_database(error)} Attempt {backoff.attempts + 1} in {delay:.1f} s")
+            if anyio.current_time() + delay > deadline:
+                return None
+            await anyio.sleep(delay)
+        except psycopg.errors.ObjectNotInPrerequisiteState:
+            # A tenant that was not there when the others were filled.
+            await adoptions.resume(connection, view)
+            for tenant in await adoptions.unfilled(connection, view):
+                await operations.refresh_one(connection, view, tenant)
+
+
+def _no_locks(name: str) -> SetupError:
+    return SetupError(
+        f"others held {name} all the while: it was not replaced.", hint="What was filled stays: run it again."
+    )

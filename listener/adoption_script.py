@@ -1,0 +1,88 @@
+"""What adopt and unadopt do, as a script for psql: --dry-run prints it."""
+
+from __future__ import annotations
+
+from listener import adoptions
+from listener.adoptions import Plan, Request
+
+ADOPT = """\
+-- listener adopt {name}, dry run: nothing was changed.
+-- For psql, as a member of the owner of the schema listener. Each statement is a transaction of its own; until the last
+-- {name} stays as it is.
+
+-- Locks {sources}: SHARE ROW EXCLUSIVE, for a moment each.
+{begin};
+-- makes the target beside it, and runs
+{beside}
+
+-- The service fills it; without the service:
+SELECT format('SELECT outcome FROM listener.refresh(%L, %L::text)', {view}::text, t)
+FROM listener.tenants({view}) t \\gexec
+
+-- Each must return no row:
+SELECT t, c.* FROM listener.tenants({view}) t, listener.compare({view}, t) c
+WHERE c.missing + c.extra > 0 AND NOT c.stale;
+{by_tenant}
+SELECT listener.analyze_replacement({view});
+
+-- Locks {locks}: ACCESS EXCLUSIVE, for a moment.
+-- Behind a reader it fails, having done nothing, and is to be tried again.
+SELECT listener.finish_adoption({view});
+-- runs
+{swap}
+"""
+DIFFERING = "SELECT * FROM listener.differing_tenants({view});"
+
+UNADOPT = """\
+-- listener unadopt {name}, dry run: nothing was changed.
+-- For psql, as a member of the owner of the schema listener. Each statement is a transaction of its own.
+
+SELECT listener.begin_unadoption({view});
+-- runs
+{beside}
+SELECT listener.fill_unadoption({view});
+SELECT listener.analyze_replacement({view});
+
+-- Locks {locks}: ACCESS EXCLUSIVE, for a moment.
+-- Behind a reader it fails, having done nothing, and is to be tried again.
+SELECT listener.finish_unadoption({view});
+-- runs
+{swap}
+
+SELECT listener.drop_view({view}, keep_target => true);
+"""
+
+
+def script(request: Request, plan: Plan, begin: str) -> str:
+    """What adopt would do; `begin` is the statement that begins it."""
+    view = adoptions.literal(plan["view"][0])
+    return ADOPT.format(
+        begin=begin,
+        sources=_in_one_line(plan["source"]),
+        by_tenant=DIFFERING.format(view=view) if request.tenant_column else "-- As a whole: there are no tenants.",
+        **_common(plan),
+    )
+
+
+def script_back(plan: Plan) -> str:
+    """What unadopt would do."""
+    return UNADOPT.format(**_common(plan))
+
+
+def _common(plan: Plan) -> dict[str, str]:
+    return {
+        "name": _in_one_line(plan["name"]),
+        "view": adoptions.literal(plan["view"][0]),
+        "locks": _in_one_line(plan["lock"]),
+        "beside": _commented(plan["beside"]),
+        "swap": _commented(plan["swap"]),
+    }
+
+
+def _commented(statements: list[str]) -> str:
+    return "\n".join(f"--   {line}" for one in statements for line in f"{one.rstrip(';')};".splitlines())
+
+
+def _in_one_line(names: list[str]) -> str:
+    """For a comment, which a name with a line break must not end."""
+    return " ".join(", ".join(names).splitlines())

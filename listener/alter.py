@@ -1,0 +1,116 @@
+"""A definition changes: begin, fill, compare, swap, or take it back. No printing here.
+
+The steps are those of sql/23_alter.sql, each a transaction of its own. Until the swap the view is as it was; what an
+interrupted run left is taken back by the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import DictRow, dict_row
+
+from listener import operations, queries
+from listener.errors import SetupError
+from listener.swap import PATIENCE, Swapped, Tell, swapped
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+
+CASTS = {"key_columns": "name[]", "depends_on": "regclass[]", "max_age": "interval"}
+
+
+@dataclass(frozen=True, slots=True)
+class TenantChange:
+    """What the new definition changes for one tenant: rows."""
+
+    tenant_id: str
+    added: int
+    removed: int
+    changed: int
+
+    @property
+    def is_none(self) -> bool:
+        """Whether its rows are the same."""
+        return not (self.added or self.removed or self.changed)
+
+
+@asynccontextmanager
+async def begun(connection: AsyncConnection[Any], view: str, arguments: dict[str, Any]) -> AsyncIterator[str]:
+    """The new view beside the old one, as long as the block runs; taken back where that raises.
+
+    `arguments` are those of listener.begin_alter(). Raises psycopg.Error, LSN03: nothing was done then.
+    """
+    given = sql.SQL("").join(
+        sql.SQL(", {} => {}{}").format(
+            sql.SQL(name), sql.Literal(value), sql.SQL(f"::{CASTS[name]}" if name in CASTS else "")
+        )
+        for name, value in arguments.items()
+    )
+    beside = await _first(connection, sql.SQL("SELECT listener.begin_alter({}{})").format(sql.Literal(view), given))
+    try:
+        yield beside
+    except BaseException:
+        # Not cut short where the command was: what is beside would cost its refreshes until the next alteration.
+        with suppress(psycopg.Error):
+            await abort(connection, view)
+        raise
+
+
+async def abort(connection: AsyncConnection[Any], view: str) -> None:
+    """Takes the alteration back."""
+    await connection.execute("SELECT listener.abort_alter(%s)", (view,))
+
+
+async def fill(connection: AsyncConnection[Any], beside: str) -> AsyncIterator[tuple[int, int]]:
+    """Fills the new target, tenant by tenant; keys done, and all. Raises psycopg.Error, SetupError."""
+    async for done, total, result in operations.refresh_all(connection, beside):
+        if isinstance(result, operations.Failed):
+            raise result.error
+        if result is not None and result.outcome != "refreshed":
+            raise SetupError(f"{beside} was not filled: a key is {result.outcome}.", hint="Run it again.")
+        yield done, total
+
+
+async def column_changes(connection: AsyncConnection[Any], view: str) -> list[DictRow]:
+    """The columns that come, go, or change their type: name, change, before, after."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.column_changes(%s)", (view,))
+        return await cursor.fetchall()
+
+
+async def compare(
+    connection: AsyncConnection[Any], view: str, beside: str
+) -> AsyncIterator[tuple[int, int, TenantChange | None]]:
+    """What changes, tenant by tenant; keys done, and all, and the last one's change."""
+    tenants = sorted({*await queries.tenants(connection, view), *await queries.tenants(connection, beside)})
+    yield 0, len(tenants), None
+    for done, tenant in enumerate(tenants, start=1):
+        cursor = await connection.execute(
+            "SELECT added, removed, changed FROM listener.compare_alter(%s, %s)", (view, tenant)
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        yield done, len(tenants), TenantChange(tenant, *row)
+
+
+async def finish(
+    connection: AsyncConnection[Any], view: str, beside: str, tell: Tell, patience: float = PATIENCE
+) -> Swapped:
+    """Puts the new target in the place of the old one. Raises as swapped()."""
+
+    async def once() -> float:
+        locked = await _first(connection, "SELECT extract(epoch FROM listener.finish_alter(%s))::float8", view)
+        return float(locked)
+
+    return await swapped(connection, beside, once, tell, patience)
+
+
+async def _first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
+    row = await (await connection.execute(query, given or None)).fetchone()
+    return None if row is None else row[0]

@@ -1,0 +1,336 @@
+"""`listener adopt` and `listener unadopt` on a stranger's schema."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, LiteralString
+
+import anyio
+import pytest
+from anyio import to_thread
+from psycopg import AsyncConnection, sql
+
+from command import listener
+from conftest import Database, eventually
+from likeness import LEFTOVERS, kind, likeness
+from shop import one, rows, settle
+from stranger import (
+    BY_TENANT,
+    NULLABLE_KEY,
+    ON_TOP,
+    QUOTED,
+    RANKED,
+    TENANTS,
+    TENANTS_QUERY,
+    TIED,
+    UNIQUE_WITHOUT_TENANT,
+    WINDOW,
+    WITHOUT_TENANT,
+    billing_app,
+    invoice,
+)
+
+pytestmark = pytest.mark.anyio
+
+LIST = ("--tenants-query", TENANTS_QUERY)
+BY_TENANT_ALL = [
+    (BY_TENANT, ()),
+    (UNIQUE_WITHOUT_TENANT, ()),
+    (NULLABLE_KEY, ()),
+    (WINDOW, ("--max-age", "1 day")),
+    (QUOTED, ("--tenant-column", "Mandant")),
+]
+
+
+def adopt(database: Database, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return listener("adopt", name, *options, url=database.url("listener_migrator"))
+
+
+def unadopt(database: Database, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return listener("unadopt", name, *options, url=database.url("listener_migrator"))
+
+
+async def exact(database: Database) -> bool:
+    """Whether every target equals its definition and no change is under way; as the service sees it."""
+    async with database.connect("listener_service") as service:
+        unlike = await rows(
+            service,
+            """
+            SELECT v.name, t, c.* FROM listener.managed_view v, listener.tenants(v.name) t, listener.compare(v.name, t) c
+            WHERE c.missing + c.extra > 0 OR c.stale
+            """,
+        )
+        return unlike == []
+
+
+async def as_the_owner_computes(superuser: AsyncConnection[Any], view: str, target: LiteralString) -> list[Any]:
+    """The rows by which a target differs from its query, computed whole by one whom row-level security does not bind."""
+    query = await one(
+        superuser,
+        """
+        SELECT rtrim(a.definition, '; ') FROM listener.adoption a JOIN listener.managed_view v ON v.id = a.view_id
+        WHERE v.name = %s
+        """,
+        view,
+    )
+    return await rows(
+        superuser,
+        sql.SQL(
+            """
+            WITH whole AS (SELECT row(q.*)::text FROM ({}) q), held AS (SELECT row(t.*)::text FROM {} t)
+            (TABLE whole EXCEPT ALL TABLE held) UNION ALL (TABLE held EXCEPT ALL TABLE whole)
+            """
+        ).format(sql.SQL(query), sql.SQL(target)),
+    )
+
+
+@pytest.mark.parametrize(("name", "options"), BY_TENANT_ALL)
+async def test_adopt_keeps_all_that_readers_see_and_unadopt_gives_the_same_back(
+    stranger: Database, name: LiteralString, options: tuple[str, ...]
+) -> None:
+    async with stranger.connect() as superuser:
+        before = await likeness(superuser, name)
+        definition = await one(superuser, "SELECT pg_get_viewdef(%s::regclass)", name)
+        adopted = adopt(stranger, name, *LIST, *options)
+        assert adopted.returncode == 0, adopted.stderr
+        assert adopted.stdout.startswith(f"adopted: {name} is kept fresh as ")
+        assert "SHARE ROW EXCLUSIVE on billing." in adopted.stderr
+        assert "ACCESS EXCLUSIVE on reporting." in adopted.stderr
+        assert await kind(superuser, name) == "r"
+        after = await likeness(superuser, name)
+        view = await one(superuser, "SELECT name FROM listener.managed_view")
+        assert await as_the_owner_computes(superuser, view, name) == []
+        for same in ("columns", "owner", "options", "views"):
+            assert after[same] == before[same]
+        service = {grant for grant in after["grants"] if grant[2] == "listener_service"}
+        assert set(before["grants"]) == set(after["grants"]) - service
+        assert {grant[3] for grant in service} == {"SELECT", "INSERT", "UPDATE", "DELETE"}
+        names = {index[0] for index in after["indexes"]}
+        assert {index[0] for index in before["indexes"]} <= names
+        assert before["comment"] in {None, after["comment"]}
+        assert sum("UNIQUE" in index[1] for index in after["indexes"]) == (0 if name == WINDOW else 1)
+        assert await rows(superuser, LEFTOVERS) == []
+
+        back = unadopt(stranger, name)
+        assert back.returncode == 0, back.stderr
+        assert await kind(superuser, name) == "m"
+        assert await likeness(superuser, name) == before
+        assert await one(superuser, "SELECT pg_get_viewdef(%s::regclass)", name) == definition
+        assert await one(superuser, "SELECT relispopulated FROM pg_class WHERE oid = %s::regclass", name)
+        assert await rows(superuser, LEFTOVERS) == []
+        assert await rows(superuser, "SELECT name FROM listener.managed_view") == []
+
+
+async def test_a_unique_index_without_the_tenant_is_kept_without_being_unique_and_says_so(stranger: Database) -> None:
+    adopted = adopt(stranger, UNIQUE_WITHOUT_TENANT, *LIST)
+    assert "the unique index customer_totals_customer is not unique any more" in adopted.stderr
+    async with stranger.connect() as superuser:
+        assert await one(superuser, "SELECT pg_get_indexdef('reporting.customer_totals_customer'::regclass)") == (
+            "CREATE INDEX customer_totals_customer ON reporting.customer_totals USING btree (customer_id)"
+        )
+
+
+async def test_an_index_on_the_key_is_the_targets_own_under_its_name(stranger: Database) -> None:
+    adopt(stranger, BY_TENANT, *LIST)
+    async with stranger.connect() as superuser:
+        assert await one(superuser, "SELECT pg_get_indexdef('reporting.invoice_totals_key'::regclass)") == (
+            "CREATE UNIQUE INDEX invoice_totals_key ON reporting.invoice_totals USING btree (tenant_id, month, currency)"
+            " NULLS NOT DISTINCT"
+        )
+        assert (
+            await one(superuser, "SELECT count(*) FROM pg_index WHERE indrelid = 'reporting.invoice_totals'::regclass")
+            == 2
+        )
+
+
+@pytest.mark.parametrize("name", [WITHOUT_TENANT, RANKED])
+async def test_what_is_no_tenants_alone_stays_a_materialized_view_and_says_why(stranger: Database, name: str) -> None:
+    async with stranger.connect() as superuser:
+        before = await likeness(superuser, name)
+        adopted = adopt(stranger, name, *LIST)
+        assert adopted.returncode == 0, adopted.stderr
+        assert adopted.stdout == f"{name} stays a materialized view, refreshed when what it reads changes\n"
+        why = "computed alone, other rows come out for" if name == RANKED else "it has no column tenant_id"
+        assert f"not by tenant: {why}" in adopted.stderr
+        assert "not as a whole: the whole view cannot be computed: row-level security" in adopted.stderr
+        assert await rows(superuser, "SELECT strategy FROM listener.managed_view") == [("materialized view",)]
+        assert await rows(superuser, LEFTOVERS) == []
+        assert unadopt(stranger, name).returncode == 0
+        assert (await likeness(superuser, name))["indexes"] == before["indexes"]
+        assert await kind(superuser, name) == "m"
+
+
+async def test_without_row_level_security_a_view_without_tenants_is_adopted_as_a_whole(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE MATERIALIZED VIEW reporting.initials AS
+            SELECT left(name, 1) AS initial, count(*) AS tenants FROM billing.tenants GROUP BY 1;
+            RESET ROLE
+            """
+        )
+        adopted = adopt(stranger, "reporting.initials")
+        assert adopted.stdout == "adopted: reporting.initials is kept fresh as initials, as a whole\n", adopted.stderr
+        assert await rows(superuser, "TABLE reporting.initials") == [("T", 4)]
+        async with stranger.service():
+            await superuser.execute("INSERT INTO billing.tenants VALUES (gen_random_uuid(), 'Another')")
+            await eventually(lambda: one(superuser, "SELECT count(*) = 2 FROM reporting.initials"))
+        assert unadopt(stranger, "reporting.initials").returncode == 0
+        assert await kind(superuser, "reporting.initials") == "m"
+
+
+async def test_what_is_tied_to_its_rows_is_named_before_anything_is_touched(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE VIEW reporting.as_json AS SELECT to_jsonb(b) AS row FROM reporting.customer_balances b;
+            CREATE TABLE reporting.archive (taken_at timestamptz, balance reporting.customer_balances);
+            CREATE FUNCTION reporting.largest() RETURNS numeric LANGUAGE sql STABLE
+                BEGIN ATOMIC SELECT max(balance) FROM reporting.customer_balances; END;
+            RESET ROLE;
+            CREATE VIEW reporting.of_another AS SELECT tenant_id FROM reporting.customer_balances;
+            """
+        )
+        before = await rows(
+            superuser, "SELECT oid, xmin::text FROM pg_class WHERE relnamespace = 'reporting'::regnamespace"
+        )
+        for dry in ([], ["--dry-run"]):
+            refused = adopt(stranger, TIED, *LIST, *dry)
+            assert (refused.returncode, refused.stdout) == (1, "")
+            for tied in (
+                "function reporting.balances_of(uuid)",
+                "function reporting.largest()",
+                "materialized view reporting.balance_summary, which reads it",
+                "view reporting.as_json, which names its whole row",
+                "column balance of table reporting.archive",
+                "view reporting.of_another, which belongs to postgres: GRANT postgres TO listener_owner",
+            ):
+                assert tied in refused.stderr
+            assert len(refused.stderr.strip().splitlines()) == 1
+        assert await rows(superuser, LEFTOVERS) == []
+        assert before == await rows(
+            superuser, "SELECT oid, xmin::text FROM pg_class WHERE relnamespace = 'reporting'::regnamespace"
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("nowhere.nothing",), "there is no materialized view nowhere.nothing. There are: reporting."),
+        (("billing.invoices",), "billing.invoices is no materialized view"),
+        (('"',), 'there is no materialized view ".'),
+        ((BY_TENANT,), "Give tenants_query"),
+        ((BY_TENANT, *LIST, "--key", "nothing"), "the query returns no column nothing"),
+        ((BY_TENANT, *LIST, "--key", "month"), "returns two rows with one key"),
+        ((BY_TENANT, *LIST, "--timezone", "Nowhere"), "there is no time zone 'Nowhere'"),
+        ((BY_TENANT, *LIST, "--quiet-period", "soon"), "invalid input syntax for type interval"),
+        ((BY_TENANT, "--tenants-query", "SELECT id FROM nowhere"), 'relation "nowhere" does not exist'),
+        ((BY_TENANT, *LIST, "--tenant-column", "nothing", "--strategy", "tenant"), "has no column nothing"),
+        ((RANKED, *LIST, "--strategy", "tenant"), "cannot be refreshed by tenant"),
+        ((WITHOUT_TENANT, "--strategy", "whole"), "row-level security hides rows"),
+        ((ON_TOP, *LIST), "reads the materialized view reporting.customer_balances, whose changes fire no trigger"),
+        ((BY_TENANT, "--abort"), "no adoption of reporting.invoice_totals is under way"),
+    ],
+)
+async def test_what_is_refused_is_one_line_and_leaves_everything_as_it_was(
+    stranger: Database, arguments: tuple[str, ...], told: str
+) -> None:
+    async with stranger.connect() as superuser:
+        before = await likeness(superuser, BY_TENANT)
+        refused = adopt(stranger, *arguments)
+        last = refused.stderr.strip().splitlines()[-1]
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert last.startswith("listener: ")
+        assert told in last
+        assert await likeness(superuser, BY_TENANT) == before
+        assert await kind(superuser, BY_TENANT) == "m"
+        assert await rows(superuser, LEFTOVERS) == []
+        assert await rows(superuser, "SELECT name FROM listener.managed_view") == []
+
+
+async def test_a_dry_run_changes_nothing_and_its_script_does_the_same(stranger: Database, tmp_path: Path) -> None:
+    state = (
+        "SELECT oid::text, xmin::text FROM pg_class UNION ALL SELECT oid::text, xmin::text FROM pg_trigger ORDER BY 1"
+    )
+    async with stranger.connect() as superuser:
+        before = await rows(superuser, state)
+        shown = adopt(stranger, BY_TENANT, *LIST, "--dry-run")
+        assert shown.returncode == 0
+        assert await rows(superuser, state) == before
+        like = await likeness(superuser, BY_TENANT)
+        for script in (shown.stdout, None):
+            text = unadopt(stranger, BY_TENANT, "--dry-run").stdout if script is None else script
+            (tmp_path / "script.sql").write_text(text)
+            done = subprocess.run(
+                [stranger.server.psql, "-X", "-v", "ON_ERROR_STOP=1", "-f", str(tmp_path / "script.sql"),
+                 stranger.url("listener_migrator")],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert await kind(superuser, BY_TENANT) == ("m" if script is None else "r")
+            async with stranger.connect("listener_service") as service:
+                await settle(service)
+            assert await exact(stranger)
+        assert await likeness(superuser, BY_TENANT) == like
+
+
+async def test_json_tells_what_was_done(stranger: Database) -> None:
+    told = json.loads(adopt(stranger, UNIQUE_WITHOUT_TENANT, *LIST, "--json").stdout)
+    assert (told["view"], told["strategy"], told["keys"], told["attempts"]) == ("customer_totals", "tenant", 4, 1)
+    assert told["locks"] == [UNIQUE_WITHOUT_TENANT]
+    assert any("not unique any more" in notice for notice in told["notices"])
+    assert (
+        "CREATE UNIQUE INDEX"
+        in json.loads(unadopt(stranger, "customer_totals", "--dry-run", "--json").stdout)["script"]
+    )
+    assert json.loads(unadopt(stranger, "customer_totals", "--json").stdout)["locks"] == [UNIQUE_WITHOUT_TENANT]
+
+
+async def test_adopted_and_unadopted_while_writes_and_reads_go_on_nothing_is_missed(stranger: Database) -> None:
+    failed: list[BaseException] = []
+    done = anyio.Event()
+
+    async def write(number: int) -> None:
+        tenant = TENANTS[number]
+        async with billing_app(stranger, tenant) as app:
+            written = 0
+            while not done.is_set():
+                await invoice(app, tenant, number + 1, f"{written % 90}.5", category=f"c{written % 7}")
+                written += 1
+
+    async def read() -> None:
+        async with stranger.connect("acme_dashboard") as dashboard:
+            while not done.is_set():
+                for count in (
+                    "SELECT count(*) FROM reporting.invoice_totals",
+                    "SELECT count(*) FROM reporting.invoice_years",
+                ):
+                    try:
+                        assert await one(dashboard, count) > 0
+                    except Exception as error:  # noqa: BLE001
+                        failed.append(error)
+
+    async with stranger.service(), stranger.connect() as superuser:
+        async with anyio.create_task_group() as tasks:
+            for number in range(len(TENANTS)):
+                tasks.start_soon(write, number)
+            tasks.start_soon(read)
+            for name in (BY_TENANT, NULLABLE_KEY):
+                adopted = await to_thread.run_sync(adopt, stranger, name, *LIST)
+                assert adopted.returncode == 0, adopted.stderr
+            back = await to_thread.run_sync(unadopt, stranger, NULLABLE_KEY)
+            assert back.returncode == 0, back.stderr
+            adopted = await to_thread.run_sync(adopt, stranger, NULLABLE_KEY, *LIST)
+            assert adopted.returncode == 0, adopted.stderr
+            done.set()
+        await eventually(lambda: exact(stranger))
+        assert await as_the_owner_computes(superuser, "invoice_totals", BY_TENANT) == []
+        assert await as_the_owner_computes(superuser, "category_notes", NULLABLE_KEY) == []
+        # No refresh met a target that had just got another name.
+        assert await rows(superuser, "SELECT last_error FROM listener.refresh_state WHERE failures > 0") == []
+        assert await rows(superuser, "SELECT error_message FROM listener.dead_letter") == []
+    assert failed == []
