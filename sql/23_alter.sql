@@ -65,7 +65,7 @@ BEGIN
     WHERE (v.target_schema, v.target_name) = (managed.target_schema, ('listener_alter_' || managed.id)::name)
     RETURNING v.* INTO beside;
     PERFORM listener.check_readers(managed, old, new::regclass);
-    PERFORM listener.revoke_defaults(new::regclass);
+    PERFORM listener.revoke_defaults(new::regclass), listener.name_key_index(old, new::regclass, beside.id);
     FOR statement IN SELECT s FROM listener.carried(old, new, 'r', beside.key_columns, '{}', listener.grants_of(old)) s LOOP
         BEGIN
             EXECUTE statement;
