@@ -255,6 +255,13 @@ async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     return str(row[0])
 
 
+async def forget(connection: AsyncConnection[Any], tenant: str, view: str | None) -> list[DictRow]:
+    """listener.forget: what was deleted in each view, and in the end what belongs to none."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.forget(%s, %s)", (tenant, view))
+        return await cursor.fetchall()
+
+
 async def is_paused(connection: AsyncConnection[Any], view: str) -> bool:
     """Whether the view is paused. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (

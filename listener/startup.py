@@ -131,6 +131,7 @@ async def check(url: str, settings: Settings) -> bool:
                     hint="Run: listener migrate",
                 )
             pooled = await pooler.is_pooled(connection)
+            lost = await queries.lost_guarantees(connection)
             await _check_listening(connection, settings)
     except psycopg.Error as error:
         raise unavailable(error) or from_database(error) from error
@@ -146,6 +147,8 @@ async def check(url: str, settings: Settings) -> bool:
         pooler=pooled,
         settings=settings.effective(),
     )
+    if lost:
+        log.warning("roles are shared: guarantees fall away", guarantees=lost)
     computing_role, unbound = computing
     if facts.is_superuser or facts.bypasses_rls or unbound:
         role = facts.role if facts.is_superuser or facts.bypasses_rls else computing_role

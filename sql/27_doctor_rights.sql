@@ -44,18 +44,18 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     -- What is not there any more, whose name somebody changed, has no right either.
     SELECT 'error', NULL, n.object, n.right_name, i.service_role,
-           CASE WHEN n.right_name = 'OWNER' THEN coalesce(
-                    (SELECT p.proowner = to_regrole(quote_ident(i.service_role)) FROM pg_proc p WHERE p.oid = to_regprocedure(n.object)), false)
-                WHEN n.kind = 'FUNCTION' THEN coalesce(
-                    has_function_privilege(i.service_role, to_regprocedure(n.object), n.right_name), false)
-                WHEN n.kind = 'SEQUENCE' THEN coalesce(
-                    has_sequence_privilege(i.service_role, to_regclass(n.object), n.right_name), false)
-                ELSE coalesce(has_table_privilege(i.service_role, to_regclass(n.object), n.right_name), false) END,
-           CASE WHEN (n.kind = 'FUNCTION' AND to_regprocedure(n.object) IS NULL)
-                     OR (n.kind <> 'FUNCTION' AND to_regclass(n.object) IS NULL) THEN 'listener migrate'
+           coalesce(CASE WHEN n.right_name = 'OWNER' THEN
+                             (SELECT pg_get_userbyid(p.proowner) = i.service_role FROM pg_proc p WHERE p.oid = n.routine)
+                         WHEN n.kind = 'FUNCTION' THEN has_function_privilege(i.service_role, n.routine, n.right_name)
+                         WHEN n.kind = 'SEQUENCE' THEN has_sequence_privilege(i.service_role, n.relation, n.right_name)
+                         ELSE has_table_privilege(i.service_role, n.relation, n.right_name) END, false),
+           CASE WHEN coalesce(n.routine, n.relation) IS NULL THEN 'listener migrate'
                 WHEN n.right_name = 'OWNER' THEN format('ALTER FUNCTION %s OWNER TO %I;', n.object, i.service_role)
                 ELSE format('GRANT %s ON %s %s TO %I;', n.right_name, n.kind, n.object, i.service_role) END
-    FROM installed i CROSS JOIN listener.needed_right n
+    FROM installed i CROSS JOIN (
+        SELECT r.*, to_regprocedure(CASE r.kind WHEN 'FUNCTION' THEN r.object END)::oid AS routine,
+               to_regclass(CASE r.kind WHEN 'FUNCTION' THEN NULL ELSE r.object END)::oid AS relation
+        FROM listener.needed_right r) n
     UNION ALL
     SELECT 'error', v.name, c.oid::regclass::text, 'SELECT', i.service_role,
            has_table_privilege(i.service_role, c.oid, 'SELECT'),
@@ -135,31 +135,36 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE a.grantee = 0 OR pg_has_role(service_role, a.grantee, 'MEMBER')
 $function$;
 
--- lost_guarantees(): what cannot be promised where the service logs in as the role that owns the schema listener or a
--- source; no row where its role is its own.
+-- lost_guarantees(): what cannot be promised where roles are shared: where the service logs in as the role that owns the
+-- schema listener or a source, or the application as the one that owns the schema. No row where each has its own.
 CREATE OR REPLACE FUNCTION listener.lost_guarantees() RETURNS SETOF text
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    WITH owned AS (
-        SELECT i.owner_role, i.service_role, c.oid, c.relrowsecurity AND NOT c.relforcerowsecurity AS unbound
-        FROM listener.installation i
-        LEFT JOIN (SELECT s.relid AS oid FROM listener.source s
-                   WHERE NOT EXISTS (SELECT FROM listener.managed_view v
-                                     WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) = s.relid)) s
-        ON true
-        JOIN pg_roles r ON r.rolname = i.service_role
-        LEFT JOIN pg_class c ON c.oid = s.oid AND NOT r.rolsuper AND pg_has_role(i.service_role, c.relowner, 'MEMBER')
+    WITH installed AS (
+        SELECT i.owner_role, i.service_role, i.owner_role = i.service_role AS is_one, s.rolsuper, o.rolcanlogin AS owner_logs_in
+        FROM listener.installation i JOIN pg_roles s ON s.rolname = i.service_role
+        JOIN pg_roles o ON o.rolname = i.owner_role
+    ), captured AS (
+        SELECT DISTINCT c.oid, c.relowner, c.relrowsecurity AND NOT c.relforcerowsecurity AS is_open
+        FROM listener.source s JOIN pg_class c ON c.oid = s.relid
+        WHERE NOT EXISTS (SELECT FROM listener.managed_view v
+                          WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) = c.oid)
+    ), owned AS (
+        SELECT c.*, i.is_one FROM installed i JOIN captured c ON pg_has_role(i.service_role, c.relowner, 'MEMBER') AND NOT i.rolsuper
     )
-    SELECT 'its role may change what the schema listener manages' FROM owned o
-    WHERE o.service_role = o.owner_role HAVING count(*) > 0
+    SELECT 'the service may change what the schema listener manages' FROM installed i WHERE i.is_one
     UNION ALL
-    SELECT format('its role may write %s', CASE count(*) WHEN 1 THEN '1 source' ELSE count(*) || ' sources' END)
-    FROM owned o WHERE o.oid IS NOT NULL HAVING count(*) > 0
+    SELECT 'the application may change what the schema listener manages, and read and refresh every tenant' FROM installed i
+    WHERE i.owner_logs_in AND EXISTS (SELECT FROM captured c WHERE pg_get_userbyid(c.relowner) = i.owner_role)
     UNION ALL
-    SELECT format('row-level security of %s does not bind it, since it is not forced', string_agg(o.oid::regclass::text, ', '))
-    FROM owned o WHERE o.unbound HAVING count(*) > 0
+    SELECT format('the service may write %s', CASE count(*) WHEN 1 THEN min(o.oid::regclass::text) ELSE count(*) || ' sources' END)
+    FROM owned o HAVING count(*) > 0
     UNION ALL
-    SELECT 'whoever has the application''s password may read the log and refresh any tenant'
-    FROM owned o WHERE o.oid IS NOT NULL AND o.service_role <> o.owner_role HAVING count(*) > 0
+    SELECT format('row-level security of %s does not bind the service, since it is not forced',
+                  string_agg(o.oid::regclass::text, ', ' ORDER BY o.oid))
+    FROM owned o WHERE o.is_open HAVING count(*) > 0
+    UNION ALL
+    SELECT 'the application may read the change log and refresh every tenant'
+    FROM owned o WHERE NOT o.is_one HAVING count(*) > 0
 $function$;
 
 -- excess_findings(): rights that the service's role should not have, and what others have in the schema listener. Where the
@@ -196,12 +201,11 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         WHERE NOT i.is_shared AND h.right_name IN ('INSERT', 'UPDATE') AND NOT pg_has_role(i.service_role, c.relowner, 'MEMBER')
         GROUP BY c.name, h.grantee
     )
-    SELECT 'roles', 'warning', NULL, i.service,
-           format('the service shares the role with %s, and these guarantees fall away: %s.',
-                  CASE WHEN i.apart THEN 'the application' ELSE 'the owner of the schema listener' END,
-                  (SELECT string_agg(l, '; ') FROM listener.lost_guarantees() l)),
-           'LISTENER_SERVICE_ROLE=listener_service listener roles'
-    FROM shared i WHERE i.is_shared
+    SELECT 'roles', 'warning', NULL, i.service, format('roles are shared, and guarantees fall away: %s.', l.lost),
+           'LISTENER_OWNER_ROLE=listener_owner LISTENER_SERVICE_ROLE=listener_service listener roles'
+    FROM shared i CROSS JOIN LATERAL (SELECT string_agg(g, '; ') AS lost FROM listener.lost_guarantees() g) l
+    WHERE l.lost IS NOT NULL AND (i.is_shared OR EXISTS (
+        SELECT FROM captured c JOIN pg_roles o ON o.oid = c.relowner WHERE o.rolname = i.owner_role AND o.rolcanlogin))
     UNION ALL
     SELECT 'roles', a.level, NULL, i.service, a.problem, format('ALTER ROLE %s %s;', i.service, a.mend)
     FROM installed i CROSS JOIN LATERAL (VALUES
@@ -253,8 +257,10 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            format('ALTER FUNCTION %s OWNER TO %I;', p.oid::regprocedure, i.owner_role)
     FROM installed i JOIN pg_proc p ON p.pronamespace = 'listener'::regnamespace
     WHERE pg_get_userbyid(p.proowner) <> i.owner_role AND p.oid NOT IN (
-        SELECT to_regprocedure(n.object) FROM listener.needed_right n
-        WHERE n.right_name = 'OWNER' AND to_regprocedure(n.object) IS NOT NULL)
+        SELECT o.routine FROM listener.needed_right n
+        -- Not of a table's name: before PostgreSQL 16 that raises.
+        CROSS JOIN LATERAL (SELECT to_regprocedure(CASE n.kind WHEN 'FUNCTION' THEN n.object END)) AS o (routine)
+        WHERE n.right_name = 'OWNER' AND o.routine IS NOT NULL)
     UNION ALL
     SELECT 'rights', a.level, NULL, o.object, format(a.problem, a.grantee), format('REVOKE ALL ON %s FROM %s;', o.what, a.grantee)
     FROM installed i CROSS JOIN (

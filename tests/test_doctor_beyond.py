@@ -126,6 +126,33 @@ async def test_a_nested_view_with_its_owners_rights_is_found_where_the_table_doe
     assert await mended(clean) == []
 
 
+async def test_views_of_each_kind_over_a_strangers_tables_are_nothing_to_complain_of(stranger: Database) -> None:
+    async with stranger.connect(OF_THE_OWNER) as migrator, stranger.connect() as superuser:
+        # The owner computes a materialized view, with its own rights.
+        await migrator.execute("SELECT listener.keep_materialized_view('reporting.currency_totals')")
+        await create_view(
+            stranger,
+            "invoiced",
+            "SELECT tenant_id, sum(amount) AS amount FROM billing.invoices GROUP BY 1",
+            [],
+            tenants_query="SELECT id FROM billing.tenants",
+        )
+        # What reads every tenant needs a policy that shows them all, and it is no mistake there.
+        await superuser.execute(
+            "CREATE POLICY listener_reads ON billing.payments FOR SELECT TO listener_service USING (true)"
+        )
+        await create_view(
+            stranger,
+            "paid",
+            "SELECT customer_id, sum(amount) AS amount FROM billing.payments GROUP BY 1",
+            ["customer_id"],
+            tenant_column=None,
+            tenants_query=None,
+        )
+    assert await wrong(stranger) == []
+    assert await wrong(stranger, OF_THE_OWNER) == []
+
+
 async def test_a_key_that_nobody_refreshes_is_found_and_a_service_mends_it(
     clean: Database, superuser: AsyncConnection[object], service: AsyncConnection[object]
 ) -> None:

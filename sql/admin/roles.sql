@@ -17,11 +17,22 @@ BEGIN
     END IF;
 END
 $roles$;
--- So that the owner can hand the refreshing functions to the service's role, which they run as.
-GRANT {service} TO {owner};
-GRANT {owner} TO CURRENT_USER;
+-- So that the owner can hand the refreshing functions to the service's role, which they run as; and so that you, who run
+-- this, may migrate. From PostgreSQL 16 on, whoever grants a role must have made it, or have its ADMIN option.
+DO $members$
+BEGIN
+    IF {owner_name} <> {service_name} THEN
+        GRANT {service} TO {owner};
+    END IF;
+    IF {owner_name} <> current_user THEN
+        GRANT {owner} TO CURRENT_USER;
+    END IF;
+END
+$members$;
 GRANT CREATE ON DATABASE {database} TO {owner};
--- So that the service sees who holds a lock or an old snapshot; without it, two metrics and `explain` say less.
+-- So that the service sees who holds a lock or an old snapshot. The one thing here that may need more than an administrator
+-- has: from PostgreSQL 16 on the ADMIN option of pg_read_all_stats, which a superuser has. Without it two metrics say less, and
+-- so do `listener explain` and `listener doctor`; nothing is refreshed later or otherwise.
 DO $statistics$
 BEGIN
     GRANT pg_read_all_stats TO {service};
