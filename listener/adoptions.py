@@ -197,7 +197,7 @@ async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list
 
 async def unfilled(connection: AsyncConnection[Any], view: str) -> list[str]:
     """The keys that no refresh has filled yet."""
-    cursor = await connection.execute("SELECT u FROM listener.unfilled_keys(%s) u", (view,))
+    cursor = await connection.execute("SELECT u FROM listener.unfilled(%s) u", (view,))
     return [row[0] for row in await cursor.fetchall()]
 
 
@@ -249,13 +249,3 @@ async def abort(connection: AsyncConnection[Any], view: str) -> None:
 async def drop(connection: AsyncConnection[Any], view: str) -> None:
     """Ends the managed view; what stands in its place stays."""
     await connection.execute("SELECT listener.drop_view(%s, keep_target => true)", (view,))
-
-
-async def pause(connection: AsyncConnection[Any], view: str) -> None:
-    """No refresh of it begins any more."""
-    await connection.execute("SELECT listener.pause(%s)", (view,))
-
-
-async def resume(connection: AsyncConnection[Any], view: str) -> None:
-    """Refreshing goes on."""
-    await connection.execute("SELECT listener.resume(%s)", (view,))

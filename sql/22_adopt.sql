@@ -279,7 +279,7 @@ BEGIN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
     END IF;
-    unfilled := listener.unfilled(managed);
+    SELECT count(*) INTO unfilled FROM listener.unfilled(managed.name);
     IF unfilled > 0 THEN
         RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, managed.name
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
@@ -294,16 +294,12 @@ BEGIN
 END
 $function$;
 
--- unfilled_keys(view): its keys that no refresh has filled yet. unfilled(view): how many.
-CREATE OR REPLACE FUNCTION listener.unfilled_keys(view text) RETURNS SETOF text
+-- unfilled(view): its keys that no refresh has filled yet.
+CREATE OR REPLACE FUNCTION listener.unfilled(view text) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT t FROM listener.tenants(view) t
     WHERE NOT EXISTS (SELECT FROM listener.refresh_state r
                       WHERE r.view_id = (listener.find_view(view)).id AND r.tenant = t AND r.refreshed_at IS NOT NULL)
-$function$;
-CREATE OR REPLACE FUNCTION listener.unfilled(view listener.managed_view) RETURNS bigint
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT count(*) FROM listener.unfilled_keys(view.name)
 $function$;
 
 -- abort_adoption(view): takes back what begin_adoption() or begin_unadoption() made beside what is in place, which stays

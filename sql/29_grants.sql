@@ -35,6 +35,7 @@ BEGIN
         'listener.compare(text, text)',
         'listener.compare_alter(text, text)',
         'listener.comparison_statement(listener.managed_view)',
+        'listener.compared_rows(listener.managed_view)',
         'listener.digest_statement(listener.managed_view, text)',
         'listener.discard_letter(uuid)',
         'listener.drain()',

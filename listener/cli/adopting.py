@@ -12,8 +12,7 @@ from listener import adopt as adopting
 from listener import adoption_script, adoptions, console
 from listener.adopt import By
 from listener.adoptions import Request
-from listener.cli.session import Connection, Json, app, connected, with_connection
-from listener.dead_letters import RetryPolicy
+from listener.cli.session import Connection, Json, app, connected, retry_policy, with_connection
 from listener.errors import SetupError
 from listener.settings import load
 
@@ -119,13 +118,12 @@ async def _adopt(
             console.err.print(line)
 
     settings = load()
-    policy = RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
     with console.progress(quiet=quiet) as bar:
         task = bar.add_task(request.name, total=None)
         by = By(
             lambda: connected(settings),
             workers,
-            policy,
+            retry_policy(settings),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
         return await adopting.adopt(connection, request, tell, by, wait)
