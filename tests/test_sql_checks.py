@@ -109,8 +109,8 @@ WRITE = re.compile(
     r"\b(?:INSERT\s+INTO|DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?|MERGE\s+INTO|(?<!DO )(?<!FOR )(?<!, )UPDATE(?! OR\b))\s+"
     r"(?:ONLY\s+)?([^\s(;,']+)",
 )
-# Ours; and in the difference, the target.
-ALLOWED = re.compile(r"listener\.\w+$|%6\$s$")
+# Ours; in the difference, the target; and the temporary tables that stand in for sources.
+ALLOWED = re.compile(r"listener\.\w+$|%6\$s$|pg_temp\.%I$")
 # What is deleted of a tenant that is no more is its rows of the target.
 FORGETS = ("24_forget.sql", "%1$s")
 # It tells an operator what to run, of the target too, and runs nothing.

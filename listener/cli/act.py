@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from listener import console, errors, operations, queries
-from listener.cli.session import AnyView, Connection, Json, Tenant, View, app, known_key, with_connection
-from listener.dead_letters import RetryPolicy
+from listener.cli.session import AnyView, Connection, Json, Tenant, View, app, known_key, retry_policy, with_connection
 from listener.operations import Failed
 from listener.refresh import Outcome
 from listener.settings import load
@@ -117,7 +116,7 @@ def sweep(as_json: Json = False) -> None:
     A key that fails is recorded as the service records it, and the others go on; exit 1 where one failed.
     """
     settings = load()
-    policy = RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
+    policy = retry_policy(settings)
 
     async def act(connection: Connection) -> None:
         tally = await _shown("sweep", operations.sweep_once(connection, policy), as_json=as_json)
