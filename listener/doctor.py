@@ -64,13 +64,13 @@ async def _examined(settings: Settings) -> AsyncIterator[Finding]:
                 async for finding in _listening(connection, settings):
                     yield finding
             if broken is None:
-                async for finding in _asked(connection, settings):
+                async for finding in _asked(connection, settings, may_plan=reads_only is None):
                     yield finding
     except (psycopg.Error, SetupError) as error:
         yield unusable(error, url, settings)
 
 
-async def _asked(connection: Connection, settings: Settings) -> AsyncIterator[Finding]:
+async def _asked(connection: Connection, settings: Settings, *, may_plan: bool) -> AsyncIterator[Finding]:
     """What the database says of itself. A check that cannot be made is a finding: rights may be what is missing."""
     most = connections.most(settings)
     for check, ask in (
@@ -78,7 +78,10 @@ async def _asked(connection: Connection, settings: Settings) -> AsyncIterator[Fi
         ("capture", queries.capture_findings),
         ("progress", queries.progress_findings),
         ("server", partial(queries.server_findings, replica_connections=most)),
+        ("scope", queries.scope_findings),
     ):
+        if check == "scope" and not may_plan:
+            continue  # it takes temporary tables
         try:
             for row in await ask(connection):
                 yield Finding(**row)
