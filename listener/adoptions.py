@@ -192,7 +192,7 @@ async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list
 
 async def unfilled(connection: AsyncConnection[Any], view: str) -> list[str]:
     """The keys that no refresh has filled yet."""
-    cursor = await connection.execute("SELECT u FROM listener.unfilled(%s) u", (view,))
+    cursor = await connection.execute("SELECT u FROM listener.unfilled_keys(%s) u", (view,))
     return [row[0] for row in await cursor.fetchall()]
 
 

@@ -255,6 +255,13 @@ async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     return str(row[0])
 
 
+async def forget(connection: AsyncConnection[Any], tenant: str, view: str | None) -> list[DictRow]:
+    """listener.forget: what was deleted in each view, and in the end what belongs to none."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.forget(%s, %s)", (tenant, view))
+        return await cursor.fetchall()
+
+
 async def is_paused(connection: AsyncConnection[Any], view: str) -> bool:
     """Whether the view is paused. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (
@@ -382,9 +389,12 @@ async def server_findings(connection: AsyncConnection[Any], replica_connections:
     return await _found(connection, "SELECT * FROM listener.server_findings(%s)", replica_connections)
 
 
-async def scope_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
-    """Whether refreshes read one tenant's rows, by an index. Takes temporary tables, which are gone afterwards."""
-    return await _found(connection, "SELECT * FROM listener.scope_findings()")
+async def scope_findings(connection: AsyncConnection[Any], left_out: list[str]) -> list[DictRow]:
+    """Whether refreshes of all other views read one tenant's rows, by an index.
+
+    Takes temporary tables, which are gone afterwards.
+    """
+    return await _found(connection, "SELECT * FROM listener.scope_findings(%s)", left_out)
 
 
 async def _found(connection: AsyncConnection[Any], query: LiteralString, *given: object) -> list[DictRow]:

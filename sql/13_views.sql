@@ -15,7 +15,7 @@
 --   target_rls      row-level security on the target, by app.current_tenant_id
 -- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
 -- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
--- Raises LSN03 with a hint where the query or the privileges do not allow it.
+-- Raises LSN03 with a hint where the query or the privileges do not allow it. Warns of what 20_scope.sql and 20_time.sql find.
 CREATE OR REPLACE FUNCTION listener.create_view(
     name text, query text, key_columns name[] DEFAULT '{}', tenant_column name DEFAULT 'tenant_id',
     tenants_query text DEFAULT NULL, depends_on regclass[] DEFAULT NULL,
@@ -102,6 +102,7 @@ BEGIN
         PERFORM listener.check_whole(definition);
     END IF;
     PERFORM listener.create_target(view, definition);
+    PERFORM listener.warn_of_definition(view, definition);
     PERFORM listener.register_view(view, source_ids);
     PERFORM pg_catalog.set_config('role', previous_role, true), pg_catalog.set_config('search_path', callers_path, true);
 END

@@ -121,7 +121,6 @@ DECLARE
     keys name[];
     zone text := coalesce(timezone, listener.default_time_zone());
     statement text;
-    key_index record;
 BEGIN
     PERFORM listener.lock_registration();
     PERFORM listener.check_swappable(old), listener.check_sources(old);
@@ -154,12 +153,7 @@ BEGIN
     RETURNING v.* INTO managed;
     PERFORM listener.check_same_columns(old, beside::regclass);
     PERFORM listener.revoke_defaults(beside::regclass);
-    SELECT i.* INTO key_index FROM listener.indexes_of(beside::regclass) i;
-    IF FOUND THEN
-        EXECUTE format('ALTER INDEX %I.%I RENAME TO %I', class.nspname, key_index.name, coalesce(
-            (SELECT 'listener_new_' || i.id FROM listener.indexes_of(old) i
-             WHERE key_index.is_key AND i.is_key AND i.columns = key_index.columns ORDER BY i.id LIMIT 1), 'listener_key_' || managed.id));
-    END IF;
+    PERFORM listener.name_key_index(old, beside::regclass, managed.id);
     FOREACH statement IN ARRAY ARRAY(
         SELECT s FROM listener.carried(old, beside, 'r', managed.key_columns, '{}', listener.only_select(listener.grants_of(old))) s)
     LOOP
@@ -296,7 +290,7 @@ BEGIN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
     END IF;
-    SELECT count(*) INTO unfilled FROM listener.unfilled(managed.name);
+    unfilled := listener.unfilled(managed);
     IF unfilled > 0 THEN
         RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, managed.name
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
@@ -311,12 +305,16 @@ BEGIN
 END
 $function$;
 
--- unfilled(view): its keys that no refresh has filled yet.
-CREATE OR REPLACE FUNCTION listener.unfilled(view text) RETURNS SETOF text
+-- unfilled_keys(view): its keys that no refresh has filled yet. unfilled(view): how many.
+CREATE OR REPLACE FUNCTION listener.unfilled_keys(view text) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT t FROM listener.tenants(view) t
     WHERE NOT EXISTS (SELECT FROM listener.refresh_state r
                       WHERE r.view_id = (listener.find_view(view)).id AND r.tenant = t AND r.refreshed_at IS NOT NULL)
+$function$;
+CREATE OR REPLACE FUNCTION listener.unfilled(view listener.managed_view) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT count(*) FROM listener.unfilled_keys(view.name)
 $function$;
 
 -- abort_adoption(view): takes back what begin_adoption() or begin_unadoption() made beside what is in place, which stays

@@ -52,13 +52,20 @@ def unadopt(database: Database, name: str, *options: str) -> subprocess.Complete
     return listener("unadopt", name, *options, url=database.url("listener_migrator"))
 
 
+def psql(database: Database, script: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script as somebody who may change views, to its first error."""
+    command = [database.server.psql, "-X", "-v", "ON_ERROR_STOP=1", "-f", str(script)]
+    return subprocess.run([*command, database.url("listener_migrator")], capture_output=True, text=True, check=False)
+
+
 async def exact(database: Database) -> bool:
     """Whether every target equals its definition and no change is under way; as the service sees it."""
     async with database.connect("listener_service") as service:
         unlike = await rows(
             service,
             """
-            SELECT v.name, t, c.* FROM listener.managed_view v, listener.tenants(v.name) t, listener.compare(v.name, t) c
+            SELECT v.name, t, c.*
+            FROM listener.managed_view v, listener.tenants(v.name) t, listener.compare(v.name, t) c
             WHERE c.missing + c.extra > 0 OR c.stale
             """,
         )
@@ -66,7 +73,7 @@ async def exact(database: Database) -> bool:
 
 
 async def as_the_owner_computes(superuser: AsyncConnection[Any], view: str, target: LiteralString) -> list[Any]:
-    """The rows by which a target differs from its query, computed whole by one whom row-level security does not bind."""
+    """The rows by which a target differs from its query, computed as a whole by one who sees all rows."""
     query = await one(
         superuser,
         """
@@ -136,8 +143,8 @@ async def test_an_index_on_the_key_is_the_targets_own_under_its_name(stranger: D
     adopt(stranger, BY_TENANT, *LIST)
     async with stranger.connect() as superuser:
         assert await one(superuser, "SELECT pg_get_indexdef('reporting.invoice_totals_key'::regclass)") == (
-            "CREATE UNIQUE INDEX invoice_totals_key ON reporting.invoice_totals USING btree (tenant_id, month, currency)"
-            " NULLS NOT DISTINCT"
+            "CREATE UNIQUE INDEX invoice_totals_key ON reporting.invoice_totals "
+            "USING btree (tenant_id, month, currency) NULLS NOT DISTINCT"
         )
         assert (
             await one(superuser, "SELECT count(*) FROM pg_index WHERE indrelid = 'reporting.invoice_totals'::regclass")
@@ -265,11 +272,7 @@ async def test_a_dry_run_changes_nothing_and_its_script_does_the_same(stranger: 
         for script in (shown.stdout, None):
             text = unadopt(stranger, BY_TENANT, "--dry-run").stdout if script is None else script
             (tmp_path / "script.sql").write_text(text)
-            done = subprocess.run(
-                [stranger.server.psql, "-X", "-v", "ON_ERROR_STOP=1", "-f", str(tmp_path / "script.sql"),
-                 stranger.url("listener_migrator")],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            done = psql(stranger, tmp_path / "script.sql")
             assert done.returncode == 0, done.stderr
             assert await kind(superuser, BY_TENANT) == ("m" if script is None else "r")
             async with stranger.connect("listener_service") as service:

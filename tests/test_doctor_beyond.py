@@ -93,7 +93,8 @@ async def test_a_nested_view_that_reads_one_more_table_is_found_before_the_sweep
         superuser,
         """
         CREATE OR REPLACE VIEW shop.busy_orders WITH (security_invoker = true) AS
-        SELECT * FROM shop.orders o WHERE EXISTS (SELECT FROM shop.payments p WHERE p.product = o.product)
+        SELECT * FROM shop.orders o WHERE EXISTS (
+            SELECT FROM shop.payments p WHERE p.tenant_id = o.tenant_id AND p.product = o.product)
         """,
     )
     found = await wrong(clean)
