@@ -54,6 +54,7 @@ BEGIN
         'listener.find_view(text)',
         'listener.fingerprint(regclass)',
         'listener.fold_restored_log()',
+        'listener.forget_rows(text, text)',
         'listener.hiding_functions(regclass)',
         'listener.hold_lease()',
         'listener.images(regclass, regclass)',
