@@ -61,8 +61,8 @@ def run(server: EmbeddedServer, options: argparse.Namespace) -> list[Result]:
     result = Result(
         f"Adopting a materialized view of {row[1]:,} rows, with {options.adopt_rate:g} writes a second",
         ["", "before", "while it is adopted"],
-        note="The target: no reader waits longer than 100 ms, and no write fails. Half of the readers read a view on top."
-        f" The refreshes and they share {os.cpu_count()} cores.",
+        note="The target: no reader waits longer than 100 ms, and no write fails. Half of the readers read a view on"
+        f" top. The refreshes and they share {os.cpu_count()} cores.",
     )
     result.rows += [
         ("longest read (ms)", f"{max(before) * 1000:.0f}", f"{max(meanwhile) * 1000:.0f}"),

@@ -98,6 +98,7 @@ async def _adopt(connection: AsyncConnection[Any], request: Request, tell: Tell,
     plan = await adoptions.plan(connection, request)
     view = await adoptions.begin(connection, request)
     tell(f"SHARE ROW EXCLUSIVE on {', '.join(plan['source'])}, for a moment each: capture triggers")
+    tell(f"key ({', '.join(plan['key']) or 'the whole row'}), time zone {request.timezone or plan['time zone'][0]}")
     async with _taken_back(connection, view):
         keys = await _fill(connection, view, by)
         await _check(connection, view, request, tell)

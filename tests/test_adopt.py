@@ -169,6 +169,39 @@ async def test_what_is_no_tenants_alone_stays_a_materialized_view_and_says_why(s
         assert await kind(superuser, name) == "m"
 
 
+@pytest.mark.parametrize("name", [WINDOW, RANKED])
+async def test_what_depends_on_the_time_is_refreshed_once_an_hour_unless_told_otherwise(
+    stranger: Database, name: str
+) -> None:
+    for options, age in ((), "1:00:00"), (("--max-age", "1 day"), "1 day, 0:00:00"):
+        adopted = adopt(stranger, name, *LIST, *options)
+        assert adopted.returncode == 0, adopted.stderr
+        told = (
+            "reporting.recent_payments depends on the time: each key is refreshed once an hour at least"
+            in adopted.stderr
+        )
+        assert told == (name == WINDOW and not options)
+        async with stranger.connect() as superuser:
+            kept = await one(superuser, "SELECT max_age FROM listener.managed_view")
+        assert str(kept) == (age if name == WINDOW or options else "None")
+        assert unadopt(stranger, name).returncode == 0
+
+
+async def test_the_time_zone_is_the_databases_unless_told_otherwise_and_is_told(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            sql.SQL("ALTER DATABASE {} SET TimeZone = 'Asia/Tokyo'").format(sql.Identifier(stranger.name))
+        )
+        for options, zone in ((), "Asia/Tokyo"), (("--timezone", "Europe/Paris"), "Europe/Paris"):
+            adopted = adopt(stranger, WINDOW, *LIST, *options)
+            assert f"key (the whole row), time zone {zone}" in adopted.stderr
+            assert await one(superuser, "SELECT time_zone FROM listener.managed_view") == zone
+            days = "SELECT count(*) FROM reporting.recent_payments WHERE (day AT TIME ZONE %s)::time <> '00:00'"
+            assert await one(superuser, days, zone) == 0
+            assert unadopt(stranger, WINDOW).returncode == 0
+            assert await one(superuser, days, zone) == 0
+
+
 async def test_rows_that_a_policy_hides_from_the_service_are_missed_before_the_swap(stranger: Database) -> None:
     async with stranger.connect() as superuser:
         await superuser.execute(

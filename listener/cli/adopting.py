@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -55,7 +56,8 @@ def adopt(
     quiet_period: Annotated[str | None, typer.Option("--quiet-period", help="refresh a key at most so often")] = None,
     max_wait: Annotated[str | None, typer.Option("--max-wait", help="the longest that a change waits")] = None,
     max_age: Annotated[
-        str | None, typer.Option("--max-age", help="refresh without a change at least so often: for now() in the query")
+        str | None,
+        typer.Option("--max-age", help="refresh without a change at least so often; 1 hour where the query has now()"),
     ] = None,
     timezone: Annotated[
         str | None, typer.Option("--timezone", help="that the query is computed in; the database's where left out")
@@ -91,7 +93,7 @@ def adopt(
     )
 
     async def act(connection: Connection) -> None:
-        told = _listen(connection, quiet=as_json or dry_run)
+        told = _listen(connection, name, quiet=as_json or dry_run)
         if abort:
             await _abort(connection, name)
         elif dry_run:
@@ -164,7 +166,7 @@ def unadopt(
     """
 
     async def act(connection: Connection) -> None:
-        told = _listen(connection, quiet=as_json or dry_run)
+        told = _listen(connection, name, quiet=as_json or dry_run)
 
         def tell(line: str) -> None:
             told.append(line)
@@ -196,14 +198,16 @@ def _names(given: str | None) -> tuple[str, ...] | None:
     return None if given is None else tuple(name.strip() for name in given.split(",") if name.strip())
 
 
-def _listen(connection: Connection, *, quiet: bool) -> list[str]:
+def _listen(connection: Connection, name: str, *, quiet: bool) -> list[str]:
     """The server's notices, shown as they come; the list that they are added to."""
     told: list[str] = []
 
     def hear(notice: Diagnostic) -> None:
-        told.append(str(notice.message_primary))
+        # Nobody knows the view by the name that its target has for the time being.
+        message = re.sub(r"\blistener_new_\d+\b", name, str(notice.message_primary))
+        told.append(message)
         if not quiet:
-            console.warning(str(notice.message_primary))
+            console.warning(message)
 
     connection.add_notice_handler(hear)
     return told
