@@ -12,7 +12,7 @@ import pytest
 from anyio import to_thread
 from psycopg import AsyncConnection, sql
 
-from command import listener
+from command import ROOT, listener
 from conftest import Database, eventually
 from likeness import LEFTOVERS, kind, likeness
 from shop import one, rows, settle
@@ -353,6 +353,21 @@ async def test_a_dry_run_changes_nothing_and_its_script_does_the_same(stranger: 
                 await settle(service)
             assert await exact(stranger)
         assert await likeness(superuser, BY_TENANT) == like
+
+
+async def test_the_page_on_adopting_says_how_with_psql_alone(stranger: Database, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adopting.md").read_text().partition("## With psql alone")[2]
+    blocks = [block for block in page.split("\n\n") if block.startswith("    ")]
+    adopts, refuses, turns_back = (block for block in blocks if "SELECT listener." in block)
+    async with stranger.connect() as superuser:
+        before = await likeness(superuser, UNIQUE_WITHOUT_TENANT)
+        for block, relkind in (adopts, "r"), (turns_back, "m"):
+            (tmp_path / "script.sql").write_text(block)
+            done = psql(stranger, tmp_path / "script.sql")
+            assert done.returncode == 0, done.stderr
+            assert await kind(superuser, UNIQUE_WITHOUT_TENANT) == relkind
+        assert await likeness(superuser, UNIQUE_WITHOUT_TENANT) == before
+    assert refuses.count("listener.") == 3
 
 
 async def test_json_tells_what_was_done(stranger: Database) -> None:
