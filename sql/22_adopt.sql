@@ -183,7 +183,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                   i.name, array_to_string(keys, ', '))
     FROM listener.indexes_of(relation) i WHERE i.is_unique AND NOT (i.is_key AND i.columns IS NOT DISTINCT FROM keys)
     UNION ALL
-    SELECT format('%s keeps SELECT alone: %s would let it write the target', coalesce(g ->> 'grantee', 'PUBLIC'),
+    SELECT format('%s keeps SELECT alone, and not %s', coalesce(g ->> 'grantee', 'PUBLIC'),
                   string_agg(g ->> 'privilege', ', ' ORDER BY g ->> 'privilege'))
     FROM jsonb_array_elements(listener.grants_of(relation)) g WHERE g ->> 'privilege' <> 'SELECT' GROUP BY g ->> 'grantee'
 $function$;
