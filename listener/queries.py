@@ -395,7 +395,7 @@ async def readiness(connection: AsyncConnection[Any]) -> list[str]:
 
 
 async def state_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
-    """What listener.state_findings() says, as the next three do: check, level, view, object, problem, mend."""
+    """What listener.state_findings() says, as the next four do: check, level, view, object, problem, mend."""
     return await _found(connection, "SELECT * FROM listener.state_findings()")
 
 
@@ -412,6 +412,14 @@ async def progress_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
 async def server_findings(connection: AsyncConnection[Any], replica_connections: int) -> list[DictRow]:
     """The server's settings; a replica opens so many connections at the most."""
     return await _found(connection, "SELECT * FROM listener.server_findings(%s)", replica_connections)
+
+
+async def scope_findings(connection: AsyncConnection[Any], left_out: list[str]) -> list[DictRow]:
+    """Whether refreshes of all other views read one tenant's rows, by an index.
+
+    Takes temporary tables, which are gone afterwards.
+    """
+    return await _found(connection, "SELECT * FROM listener.scope_findings(%s)", left_out)
 
 
 async def _found(connection: AsyncConnection[Any], query: LiteralString, *given: object) -> list[DictRow]:

@@ -261,7 +261,9 @@ BEGIN
         SELECT NULL::regclass, false, false,
                format('%s may read what the catalog does not show: name it, depends_on => ''{table, …}'', or ''{}'' where it reads no table',
                       f.funcid::regprocedure)
-        FROM listener.hiding_functions(definition) f;
+        FROM (SELECT definition::oid AS relid UNION SELECT v.relid FROM listener.tenant_views(definition) v) v
+        CROSS JOIN LATERAL listener.hiding_functions(v.relid) f
+        GROUP BY f.funcid;
     BEGIN
         SELECT p.* INTO plans FROM listener.tenant_plans(definition, tenant_column, tenant_type) p;
     EXCEPTION WHEN OTHERS THEN
@@ -402,7 +404,7 @@ DECLARE
     own text := (SELECT string_agg(format('%I.%I', known_as, c.name), ', ') FROM unnest(CASE WHEN scope_advice.name IS NULL THEN keys ELSE ARRAY[scope_advice.name] END) AS c (name));
 BEGIN
     IF kind = 'm' OR kind = 'f' THEN
-        RETURN format('whose rows those of a %s were made of is not seen: read the tables that it is made of',
+        RETURN format('%I is a %s, and whose rows its rows were made of is not seen: read the tables that it is made of', known_as,
                       CASE kind WHEN 'm' THEN 'materialized view' ELSE 'foreign table' END);
     ELSIF NOT traceable THEN
         RETURN format('%s cannot tell tenants apart: a tenant column is a uuid, a text or an integer, with a deterministic '

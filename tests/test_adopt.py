@@ -169,6 +169,47 @@ async def test_what_is_no_tenants_alone_stays_a_materialized_view_and_says_why(s
         assert await kind(superuser, name) == "m"
 
 
+async def test_rows_that_a_policy_hides_from_the_service_are_missed_before_the_swap(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            CREATE POLICY large ON billing.invoices AS RESTRICTIVE FOR SELECT TO listener_service USING (amount < 900)
+            """
+        )
+        adopted = adopt(stranger, BY_TENANT, *LIST)
+        assert "not by tenant: computed alone, other rows come out for 00000000-" in adopted.stderr
+        assert await kind(superuser, BY_TENANT) == "m"
+
+
+async def test_tenants_that_the_tenants_query_does_not_list_are_missed_before_the_swap(stranger: Database) -> None:
+    refused = adopt(stranger, BY_TENANT, "--tenants-query", f"{TENANTS_QUERY} LIMIT 3", "--strategy", "tenant")
+    assert f"computed alone, other rows come out for {TENANTS[3]}" in refused.stderr
+
+
+@pytest.mark.parametrize("listed", ["SELECT DISTINCT tenant_id FROM billing.visits", "SELECT 1"])
+async def test_what_the_planner_proves_is_not_computed_twice_if_all_tenants_are_listed(
+    stranger: Database, listed: str
+) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE TABLE billing.visits (tenant_id bigint, day date);
+            INSERT INTO billing.visits VALUES (1, '2026-01-01'), (1, '2026-01-01'), (2, '2026-01-01');
+            CREATE MATERIALIZED VIEW reporting.visits AS
+            SELECT tenant_id, day, count(*) FROM billing.visits GROUP BY 1, 2;
+            GRANT SELECT ON billing.visits TO listener_service;
+            RESET ROLE
+            """
+        )
+        adopted = adopt(stranger, "reporting.visits", "--tenants-query", listed, "--strategy", "tenant")
+        if listed == "SELECT 1":
+            assert "computed alone, other rows come out for 2" in adopted.stderr
+        else:
+            assert adopted.returncode == 0, adopted.stderr
+            assert "PostgreSQL's planner shows" in adopted.stderr
+
+
 async def test_without_row_level_security_a_view_without_tenants_is_adopted_as_a_whole(stranger: Database) -> None:
     async with stranger.connect() as superuser:
         await superuser.execute(

@@ -10,11 +10,11 @@ import psycopg
 import typer
 
 from listener import __version__, console, errors
-from listener.cli import act, adopting, doctor, filling, letters, look, setup, views
+from listener.cli import act, adopting, doctor, filling, inventory, letters, look, setup, views
 from listener.cli.session import app
 from listener.version import commit
 
-__all__ = ["act", "adopting", "app", "doctor", "filling", "letters", "look", "main", "setup", "views"]
+__all__ = ["act", "adopting", "app", "doctor", "filling", "inventory", "letters", "look", "main", "setup", "views"]
 
 
 def main() -> None:
