@@ -6,6 +6,7 @@ from functools import partial
 
 import anyio
 import anyio.to_thread
+import psycopg
 import pytest
 import structlog
 from psycopg import sql
@@ -106,7 +107,9 @@ async def test_a_session_pooler_needs_no_direct_way(books: Database) -> None:
 
 async def test_targets_are_verified_through_a_transaction_pooler(books: Database) -> None:
     async with pgbouncer(books, "transaction") as pooled, books.connect() as superuser:
-        await superuser.execute("SELECT listener.pause('sessions')")
+        await superuser.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+        async with superuser.transaction():
+            await superuser.execute("SELECT listener.drop_view('sessions')")
         settings = {"database_url": pooled.url(), "listen_database_url": books.url()}
         async with books.service(sweep_interval="100ms", verify_keys=6000, **settings) as running:
             await settled(books, running)
