@@ -248,6 +248,15 @@ async def test_tenants_that_come_and_go_while_a_view_is_filled(
     assert await one(superuser, "SELECT count(DISTINCT tenant_id) FROM sales") == TENANTS - 5 + 1
 
 
+async def test_a_view_without_tenants_is_one_key(shop: Database, superuser: psycopg.AsyncConnection[Any]) -> None:
+    await create_view(
+        shop, "everybody", "SELECT count(*) AS n FROM shop.tenants", ["n"], tenant_column=None, tenants_query=None
+    )
+    done = listener("fill", "everybody", url=shop.url())
+    assert (done.returncode, done.stdout.partition(",")[0]) == (0, "everybody: 1 key filled")
+    assert await rows(superuser, "SELECT n FROM everybody") == [(TENANTS,)]
+
+
 async def test_what_cannot_be_filled_is_one_line(shop: Database, superuser: psycopg.AsyncConnection[Any]) -> None:
     await superuser.execute("SELECT listener.pause('sales')")
     for arguments, line in (
