@@ -76,6 +76,7 @@ QUESTIONS = (
     "listener.capture_findings()",
     "listener.progress_findings()",
     "listener.server_findings(8)",
+    "listener.scope_findings()",
 )
 
 

@@ -9,17 +9,19 @@ Behind a long reader the swap gives way and is tried again: nothing waits in a q
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import psycopg
 
-from listener import adoptions, operations
+from listener import adoptions, operations, queries
 from listener.adoptions import Request
 from listener.backoff import Backoff
+from listener.dead_letters import RetryPolicy
 from listener.errors import SetupError, from_database
+from listener.fill import fill
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -30,7 +32,16 @@ REFUSED = "LSN03"
 NAMED = 3  # tenants in a message
 
 Tell = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class By:
+    """Who fills: `workers` connections of `connect`; `progress` is told how many keys of how many are done."""
+
+    connect: Callable[[], AbstractAsyncContextManager[AsyncConnection[Any]]]
+    workers: int
+    policy: RetryPolicy
+    progress: Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +63,7 @@ class _NotByTenantError(Exception):
     """A tenant's rows are others when they are computed alone; the text says whose."""
 
 
-async def adopt(
-    connection: AsyncConnection[Any], request: Request, tell: Tell, progress: Progress, patience: float
-) -> Adopted:
+async def adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, by: By, patience: float) -> Adopted:
     """Adopts by tenant, else as a whole, else keeps it as the materialized view that it is, and tells why.
 
     A strategy that the request names is the only one. The swap is tried for `patience` seconds. Raises psycopg.Error
@@ -71,7 +80,7 @@ async def adopt(
         if strategy == KEPT:
             return Adopted(await adoptions.keep(connection, request), KEPT)
         try:
-            return await _adopt(connection, request.by(strategy), tell, progress, patience)
+            return await _adopt(connection, request.by(strategy), tell, by, patience)
         except _NotByTenantError as reason:
             if request.strategy:
                 raise SetupError(
@@ -88,14 +97,12 @@ async def adopt(
     raise AssertionError(strategies)
 
 
-async def _adopt(
-    connection: AsyncConnection[Any], request: Request, tell: Tell, progress: Progress, patience: float
-) -> Adopted:
+async def _adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, by: By, patience: float) -> Adopted:
     plan = await adoptions.plan(connection, request)
     view = await adoptions.begin(connection, request)
     tell(f"SHARE ROW EXCLUSIVE on {', '.join(plan['source'])}, for a moment each: capture triggers")
     async with _taken_back(connection, view):
-        keys = await _fill(connection, view, progress)
+        keys = await _fill(connection, view, by)
         await _check(connection, view, request, tell)
         await adoptions.analyze(connection, view)
         await operations.catch_up(connection, view)
@@ -139,15 +146,23 @@ async def _taken_back(connection: AsyncConnection[Any], view: str) -> AsyncItera
         raise
 
 
-async def _fill(connection: AsyncConnection[Any], view: str, progress: Progress) -> int:
-    done = 0
-    async for done, total, result in operations.refresh_all(connection, view):
-        progress("fill", done, total)
-        if isinstance(result, operations.Failed):
-            raise result.error
-        if result is not None and result.outcome != "refreshed":
-            raise SetupError(f"{view} was not filled: a key is {result.outcome}.", hint="Run it again: it goes on.")
-    return done
+async def _fill(connection: AsyncConnection[Any], view: str, by: By) -> int:
+    """Until every key was filled once, and not until none is dirty: writes go on. The number of keys."""
+    failed: list[psycopg.Error] = []
+    steps = fill(
+        by.connect, view, workers=by.workers, policy=by.policy, on_failure=lambda _key, error: failed.append(error)
+    )
+    async with aclosing(steps):
+        async for step in steps:
+            if failed:
+                raise failed[0]
+            if step.paused:
+                raise SetupError(f"{view} was paused while it was filled.", hint="Run it again: it goes on.")
+            unfilled = len(await adoptions.unfilled(connection, view))
+            by.progress(step.done, step.done + unfilled)
+            if not unfilled:
+                break
+    return len(await queries.tenants(connection, view))
 
 
 async def _check(connection: AsyncConnection[Any], view: str, request: Request, tell: Tell) -> None:
@@ -158,6 +173,9 @@ async def _check(connection: AsyncConnection[Any], view: str, request: Request, 
                 f"{difference.error or f'{difference.missing} rows are missing, {difference.extra} too many'}."
             )
     if request.strategy != BY_TENANT:
+        return
+    if await adoptions.is_proven(connection, view):
+        tell("by tenant: PostgreSQL's planner shows that each one's rows depend on its own alone")
         return
     differing = await adoptions.differing_tenants(connection, view)
     if differing:

@@ -184,6 +184,11 @@ async def state(connection: AsyncConnection[Any], name: str) -> tuple[str, str, 
     return row[0], row[1], row[2]
 
 
+async def is_proven(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether each tenant's rows depend on its own alone, and its tenants query lists all whose rows there are."""
+    return bool(await _first(connection, "SELECT listener.is_by_tenant(%s)", view))
+
+
 async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list[str | None]:
     """The tenants that cannot be computed alone."""
     cursor = await connection.execute("SELECT d.tenant FROM listener.differing_tenants(%s) d", (view,))
@@ -192,7 +197,7 @@ async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list
 
 async def unfilled(connection: AsyncConnection[Any], view: str) -> list[str]:
     """The keys that no refresh has filled yet."""
-    cursor = await connection.execute("SELECT u FROM listener.unfilled(%s) u", (view,))
+    cursor = await connection.execute("SELECT u FROM listener.unfilled_keys(%s) u", (view,))
     return [row[0] for row in await cursor.fetchall()]
 
 

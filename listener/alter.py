@@ -6,22 +6,26 @@ interrupted run left is taken back by the next.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import psycopg
 from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
-from listener import operations, queries
-from listener.errors import SetupError
+from listener import fill as filling
+from listener import queries
+from listener.dead_letters import RetryPolicy
+from listener.fill import Progress
 from listener.swap import PATIENCE, Swapped, Tell, swapped
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
+Connect = Callable[[], AbstractAsyncContextManager["AsyncConnection[Any]"]]
 CASTS = {"key_columns": "name[]", "depends_on": "regclass[]", "max_age": "interval"}
 
 
@@ -57,7 +61,7 @@ async def begun(connection: AsyncConnection[Any], view: str, arguments: dict[str
         yield beside
     except BaseException:
         # Not cut short where the command was: what is beside would cost its refreshes until the next alteration.
-        with suppress(psycopg.Error):
+        with anyio.CancelScope(shield=True), suppress(psycopg.Error):
             await abort(connection, view)
         raise
 
@@ -67,14 +71,18 @@ async def abort(connection: AsyncConnection[Any], view: str) -> None:
     await connection.execute("SELECT listener.abort_alter(%s)", (view,))
 
 
-async def fill(connection: AsyncConnection[Any], beside: str) -> AsyncIterator[tuple[int, int]]:
-    """Fills the new target, tenant by tenant; keys done, and all. Raises psycopg.Error, SetupError."""
-    async for done, total, result in operations.refresh_all(connection, beside):
-        if isinstance(result, operations.Failed):
-            raise result.error
-        if result is not None and result.outcome != "refreshed":
-            raise SetupError(f"{beside} was not filled: a key is {result.outcome}.", hint="Run it again.")
-        yield done, total
+async def fill(connect: Connect, beside: str, policy: RetryPolicy) -> AsyncGenerator[Progress]:
+    """Fills the new target, beside the service where that runs; yields progress, and is to be closed.
+
+    `connect` gives an autocommit connection. Raises psycopg.Error of the first key that fails.
+    """
+    failed: list[psycopg.Error] = []
+    steps = filling.fill(connect, beside, policy=policy, on_failure=lambda _key, error: failed.append(error))
+    async with aclosing(steps):
+        async for step in steps:
+            if failed:
+                raise failed[0]
+            yield step
 
 
 async def column_changes(connection: AsyncConnection[Any], view: str) -> list[DictRow]:

@@ -64,24 +64,32 @@ async def _examined(settings: Settings) -> AsyncIterator[Finding]:
                 async for finding in _listening(connection, settings):
                     yield finding
             if broken is None:
-                async for finding in _asked(connection, settings):
+                async for finding in _asked(connection, settings, may_plan=reads_only is None):
                     yield finding
     except (psycopg.Error, SetupError) as error:
         yield unusable(error, url, settings)
 
 
-async def _asked(connection: Connection, settings: Settings) -> AsyncIterator[Finding]:
+async def _asked(connection: Connection, settings: Settings, *, may_plan: bool) -> AsyncIterator[Finding]:
     """What the database says of itself. A check that cannot be made is a finding: rights may be what is missing."""
     most = connections.most(settings)
+    distrusted: list[str] = []
     for check, ask in (
         ("rights", queries.state_findings),
         ("capture", queries.capture_findings),
         ("progress", queries.progress_findings),
         ("server", partial(queries.server_findings, replica_connections=most)),
+        # Without what its rights and policies should be, a view is not planned as it should be.
+        ("scope", partial(queries.scope_findings, left_out=distrusted)),
     ):
+        if check == "scope" and not may_plan:
+            continue  # it takes temporary tables
         try:
             for row in await ask(connection):
-                yield Finding(**row)
+                finding = Finding(**row)
+                if finding.view and finding.level != "ok" and finding.check in {"rights", "row security", "view"}:
+                    distrusted += finding.view.split(", ")
+                yield finding
         except psycopg.errors.InsufficientPrivilege as error:
             problem = f"it cannot be asked: {error.diag.message_primary}."
             yield Finding(check, "error", None, f"the check of {check}", problem, "listener migrate")

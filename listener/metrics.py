@@ -55,6 +55,18 @@ class Metrics:
             "Sources whose triggers were not as they should be, and were mended.",
             registry=r,
         )
+        self.verified = Counter(
+            "listener_verified",
+            "Keys compared with their definition in the background, by what came of it.",
+            ["outcome"],
+            registry=r,
+        )
+        self.drift = Counter(
+            "listener_drift",
+            "Keys whose target differed from its definition without a change that explains it, and were refreshed.",
+            ["view"],
+            registry=r,
+        )
         self.change_log_rows = Gauge("listener_change_log_rows", "Rows of the change log, an estimate.", registry=r)
         self.oldest_transaction_age = Gauge(
             "listener_oldest_transaction_age_seconds",
@@ -79,5 +91,7 @@ class Metrics:
         for gauge in gauges:
             gauge.clear()
         for view in views:
+            # From the first look on it is 0, so that its first rise is seen.
+            self.drift.labels(view["view"])
             for gauge, value in zip(gauges, ("dirty_keys", "oldest_dirty_age", "dead_letters", "paused"), strict=True):
                 gauge.labels(view["view"]).set(view[value])

@@ -255,6 +255,13 @@ async def view_name(connection: AsyncConnection[Any], view: str) -> str:
     return str(row[0])
 
 
+async def forget(connection: AsyncConnection[Any], tenant: str, view: str | None) -> list[DictRow]:
+    """listener.forget: what was deleted in each view, and in the end what belongs to none."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.forget(%s, %s)", (tenant, view))
+        return await cursor.fetchall()
+
+
 async def is_paused(connection: AsyncConnection[Any], view: str) -> bool:
     """Whether the view is paused. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (
@@ -349,6 +356,31 @@ async def explain_key(connection: AsyncConnection[Any], view: str, tenant: str) 
         return row
 
 
+async def next_keys(
+    connection: AsyncConnection[Any], after_view: int | None, after_tenant: str, keys: int, slowest: float
+) -> list[tuple[int, str, str]]:
+    """listener.next_keys: view id, view and tenant of the keys to compare next; `slowest` in seconds."""
+    cursor = await connection.execute(
+        "SELECT view_id, view_name, tenant FROM listener.next_keys(%s, %s, %s, make_interval(secs => %s))",
+        (after_view, after_tenant, keys, slowest),
+    )
+    return await cursor.fetchall()
+
+
+async def check_drift(connection: AsyncConnection[Any], view: str, tenant: str, within: float) -> DictRow:
+    """listener.check_drift for one key, with a timeout of its own, in seconds. Raises psycopg.Error."""
+    # Together, since a timeout counts from the beginning of a statement, and behind a pooler each has the session's.
+    statements = sql.SQL(
+        "SELECT set_config('statement_timeout', {}, true); SELECT * FROM listener.check_drift({}, {})"
+    ).format(sql.Literal(f"{within * 1000:.0f}"), sql.Literal(view), sql.Literal(tenant))
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(statements, prepare=False)
+        cursor.nextset()
+        row = await cursor.fetchone()
+        assert row is not None
+        return row
+
+
 async def explain_upstream(connection: AsyncConnection[Any], view: str, tenant: str) -> list[DictRow]:
     """listener.explain_upstream for one key: the keys whose change it has yet to see."""
     async with connection.cursor(row_factory=dict_row) as cursor:
@@ -363,7 +395,7 @@ async def readiness(connection: AsyncConnection[Any]) -> list[str]:
 
 
 async def state_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
-    """What listener.state_findings() says, as the next three do: check, level, view, object, problem, mend."""
+    """What listener.state_findings() says, as the next four do: check, level, view, object, problem, mend."""
     return await _found(connection, "SELECT * FROM listener.state_findings()")
 
 
@@ -380,6 +412,14 @@ async def progress_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
 async def server_findings(connection: AsyncConnection[Any], replica_connections: int) -> list[DictRow]:
     """The server's settings; a replica opens so many connections at the most."""
     return await _found(connection, "SELECT * FROM listener.server_findings(%s)", replica_connections)
+
+
+async def scope_findings(connection: AsyncConnection[Any], left_out: list[str]) -> list[DictRow]:
+    """Whether refreshes of all other views read one tenant's rows, by an index.
+
+    Takes temporary tables, which are gone afterwards.
+    """
+    return await _found(connection, "SELECT * FROM listener.scope_findings(%s)", left_out)
 
 
 async def _found(connection: AsyncConnection[Any], query: LiteralString, *given: object) -> list[DictRow]:

@@ -22,7 +22,7 @@ import anyio
 import psycopg
 import structlog
 
-from listener import backends, changes, connections, dead_letters, queries, startup, sweep, web
+from listener import backends, changes, connections, dead_letters, drift, queries, startup, sweep, web
 from listener.debounce import Debouncer
 from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, public_reason, reason
 from listener.metrics import Metrics
@@ -82,6 +82,7 @@ class Service:
             on_outcome(change, outcome)
 
         self.workers = Workers(self._connection, self.debouncer, self.metrics, policy, refreshed)
+        self.verifying = drift.Rounds(settings.verify_keys, settings.sweep_interval.total_seconds(), self.metrics)
         self.port = 0
         # Why the database could not be used yet; None once it could.
         self._waits_for: str | None = "starting: the database has not answered yet"
@@ -235,6 +236,8 @@ class Service:
             await self.drainer.heed_installation()
             async with self._connection() as connection:
                 await self._look_after(connection)
+                if await self.verifying.go_on(connection):
+                    self.drainer.bell.ring()
         except DATABASE_TROUBLE as error:
             self._sweep_trouble = [f"the last sweep failed: {public_reason(error)}"]
             log.warning("sweep failed; the next one tries again", reason=reason(error))

@@ -122,6 +122,12 @@ class Settings(BaseSettings):
     retry_quarantined: LongDuration = Field(
         default=timedelta(minutes=5), description="how often a dead-lettered key is tried"
     )
+    verify_keys: int = Field(
+        default=10,
+        ge=0,
+        le=6000,
+        description="keys a minute that a replica compares with their definition in the background; 0: none",
+    )
     letters_kept: LongDuration = Field(default=timedelta(days=30), description="how long closed dead letters are kept")
 
     http_host: str = Field(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import psycopg
 
+from listener import operations
 from listener.backoff import Backoff
 from listener.errors import SetupError, from_database
 
@@ -56,6 +57,12 @@ async def swapped(
             delay = backoff.next_delay()
             tell(f"the swap gives way: {from_database(error)} Again in {delay:.1f} s")
             await anyio.sleep(delay)
+        except psycopg.errors.ObjectNotInPrerequisiteState:
+            # A tenant that was not there when the others were filled.
+            await connection.execute("SELECT listener.resume(%s)", (view,))
+            cursor = await connection.execute("SELECT t FROM listener.unfilled(%s) t", (view,))
+            for (tenant,) in await cursor.fetchall():
+                await operations.refresh_one(connection, view, tenant)
         except psycopg.Error:
             with suppress(psycopg.Error):
                 await connection.execute("SELECT listener.resume(%s)", (view,))

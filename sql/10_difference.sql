@@ -142,10 +142,10 @@ $difference$, listener.difference_statement(view)) END);
 END
 $function$;
 
--- comparison_statement(view): counts the rows that only the definition has, and those that only the target has, for
--- tenant $1, in one snapshot. Sums of floats depend on the order of addition: columns of float type are rounded to
--- twelve digits, so that verify does not report noise. Raises LSN03 where the target lacks a column.
-CREATE OR REPLACE FUNCTION listener.comparison_statement(view listener.managed_view) RETURNS text
+-- compared_rows(view): the rows of tenant $1 that the definition returns, `fresh`, and those that the target has, `held`.
+-- Sums of floats depend on the order of addition: columns of float type are rounded to twelve digits, so that verify does
+-- not report noise. Raises LSN03 where the target lacks a column.
+CREATE OR REPLACE FUNCTION listener.compared_rows(view listener.managed_view) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target regclass := format('%I.%I', view.target_schema, view.target_name)::regclass;
@@ -165,10 +165,17 @@ BEGIN
     INTO compared FROM listener.images(target, definition::regclass) i;
     RETURN format($sql$
 WITH fresh AS MATERIALIZED (SELECT %1$s FROM %2$s WHERE %4$s),
-     held AS MATERIALIZED (SELECT %1$s FROM %3$s WHERE %4$s)
+     held AS MATERIALIZED (SELECT %1$s FROM %3$s WHERE %4$s)$sql$,
+        compared, definition, target, mine);
+END
+$function$;
+
+-- comparison_statement(view): counts the rows that only the definition has, and those that only the target has, for
+-- tenant $1, in one snapshot. Raises as compared_rows().
+CREATE OR REPLACE FUNCTION listener.comparison_statement(view listener.managed_view) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format($sql$%s
 SELECT (SELECT pg_catalog.count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
        (SELECT pg_catalog.count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e),
-       (SELECT pg_catalog.count(*) FROM held), listener.is_stale(%5$s, $1)$sql$,
-        compared, definition, target, mine, view.id);
-END
+       (SELECT pg_catalog.count(*) FROM held), listener.is_stale(%s, $1)$sql$, listener.compared_rows(view), view.id)
 $function$;

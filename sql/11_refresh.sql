@@ -51,7 +51,9 @@ BEGIN
     WHERE r.ctid = (SELECT s.ctid FROM listener.refresh_state s
                     WHERE s.view_id = record_refresh.view_id AND s.tenant = record_refresh.tenant
                     ORDER BY s.refreshed_at DESC NULLS LAST LIMIT 1);
-    IF NOT FOUND THEN
+    -- Of a key that no drain found, with no rows and no record before, none is kept: the tenant may be forgotten, and
+    -- somebody held its key.
+    IF NOT FOUND AND record_refresh.version + record_refresh.inserted + record_refresh.updated + record_refresh.deleted > 0 THEN
         INSERT INTO listener.refresh_state
             (view_id, tenant, refreshed_version, started_at, refreshed_at, duration, inserted, updated, deleted,
              correlation_id)

@@ -144,9 +144,9 @@ $function$;
 -- carried(old, new, kind, keys, written, grants): the statements that give `new`, a relation beside `old` that is still
 -- empty, what `old` has: owner, storage options, indexes, statistics, comments, and these grants.
 --   kind      'r' a table, 'm' a materialized view
---   keys      the columns of the unique index that `new` has already: one of `old` on the same ones is that. A table of
---             ours has no other unique index (one statement deletes, updates and inserts, in no order): the others are
---             made without being unique
+--   keys      the columns of the unique index that `new` has already: the first of `old` on the same ones is that, and
+--             must bear the name below. A table of ours has no other unique index (one statement deletes, updates and
+--             inserts, in no order): the others are made without being unique
 --   written   indexes that are to be made otherwise than `old` has them: name -> {"unique", "rest"}
 -- Indexes and statistics get the name listener_new_<oid of the old one>, which swap() replaces by the old one's.
 CREATE OR REPLACE FUNCTION listener.carried(
@@ -158,9 +158,10 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old
     ), indexes AS (
         SELECT i.id, i.name, coalesce((written -> i.name ->> 'unique')::boolean, i.is_unique) AS is_unique,
-               coalesce(written -> i.name ->> 'rest', i.rest) AS rest
-        FROM listener.indexes_of(old) i
-        WHERE i.name NOT LIKE 'listener\_key\_%' AND NOT (kind = 'r' AND i.is_key AND i.columns = keys)
+               coalesce(written -> i.name ->> 'rest', i.rest) AS rest,
+               coalesce(kind = 'r' AND i.id = (SELECT min(k.id) FROM listener.indexes_of(old) k
+                                               WHERE k.is_key AND k.columns = keys), false) AS is_there
+        FROM listener.indexes_of(old) i WHERE i.name NOT LIKE 'listener\_key\_%'
     ), statements (ord, part, statement) AS (
         SELECT 1, 0::bigint, format('ALTER TABLE %s OWNER TO %I', new, c.owner) FROM class c
         UNION ALL
@@ -192,7 +193,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         UNION ALL
         SELECT 5, i.id::bigint, format('CREATE %sINDEX %I ON %s USING %s',
                                        CASE WHEN i.is_unique AND kind = 'm' THEN 'UNIQUE ' END, 'listener_new_' || i.id, new, i.rest)
-        FROM indexes i
+        FROM indexes i WHERE NOT i.is_there
         UNION ALL
         SELECT 6, x.id::bigint, s.statement
         FROM class c CROSS JOIN indexes x JOIN pg_class i ON i.oid = x.id JOIN pg_index p ON p.indexrelid = x.id
@@ -211,20 +212,45 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                    format('CREATE STATISTICS %I.%I ', n.nspname, 'listener_new_' || e.oid)), ' FROM ' || old, ' FROM ' || new)
         FROM pg_statistic_ext e JOIN pg_namespace n ON n.oid = e.stxnamespace WHERE e.stxrelid = old
         UNION ALL
-        SELECT 8, d.objsubid, CASE d.objsubid
+        SELECT 8, e.oid::bigint, format('ALTER STATISTICS %I.%I %s', n.nspname, 'listener_new_' || e.oid, w.what)
+        FROM pg_statistic_ext e JOIN pg_namespace n ON n.oid = e.stxnamespace
+        CROSS JOIN LATERAL (
+            SELECT format('OWNER TO %I', pg_get_userbyid(e.stxowner)) WHERE pg_has_role(e.stxowner, 'USAGE')
+            UNION ALL
+            SELECT format('SET STATISTICS %s', e.stxstattarget) WHERE e.stxstattarget >= 0) AS w (what)
+        WHERE e.stxrelid = old
+        UNION ALL
+        SELECT 9, d.objsubid, CASE d.objsubid
             WHEN 0 THEN format('COMMENT ON %s %s IS %L', c.word, new, d.description)
             ELSE format('COMMENT ON COLUMN %s.%I IS %L', new, a.attname, d.description) END
         FROM class c JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid
         LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.objsubid AND d.objsubid > 0
         WHERE NOT (d.objsubid = 0 AND d.description LIKE 'Kept fresh by listener from listener.definition\_%')
         UNION ALL
-        SELECT 9, i.id::bigint, format('COMMENT ON INDEX %I.%I IS %L', c.nspname, 'listener_new_' || i.id, d.description)
+        SELECT 10, i.id::bigint, format('COMMENT ON INDEX %I.%I IS %L', c.nspname, 'listener_new_' || i.id, d.description)
         FROM class c CROSS JOIN indexes i JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = i.id
         UNION ALL
-        SELECT 10, g.ord, g.statement FROM class c
+        SELECT 11, g.ord, g.statement FROM class c
         CROSS JOIN LATERAL listener.granted(grants, new, c.owner) WITH ORDINALITY AS g (statement, ord)
     )
     SELECT s.statement FROM statements s ORDER BY s.ord, s.part, s.statement
+$function$;
+
+-- name_key_index(old, new, view_id): gives the index that a new target has already the name that swap() replaces by that of
+-- the first of `old` on the same columns; or, where there is none, listener_key_<view id>, which is never handed on.
+CREATE OR REPLACE FUNCTION listener.name_key_index(old regclass, new regclass, view_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    own record;
+    schema name := (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = new);
+BEGIN
+    SELECT i.* INTO own FROM listener.indexes_of(new) i ORDER BY i.id LIMIT 1;
+    IF FOUND THEN
+        EXECUTE format('ALTER INDEX %I.%I RENAME TO %I', schema, own.name, coalesce(
+            (SELECT 'listener_new_' || i.id FROM listener.indexes_of(old) i
+             WHERE own.is_key AND i.is_key AND i.columns = own.columns ORDER BY i.id LIMIT 1), 'listener_key_' || view_id));
+    END IF;
+END
 $function$;
 
 -- swapping(old, new): the statements of the swap itself, in their order. `new` is the name of a relation in the schema of

@@ -60,24 +60,13 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.check_sources(relation regclass) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    stored regclass := (SELECT r.id FROM listener.read_by(relation) r JOIN pg_class c ON c.oid = r.id
-                        WHERE c.relkind = 'm' LIMIT 1);
+    stored regclass := (SELECT i.relid FROM listener.tenant_inputs(relation, NULL) i WHERE i.relkind = 'm' LIMIT 1);
 BEGIN
     IF stored IS NOT NULL THEN
         RAISE EXCEPTION '% reads the materialized view %, whose changes fire no trigger', relation, stored
             USING ERRCODE = 'LSN03', HINT = 'Adopt that one first, or have this one read what that one does.';
     END IF;
 END
-$function$;
-
--- read_by(relation): what a materialized view reads, through views.
-CREATE OR REPLACE FUNCTION listener.read_by(relation regclass) RETURNS TABLE (id oid)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT DISTINCT s.id
-    FROM pg_rewrite w
-    JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid AND d.refclassid = 'pg_class'::regclass
-    CROSS JOIN LATERAL (SELECT d.refobjid AS id UNION SELECT r.relid FROM listener.reads(d.refobjid::regclass) r) AS s
-    WHERE w.ev_class = relation AND s.id <> relation
 $function$;
 
 -- adopted_key(relation, key_columns, tenant_column): the key that a target of this materialized view has: the tenant
@@ -121,7 +110,6 @@ DECLARE
     keys name[];
     zone text := coalesce(timezone, listener.default_time_zone());
     statement text;
-    key_index record;
 BEGIN
     PERFORM listener.lock_registration();
     PERFORM listener.check_swappable(old), listener.check_sources(old);
@@ -154,12 +142,7 @@ BEGIN
     RETURNING v.* INTO managed;
     PERFORM listener.check_same_columns(old, beside::regclass);
     PERFORM listener.revoke_defaults(beside::regclass);
-    SELECT i.* INTO key_index FROM listener.indexes_of(beside::regclass) i;
-    IF FOUND THEN
-        EXECUTE format('ALTER INDEX %I.%I RENAME TO %I', class.nspname, key_index.name, coalesce(
-            (SELECT 'listener_new_' || i.id FROM listener.indexes_of(old) i
-             WHERE key_index.is_key AND i.is_key AND i.columns = key_index.columns ORDER BY i.id LIMIT 1), 'listener_key_' || managed.id));
-    END IF;
+    PERFORM listener.name_key_index(old, beside::regclass, managed.id);
     FOREACH statement IN ARRAY ARRAY(
         SELECT s FROM listener.carried(old, beside, 'r', managed.key_columns, '{}', listener.only_select(listener.grants_of(old))) s)
     LOOP
@@ -296,7 +279,7 @@ BEGIN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
     END IF;
-    SELECT count(*) INTO unfilled FROM listener.unfilled(managed.name);
+    unfilled := listener.unfilled(managed);
     IF unfilled > 0 THEN
         RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, managed.name
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
@@ -311,12 +294,16 @@ BEGIN
 END
 $function$;
 
--- unfilled(view): its keys that no refresh has filled yet.
-CREATE OR REPLACE FUNCTION listener.unfilled(view text) RETURNS SETOF text
+-- unfilled_keys(view): its keys that no refresh has filled yet. unfilled(view): how many.
+CREATE OR REPLACE FUNCTION listener.unfilled_keys(view text) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT t FROM listener.tenants(view) t
     WHERE NOT EXISTS (SELECT FROM listener.refresh_state r
                       WHERE r.view_id = (listener.find_view(view)).id AND r.tenant = t AND r.refreshed_at IS NOT NULL)
+$function$;
+CREATE OR REPLACE FUNCTION listener.unfilled(view listener.managed_view) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT count(*) FROM listener.unfilled_keys(view.name)
 $function$;
 
 -- abort_adoption(view): takes back what begin_adoption() or begin_unadoption() made beside what is in place, which stays
@@ -514,6 +501,32 @@ BEGIN
 END
 $function$;
 
+-- is_by_tenant(view): while a view is being adopted, whether it is proven that a tenant's rows depend on that tenant's rows
+-- alone (see tenant_scope()), the view lists every tenant that the materialized view has, and no row-level security may
+-- show the service other rows than the materialized view's owner. Costs next to nothing; where it says no,
+-- differing_tenants() knows.
+CREATE OR REPLACE FUNCTION listener.is_by_tenant(view text) RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+    adoption listener.adoption := listener.find_adoption(view, '{filling}');
+    unlisted boolean;
+    proven boolean;
+BEGIN
+    SELECT bool_and(s.proven) INTO proven
+    FROM listener.tenant_scope(to_regclass('listener.definition_' || managed.id), managed.tenant_column, managed.tenant_type) s;
+    SELECT proven AND NOT bool_or(c.relrowsecurity) INTO proven
+    FROM listener.tenant_inputs(adoption.relid, managed.tenant_column) i JOIN pg_class c ON c.oid = i.relid;
+    IF (SELECT c.relispopulated FROM pg_class c WHERE c.oid = adoption.relid) THEN
+        EXECUTE format('SELECT EXISTS (SELECT m.%I::text FROM %s m EXCEPT SELECT listener.tenants(%L))', managed.tenant_column,
+                       adoption.relid::regclass, managed.name) INTO unlisted;
+    END IF;
+    PERFORM set_config('role', previous_role, true);
+    RETURN coalesce(proven AND NOT unlisted, false);
+END
+$function$;
+
 -- differing_tenants(view): while a view is being adopted, the tenants whose rows are others when they are computed alone,
 -- as refresh() does, than when the whole query is: a rank among all tenants, say, or a tenant that the tenants query does
 -- not list. No row: it can be refreshed by tenant. One snapshot for all of it, since each function called is STABLE.
@@ -525,10 +538,10 @@ DECLARE
     previous_role text := listener.become_owner();
 BEGIN
     RETURN QUERY
-    SELECT coalesce(t.tenant, w.tenant), coalesce(a.held, 0), coalesce(w.held, 0)
+    SELECT coalesce(a.tenant, w.tenant), coalesce(a.held, 0), coalesce(w.held, 0)
     FROM listener.whole_digests(view) w
-    FULL JOIN listener.tenants(view) AS t (tenant) ON t.tenant = w.tenant
-    LEFT JOIN LATERAL listener.tenant_digest(view, t.tenant) a ON t.tenant IS NOT NULL
+    FULL JOIN (SELECT t.tenant, d.held, d.digest FROM listener.tenants(view) AS t (tenant)
+               CROSS JOIN LATERAL listener.tenant_digest(view, t.tenant) d) a ON a.tenant = w.tenant
     WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)
     ORDER BY 1;
     PERFORM set_config('role', previous_role, true);
@@ -560,7 +573,7 @@ BEGIN
     SELECT 'key', k FROM unnest(keys) k
     UNION ALL
     SELECT 'source', o.name
-    FROM (SELECT DISTINCT t.relation::text FROM listener.read_by(old) r CROSS JOIN LATERAL listener.capture_tables(r.id) t
+    FROM (SELECT DISTINCT t.relation::text FROM listener.tenant_inputs(old, NULL) i CROSS JOIN LATERAL listener.capture_tables(i.relid) t
           ORDER BY 1) AS o (name)
     UNION ALL
     SELECT 'lock', l.view::text FROM listener.dependent_views(old) l

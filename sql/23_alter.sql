@@ -65,7 +65,7 @@ BEGIN
     WHERE (v.target_schema, v.target_name) = (managed.target_schema, ('listener_alter_' || managed.id)::name)
     RETURNING v.* INTO beside;
     PERFORM listener.check_readers(managed, old, new::regclass);
-    PERFORM listener.revoke_defaults(new::regclass);
+    PERFORM listener.revoke_defaults(new::regclass), listener.name_key_index(old, new::regclass, beside.id);
     FOR statement IN SELECT s FROM listener.carried(old, new, 'r', beside.key_columns, '{}', listener.grants_of(old)) s LOOP
         BEGIN
             EXECUTE statement;
@@ -191,8 +191,8 @@ $function$;
 -- finish_alter(view): puts the new target in the place of the old one, in one transaction: name, readers, the views on top
 -- and the managed views that read it, whose tenants are all marked dirty. The adoption of the view, if it was adopted,
 -- is the new one's.
--- Returns how long readers were locked out. Raises lock_not_available, having done nothing: try again; LSN03 while a tenant
--- was not filled yet, and where something is tied to the target by now.
+-- Returns how long readers were locked out. Raises lock_not_available, having done nothing: try again;
+-- object_not_in_prerequisite_state while a tenant was not filled yet; LSN03 where something is tied to the target by now.
 CREATE OR REPLACE FUNCTION listener.finish_alter(view text) RETURNS interval
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -201,7 +201,7 @@ DECLARE
     beside listener.managed_view := listener.altered(managed);
     old regclass := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
     new regclass := to_regclass(format('%I.%I', beside.target_schema, beside.target_name));
-    unfilled bigint := listener.unfilled(beside);
+    unfilled bigint := (SELECT count(*) FROM listener.unfilled(beside.name));
     source_ids integer[] := ARRAY(SELECT s.id FROM listener.source s WHERE s.relid = old);
     locked interval;
 BEGIN
@@ -209,8 +209,8 @@ BEGIN
     IF old IS NULL OR new IS NULL THEN
         RAISE EXCEPTION 'a target of % is gone', managed.name USING ERRCODE = 'LSN03', HINT = 'SELECT listener.abort_alter(view).';
     ELSIF unfilled > 0 THEN
-        RAISE EXCEPTION '% of % was not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, beside.name
-            USING ERRCODE = 'LSN03', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
+        RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, beside.name
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
     END IF;
     -- What capture has of the old target's row type would stand in the way.
     PERFORM listener.drop_capture(s) FROM unnest(source_ids) s;

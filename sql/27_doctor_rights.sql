@@ -407,3 +407,37 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         FROM aclexplode(t.relacl) a
         WHERE a.privilege_type = 'SELECT' AND a.grantee <> t.relowner AND a.grantee <> to_regrole(quote_ident(i.service_role))) g
 $function$;
+
+-- scope_findings(left_out): whether a refresh reads its tenant's rows alone and finds them by an index, as PostgreSQL plans
+-- it; see tenant_scope(). Runs as its caller and plans each view, which takes some 50 ms: doctor asks, /health/ready does not.
+--   left_out: views whose rights or policies are not as they should be, which says more than a plan made under them
+CREATE OR REPLACE FUNCTION listener.scope_findings(left_out text[] DEFAULT '{}')
+RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+#variable_conflict use_column
+DECLARE
+    managed listener.managed_view;
+BEGIN
+    FOR managed IN
+        SELECT v.* FROM listener.managed_view v
+        WHERE v.strategy = 'tenant' AND v.name <> ALL (left_out) AND to_regclass('listener.definition_' || v.id) IS NOT NULL
+        ORDER BY v.name
+    LOOP
+        RETURN QUERY
+        SELECT 'scope', CASE WHEN s.proven AND s.indexed AND s.advice IS NULL THEN 'ok' ELSE 'warning' END, managed.name,
+               coalesce(s.source::text, managed.name),
+               CASE WHEN NOT s.proven THEN format('%s may read other tenants'' rows of it: %s.', managed.name, s.advice)
+                    WHEN s.advice IS NULL THEN format('%s reads one tenant''s rows of it, by an index', managed.name)
+                    ELSE format('%s: %s.', managed.name, split_part(s.advice, ': ', 1)) END,
+               CASE WHEN s.advice IS NOT NULL THEN coalesce(substring(s.advice FROM '(?:CREATE INDEX|SELECT listener\.).*$') || ';',
+                    format('listener views alter %s --query FILE', listener.shell_word(managed.name))) END
+        FROM (SELECT t.source, bool_and(t.proven) AS proven, bool_and(t.indexed) AS indexed,
+                     coalesce(min(t.advice) FILTER (WHERE NOT t.proven), min(t.advice)) AS advice
+              FROM listener.tenant_scope(to_regclass('listener.definition_' || managed.id), managed.tenant_column,
+                                         managed.tenant_type) t
+              -- What depends_on says was asked for when the view was made.
+              WHERE t.source IS NOT NULL OR managed.depends_on IS NULL
+              GROUP BY t.source) s;
+    END LOOP;
+END
+$function$;

@@ -213,4 +213,9 @@ SERVER = {
         "server", "warning", "listener_service", "connection limit is 4, and a replica needs up to 8",
     ),
 }  # fmt: skip
-HARMS = CAPTURE | RIGHTS | TOO_MUCH | ROW_SECURITY | SERVER
+SCOPE = {
+    "the tenants' index": Harm(
+        "DROP INDEX shop.orders_tenant_id_idx", "scope", "warning", "shop.orders", "is read whole for each tenant"
+    ),
+}
+HARMS = CAPTURE | RIGHTS | TOO_MUCH | ROW_SECURITY | SERVER | SCOPE

@@ -33,7 +33,7 @@ VIEWS: LiteralString = """
 """
 # What an adoption under way could leave behind.
 LEFTOVERS: LiteralString = """
-    SELECT c.oid::regclass::text FROM pg_class c WHERE c.relname LIKE 'listener\\_new\\_%' OR c.relname LIKE 'listener\\_old\\_%'
+    SELECT c.oid::regclass::text FROM pg_class c WHERE c.relname ~ '^listener_(new|old)_'
     UNION ALL SELECT 'adoption of ' || relation_name FROM listener.adoption WHERE state <> 'adopted'
     UNION ALL SELECT 'trigger ' || tgname FROM pg_trigger WHERE tgname LIKE 'listener\\_%'
                                                             AND NOT EXISTS (SELECT FROM listener.source)
@@ -50,7 +50,9 @@ async def likeness(superuser: AsyncConnection[Any], relation: str) -> dict[str, 
         "owner": await one(
             superuser, "SELECT relowner::regrole::text FROM pg_class WHERE oid = %s::regclass", relation
         ),
-        "options": await one(superuser, "SELECT reloptions FROM pg_class WHERE oid = %s::regclass", relation),
+        "options": await rows(
+            superuser, "SELECT unnest(reloptions) FROM pg_class WHERE oid = %s::regclass ORDER BY 1", relation
+        ),
         "views": await rows(superuser, VIEWS),
     }
 

@@ -52,13 +52,20 @@ def unadopt(database: Database, name: str, *options: str) -> subprocess.Complete
     return listener("unadopt", name, *options, url=database.url("listener_migrator"))
 
 
+def psql(database: Database, script: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script as somebody who may change views, to its first error."""
+    command = [database.server.psql, "-X", "-v", "ON_ERROR_STOP=1", "-f", str(script)]
+    return subprocess.run([*command, database.url("listener_migrator")], capture_output=True, text=True, check=False)
+
+
 async def exact(database: Database) -> bool:
     """Whether every target equals its definition and no change is under way; as the service sees it."""
     async with database.connect("listener_service") as service:
         unlike = await rows(
             service,
             """
-            SELECT v.name, t, c.* FROM listener.managed_view v, listener.tenants(v.name) t, listener.compare(v.name, t) c
+            SELECT v.name, t, c.*
+            FROM listener.managed_view v, listener.tenants(v.name) t, listener.compare(v.name, t) c
             WHERE c.missing + c.extra > 0 OR c.stale
             """,
         )
@@ -66,7 +73,7 @@ async def exact(database: Database) -> bool:
 
 
 async def as_the_owner_computes(superuser: AsyncConnection[Any], view: str, target: LiteralString) -> list[Any]:
-    """The rows by which a target differs from its query, computed whole by one whom row-level security does not bind."""
+    """The rows by which a target differs from its query, computed as a whole by one who sees all rows."""
     query = await one(
         superuser,
         """
@@ -136,8 +143,8 @@ async def test_an_index_on_the_key_is_the_targets_own_under_its_name(stranger: D
     adopt(stranger, BY_TENANT, *LIST)
     async with stranger.connect() as superuser:
         assert await one(superuser, "SELECT pg_get_indexdef('reporting.invoice_totals_key'::regclass)") == (
-            "CREATE UNIQUE INDEX invoice_totals_key ON reporting.invoice_totals USING btree (tenant_id, month, currency)"
-            " NULLS NOT DISTINCT"
+            "CREATE UNIQUE INDEX invoice_totals_key ON reporting.invoice_totals "
+            "USING btree (tenant_id, month, currency) NULLS NOT DISTINCT"
         )
         assert (
             await one(superuser, "SELECT count(*) FROM pg_index WHERE indrelid = 'reporting.invoice_totals'::regclass")
@@ -160,6 +167,47 @@ async def test_what_is_no_tenants_alone_stays_a_materialized_view_and_says_why(s
         assert unadopt(stranger, name).returncode == 0
         assert (await likeness(superuser, name))["indexes"] == before["indexes"]
         assert await kind(superuser, name) == "m"
+
+
+async def test_rows_that_a_policy_hides_from_the_service_are_missed_before_the_swap(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            CREATE POLICY large ON billing.invoices AS RESTRICTIVE FOR SELECT TO listener_service USING (amount < 900)
+            """
+        )
+        adopted = adopt(stranger, BY_TENANT, *LIST)
+        assert "not by tenant: computed alone, other rows come out for 00000000-" in adopted.stderr
+        assert await kind(superuser, BY_TENANT) == "m"
+
+
+async def test_tenants_that_the_tenants_query_does_not_list_are_missed_before_the_swap(stranger: Database) -> None:
+    refused = adopt(stranger, BY_TENANT, "--tenants-query", f"{TENANTS_QUERY} LIMIT 3", "--strategy", "tenant")
+    assert f"computed alone, other rows come out for {TENANTS[3]}" in refused.stderr
+
+
+@pytest.mark.parametrize("listed", ["SELECT DISTINCT tenant_id FROM billing.visits", "SELECT 1"])
+async def test_what_the_planner_proves_is_not_computed_twice_if_all_tenants_are_listed(
+    stranger: Database, listed: str
+) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE TABLE billing.visits (tenant_id bigint, day date);
+            INSERT INTO billing.visits VALUES (1, '2026-01-01'), (1, '2026-01-01'), (2, '2026-01-01');
+            CREATE MATERIALIZED VIEW reporting.visits AS
+            SELECT tenant_id, day, count(*) FROM billing.visits GROUP BY 1, 2;
+            GRANT SELECT ON billing.visits TO listener_service;
+            RESET ROLE
+            """
+        )
+        adopted = adopt(stranger, "reporting.visits", "--tenants-query", listed, "--strategy", "tenant")
+        if listed == "SELECT 1":
+            assert "computed alone, other rows come out for 2" in adopted.stderr
+        else:
+            assert adopted.returncode == 0, adopted.stderr
+            assert "PostgreSQL's planner shows" in adopted.stderr
 
 
 async def test_without_row_level_security_a_view_without_tenants_is_adopted_as_a_whole(stranger: Database) -> None:
@@ -265,11 +313,7 @@ async def test_a_dry_run_changes_nothing_and_its_script_does_the_same(stranger: 
         for script in (shown.stdout, None):
             text = unadopt(stranger, BY_TENANT, "--dry-run").stdout if script is None else script
             (tmp_path / "script.sql").write_text(text)
-            done = subprocess.run(
-                [stranger.server.psql, "-X", "-v", "ON_ERROR_STOP=1", "-f", str(tmp_path / "script.sql"),
-                 stranger.url("listener_migrator")],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            done = psql(stranger, tmp_path / "script.sql")
             assert done.returncode == 0, done.stderr
             assert await kind(superuser, BY_TENANT) == ("m" if script is None else "r")
             async with stranger.connect("listener_service") as service:

@@ -12,6 +12,7 @@ from psycopg import AsyncConnection
 
 from command import listener
 from conftest import Database, eventually
+from listener import alter
 from shop import (
     ANNA,
     BERT,
@@ -62,7 +63,7 @@ async def shop(shop: Database) -> Database:
     return shop
 
 
-def alter(shop: Database, tmp_path: Path, query: str, *options: str) -> Any:
+def altered(shop: Database, tmp_path: Path, query: str, *options: str) -> Any:
     file = tmp_path / "query.sql"
     file.write_text(query)
     return listener("views", "alter", "sales", "--query", str(file), *options, url=shop.url("listener_migrator"))
@@ -86,7 +87,7 @@ async def traces(superuser: AsyncConnection[Any]) -> list[Any]:
 async def test_columns_come_and_go_and_everything_else_is_carried_over(
     shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], tmp_path: Path
 ) -> None:
-    done = alter(shop, tmp_path, CHANGED, "--yes")
+    done = altered(shop, tmp_path, CHANGED, "--yes")
     assert done.returncode == 0, done.stderr
     assert "column quantity removed: bigint" in done.stdout
     assert "column largest added: integer" in done.stdout
@@ -130,7 +131,7 @@ async def test_a_dry_run_compares_and_leaves_nothing(
     more = SALES.replace("sum(quantity)", "sum(quantity) + 1").replace(
         "FROM shop.orders", "FROM shop.orders WHERE product IS NOT NULL"
     )
-    tried = alter(shop, tmp_path, more, "--dry-run", "--json")
+    tried = altered(shop, tmp_path, more, "--dry-run", "--json")
     assert tried.returncode == 0, tried.stderr
     assert '"swapped": false' in tried.stdout
     for change in (f'{{"tenant_id": "{ANNA}", "added": 0, "removed": 0, "changed": 2}}',
@@ -162,7 +163,7 @@ async def test_what_goes_wrong_before_the_swap_leaves_the_view_as_it_was(
     refusal: str,
 ) -> None:
     before = await traces(superuser)
-    refused = alter(shop, tmp_path, query, "--yes")
+    refused = altered(shop, tmp_path, query, "--yes")
     assert refused.returncode == 1
     assert refusal in refused.stderr
     assert len([line for line in refused.stderr.splitlines() if line.startswith("listener:")]) == 1, refused.stderr
@@ -178,7 +179,7 @@ async def test_a_function_that_is_tied_to_the_rows_is_named_first(
 ) -> None:
     await superuser.execute("CREATE FUNCTION all_sales() RETURNS SETOF sales LANGUAGE sql AS 'SELECT * FROM sales'")
     before = await traces(superuser)
-    refused = alter(shop, tmp_path, CHANGED, "--yes")
+    refused = altered(shop, tmp_path, CHANGED, "--yes")
     assert "function public.all_sales()" in refused.stderr
     assert await traces(superuser) == before
 
@@ -242,7 +243,7 @@ async def test_it_is_not_finished_before_all_is_filled_and_begins_anew(
         with pytest.raises(psycopg.Error, match="is not being altered"):
             await migrator.execute("SELECT listener.finish_alter('sales')")
         await migrator.execute("SELECT listener.begin_alter('sales', %s)", (CHANGED,))
-        with pytest.raises(psycopg.Error, match="3 keys of listener_alter_1 was not filled yet"):
+        with pytest.raises(psycopg.Error, match="3 keys of listener_alter_1: not filled yet"):
             await migrator.execute("SELECT listener.finish_alter('sales')")
         beside = await one(migrator, "SELECT listener.begin_alter('sales', %s)", CHANGED)
         with pytest.raises(psycopg.Error, match="to take the place of another"):
@@ -258,7 +259,7 @@ async def test_a_view_that_others_read_is_altered_under_them(
     await superuser.execute("GRANT SELECT ON sales TO listener_service")
     await create_view(shop, "totals", "SELECT tenant_id, count(*) AS products FROM sales GROUP BY 1", ["tenant_id"])
     await settle(service)
-    done = alter(shop, tmp_path, CHANGED, "--yes")
+    done = altered(shop, tmp_path, CHANGED, "--yes")
     assert done.returncode == 0, done.stderr
     await settle(service)
     assert await rows(superuser, "SELECT tenant_id::text, products FROM totals ORDER BY 1") == [(ANNA, 1), (BERT, 1)]
@@ -268,7 +269,7 @@ async def test_a_view_that_others_read_is_altered_under_them(
     assert await one(superuser, "SELECT products FROM totals WHERE tenant_id = %s", ANNA) == 2
     assert await rows(service, "SELECT listener.readiness()") == []
     assert await rows(service, "SELECT source, outcome FROM listener.repair_capture()") == []
-    refused = alter(
+    refused = altered(
         shop, tmp_path, SALES.replace("tenant_id, product,", "tenant_id, product || '' AS product,"), "--yes"
     )
     assert refused.returncode == 0, "a column of the same type may be computed otherwise"
@@ -303,3 +304,29 @@ async def test_a_key_and_a_time_zone_alone_may_change_too(
     found = "SELECT key_columns::text[], time_zone, query FROM listener.managed_view"
     assert await rows(superuser, found) == [(["tenant_id", "product", "orders"], "Europe/Berlin", SALES)]
     assert await differences(superuser, "sales") == []
+
+
+async def test_a_tenant_that_comes_after_the_fill_is_filled_before_the_swap(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    newcomer = "44444444-4444-4444-8444-444444444444"
+    async with shop.connect("listener_migrator") as migrator:
+        async with alter.begun(migrator, "sales", {"query": CHANGED}) as beside:
+            await settle(service)
+            await superuser.execute("INSERT INTO shop.tenants VALUES (%s)", (newcomer,))
+            async with application(shop, newcomer) as app:
+                await order(app, newcomer, "n")
+            done = await alter.finish(migrator, "sales", beside, lambda _: None)
+        assert done.attempts == 1
+    assert await one(superuser, "SELECT product FROM sales WHERE tenant_id = %s", newcomer) == "n"
+
+
+async def test_whoever_is_cancelled_leaves_nothing_beside(shop: Database, superuser: AsyncConnection[Any]) -> None:
+    before = await traces(superuser)
+    async with shop.connect("listener_migrator") as migrator:
+        with anyio.CancelScope() as scope:
+            async with alter.begun(migrator, "sales", {"query": CHANGED}):
+                assert await one(superuser, "SELECT count(*) FROM listener.managed_view") == 2
+                scope.cancel()
+                await anyio.sleep_forever()
+    assert await traces(superuser) == before

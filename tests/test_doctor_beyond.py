@@ -93,7 +93,8 @@ async def test_a_nested_view_that_reads_one_more_table_is_found_before_the_sweep
         superuser,
         """
         CREATE OR REPLACE VIEW shop.busy_orders WITH (security_invoker = true) AS
-        SELECT * FROM shop.orders o WHERE EXISTS (SELECT FROM shop.payments p WHERE p.product = o.product)
+        SELECT * FROM shop.orders o WHERE EXISTS (
+            SELECT FROM shop.payments p WHERE p.tenant_id = o.tenant_id AND p.product = o.product)
         """,
     )
     found = await wrong(clean)
@@ -151,6 +152,18 @@ async def test_views_of_each_kind_over_a_strangers_tables_are_nothing_to_complai
         )
     assert await wrong(stranger) == []
     assert await wrong(stranger, OF_THE_OWNER) == []
+
+
+async def test_a_definition_that_reads_other_tenants_rows_is_told_with_how_to_write_it(
+    clean: Database, superuser: AsyncConnection[object]
+) -> None:
+    ranked = "SELECT tenant_id, id, rank() OVER (ORDER BY quantity, id) AS place FROM shop.orders"
+    await create_view(clean, "places", ranked, ["id"])
+    found = await wrong(clean)
+    assert told(found) == [("scope", "warning", "shop.orders")]
+    assert "PARTITION BY orders.tenant_id" in found[0].problem
+    assert await wrong(clean, OF_THE_OWNER) == found
+    assert await one(superuser, "SELECT count(*) FROM pg_class WHERE relpersistence = 't'") == 0
 
 
 async def test_a_key_that_nobody_refreshes_is_found_and_a_service_mends_it(

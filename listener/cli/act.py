@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from listener import console, errors, operations, queries
-from listener.cli.session import AnyView, Connection, Json, View, app, known_key, with_connection
-from listener.dead_letters import RetryPolicy
+from listener.cli.session import AnyView, Connection, Json, Tenant, View, app, known_key, retry_policy, with_connection
 from listener.operations import Failed
 from listener.refresh import Outcome
 from listener.settings import load
@@ -117,7 +116,7 @@ def sweep(as_json: Json = False) -> None:
     A key that fails is recorded as the service records it, and the others go on; exit 1 where one failed.
     """
     settings = load()
-    policy = RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
+    policy = retry_policy(settings)
 
     async def act(connection: Connection) -> None:
         tally = await _shown("sweep", operations.sweep_once(connection, policy), as_json=as_json)
@@ -156,5 +155,31 @@ def resume(view: AnyView = None) -> None:
     async def act(connection: Connection) -> None:
         await connection.execute("SELECT listener.resume(%s)", (view,))
         console.out.print(f"resumed: {view or 'all views'}")
+
+    with_connection(act, as_owner=True)
+
+
+@app.command()
+def forget(
+    tenant: Tenant,
+    view: Annotated[str | None, typer.Option("--view", help="only in this view; in all of them where left out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Deletes what is kept of a tenant that is no more: its rows of the targets, its keys, its dead letters, its log.
+
+    Refused while a view's tenants query lists it, or a view's query still returns rows of it: it would come back. So
+    delete it in your own tables first. Of messages about others it is struck out. What a view without tenants holds
+    follows from what it reads. Only vacuum takes deleted rows off the disk; logs of the service may name it, too.
+    """
+
+    async def act(connection: Connection) -> None:
+        rows = await queries.forget(connection, tenant, view)
+        if as_json:
+            console.print_json({"tenant_id": tenant, "forgotten": rows})
+            return
+        for row in rows:
+            what = row["view_name"] or "logs and letters of no view"
+            kept = f"{console.count(row['rows_deleted'], 'row')}, " if row["view_name"] else ""
+            console.out.print(f"{what}: {kept}{console.count(row['records'], 'record')}")
 
     with_connection(act, as_owner=True)

@@ -10,9 +10,12 @@ from psycopg.errors import Diagnostic
 
 from listener import adopt as adopting
 from listener import adoption_script, adoptions, console
+from listener.adopt import By
 from listener.adoptions import Request
-from listener.cli.session import Connection, Json, app, with_connection
+from listener.cli.session import Connection, Json, app, connected, with_connection
+from listener.dead_letters import RetryPolicy
 from listener.errors import SetupError
+from listener.settings import load
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the SQL that would run, and change nothing")]
 Wait = Annotated[float, typer.Option("--wait", min=0, help="seconds that the swap is tried behind long readers")]
@@ -61,6 +64,7 @@ def adopt(
     target_rls: Annotated[
         bool, typer.Option("--target-rls", help="readers see the rows of app.current_tenant_id alone")
     ] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=100, help="keys filled at the same time")] = 2,
     wait: Wait = 600.0,
     abort: Annotated[bool, typer.Option("--abort", help="take back what an interrupted run left")] = False,
     dry_run: DryRun = False,
@@ -94,7 +98,7 @@ def adopt(
         elif dry_run:
             await _show(connection, request, as_json=as_json)
         else:
-            adopted = await _adopt(connection, request, told, wait, quiet=as_json)
+            adopted = await _adopt(connection, request, told, workers, wait, quiet=as_json)
             _tell_locks(adopted, quiet=as_json)
             if as_json:
                 console.print_json(_row(adopted) | {"notices": told})
@@ -107,20 +111,24 @@ def adopt(
 
 
 async def _adopt(
-    connection: Connection, request: Request, told: list[str], wait: float, *, quiet: bool
+    connection: Connection, request: Request, told: list[str], workers: int, wait: float, *, quiet: bool
 ) -> adopting.Adopted:
     def tell(line: str) -> None:
         told.append(line)
         if not quiet:
             console.err.print(line)
 
+    settings = load()
+    policy = RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
     with console.progress(quiet=quiet) as bar:
         task = bar.add_task(request.name, total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        return await adopting.adopt(connection, request, tell, progress, wait)
+        by = By(
+            lambda: connected(settings),
+            workers,
+            policy,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        return await adopting.adopt(connection, request, tell, by, wait)
 
 
 async def _show(connection: Connection, request: Request, *, as_json: bool) -> None:

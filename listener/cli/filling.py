@@ -10,8 +10,7 @@ import psycopg
 import typer
 
 from listener import connections, console, errors, pooler
-from listener.cli.session import Json, View, app, connected
-from listener.dead_letters import RetryPolicy
+from listener.cli.session import Json, View, app, connected, retry_policy
 from listener.fill import Progress
 from listener.fill import fill as fill_view
 from listener.settings import Settings, load
@@ -39,7 +38,7 @@ def fill(
 
 
 async def _fill(settings: Settings, view: str, workers: int, max_rate: float | None, as_json: bool) -> None:
-    policy = RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
+    policy = retry_policy(settings)
     url = settings.database_url.get_secret_value()
     async with connected(settings) as connection:
         pooled = await pooler.is_pooled(connection)

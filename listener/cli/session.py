@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from listener import connections, dead_letters, errors, queries
+from listener.dead_letters import RetryPolicy
 from listener.settings import Settings, load
 from listener.startup import schema_facts
 from listener.views import EVERYBODY
@@ -63,6 +64,11 @@ async def connected(settings: Settings) -> AsyncIterator[Connection]:
     async with await connections.direct(url, "listener cli") as connection:
         await schema_facts(connection, url, settings)
         yield connection
+
+
+def retry_policy(settings: Settings) -> RetryPolicy:
+    """What is done with a key that fails, as the service does it."""
+    return RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
 
 
 def with_connection(act: Callable[[Connection], Awaitable[None]], *, as_owner: bool = False) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
 
 import psycopg
 import typer
+from rich.progress import Progress
 
 from listener import alter, console, definitions, errors, queries, view_files
-from listener.cli.session import Connection, Json, View, app, with_connection
+from listener.cli.session import Connection, Json, View, app, connected, retry_policy, with_connection
 from listener.definitions import Step
+from listener.settings import load
 from listener.swap import Swapped
 
 views_app = typer.Typer(
@@ -80,9 +83,7 @@ async def _alter(
     async with alter.begun(connection, view, arguments) as beside:
         columns = await alter.column_changes(connection, view)
         with console.progress(quiet=as_json) as bar:
-            task = bar.add_task(f"fill {view}", total=None)
-            async for done, total in alter.fill(connection, beside):
-                bar.update(task, completed=done, total=total)
+            await _fill(bar, view, beside)
             task = bar.add_task("compare", total=None)
             changes = []
             tenants = 0
@@ -105,6 +106,15 @@ async def _alter(
         console.out.print(f"{view} is altered: readers were locked out for {console.duration(swapped.locked)}")
     if swapped is None and not dry_run:
         raise typer.Exit(1)
+
+
+async def _fill(bar: Progress, view: str, beside: str) -> None:
+    settings = load()
+    task = bar.add_task(f"fill {view}", total=None)
+    steps = alter.fill(lambda: connected(settings), beside, retry_policy(settings))
+    async with aclosing(steps):
+        async for step in steps:
+            bar.update(task, completed=step.done, total=step.total)
 
 
 def _print_changes(view: str, columns: list[Any], changes: list[alter.TenantChange], tenants: int) -> None:
@@ -212,9 +222,7 @@ async def _apply(connection: Connection, step: Step, file: view_files.ViewFile, 
     if step.rebuild:
         async with alter.begun(connection, step.view, step.rebuild) as beside:
             with console.progress(quiet=as_json) as bar:
-                task = bar.add_task(f"fill {step.view}", total=None)
-                async for number, total in alter.fill(connection, beside):
-                    bar.update(task, completed=number, total=total)
+                await _fill(bar, step.view, beside)
             swapped = await alter.finish(connection, step.view, beside, console.warning)
         if not as_json:
             console.out.print(f"altered {step.view}: readers were locked out for {console.duration(swapped.locked)}")

@@ -1,0 +1,103 @@
+-- Drift: a target that is not as its definition says, and no change explains it. A few keys are looked at in the
+-- background; what differs is refreshed.
+
+-- next_keys(after_view, after_tenant, keys, slowest): the next keys to compare, in the order of their index, from the given
+-- one on; from a random one where none is given, so that replicas do not look at the same. Left out are those of paused
+-- views, keys that fail, that took longer than `slowest` to refresh, or were refreshed less than their view's max_age ago: what the
+-- time has changed since is none of a target's faults.
+-- Reads refresh_state: a key that was never refreshed has nothing to compare.
+CREATE OR REPLACE FUNCTION listener.next_keys(after_view integer, after_tenant text, keys integer, slowest interval)
+RETURNS TABLE (view_id integer, view_name text, tenant text)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off
+AS $function$
+#variable_conflict use_column
+BEGIN
+    IF after_view IS NULL THEN
+        SELECT r.view_id, r.tenant INTO after_view, after_tenant FROM listener.refresh_state r
+        OFFSET floor(random() * (SELECT count(*) FROM listener.refresh_state)) LIMIT 1;
+    END IF;
+    RETURN QUERY
+    SELECT r.view_id, v.name, r.tenant
+    FROM listener.refresh_state r JOIN listener.managed_view v ON v.id = r.view_id
+    WHERE (r.view_id, r.tenant) > (after_view, after_tenant)
+      AND (r.tenant = '') = (v.strategy <> 'tenant') AND v.paused_at IS NULL AND r.failures = 0
+      AND r.duration <= slowest AND coalesce(r.refreshed_at < clock_timestamp() - v.max_age, true)
+    ORDER BY r.view_id, r.tenant LIMIT keys;
+END
+$function$;
+
+-- drift_example(view, tenant_id): one row that only the definition, or only the target has, as text; NULL where there is
+-- none any more. Runs as refresh() runs.
+CREATE OR REPLACE FUNCTION listener.drift_example(view text, tenant_id text) RETURNS text
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET TimeZone = 'UTC'
+SET DateStyle = 'ISO, YMD'
+SET IntervalStyle = 'postgres'
+SET extra_float_digits = 1
+SET bytea_output = 'hex'
+SET plan_cache_mode = force_custom_plan
+SET jit = off
+AS $function$
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
+    statement text := format($sql$%s
+SELECT COALESCE((SELECT 'missing ' OPERATOR(pg_catalog.||) m::pg_catalog.text
+                 FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m LIMIT 1),
+                (SELECT 'extra ' OPERATOR(pg_catalog.||) e::pg_catalog.text
+                 FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e LIMIT 1))$sql$, listener.compared_rows(managed));
+    example text;
+    callers_tenant text := current_setting('app.current_tenant_id', true);
+    callers_context text := current_setting('app.execution_context', true);
+BEGIN
+    PERFORM set_config('app.current_tenant_id', tenant_key, true),
+            set_config('app.execution_context', 'worker', true),
+            set_config('TimeZone', managed.time_zone, true),
+            set_config('search_path', managed.search_path, true);
+    EXECUTE statement INTO example USING tenant_key;
+    PERFORM pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
+            pg_catalog.set_config('app.execution_context', callers_context, true);
+    RETURN CASE WHEN pg_catalog.length(example) OPERATOR(pg_catalog.>) 300
+                THEN pg_catalog.left(example, 300) OPERATOR(pg_catalog.||) '…' ELSE example END;
+END
+$function$;
+
+-- check_drift(view, tenant_id): compares one key, and marks it dirty where it differs and nothing explains that.
+--   outcome   'exact'; 'stale': a change is known that is not shown yet; 'drift': it is refreshed like any dirty key;
+--             'busy': somebody refreshes the key, or another replica compares one
+--   missing, extra: rows that only the definition, only the target has; example: one of them
+--   app_correlation_id: that of the refresh to come
+-- Writes change_log. Raises what compare() raises.
+CREATE OR REPLACE FUNCTION listener.check_drift(
+    view text, tenant_id text,
+    OUT outcome text, OUT missing bigint, OUT extra bigint, OUT example text, OUT app_correlation_id text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
+    is_stale boolean;
+BEGIN
+    PERFORM listener.check_caller('listener.check_drift()');
+    IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'drift'))
+       OR EXISTS (SELECT FROM listener.lock_holder(listener.lock_key(managed.id, tenant_key))) THEN
+        outcome := 'busy';
+        RETURN;
+    END IF;
+    SELECT c.missing, c.extra, c.stale INTO missing, extra, is_stale
+    FROM listener.compare(managed.name, tenant_key) c;
+    outcome := CASE WHEN missing + extra = 0 THEN 'exact'
+                    -- A nested view that was replaced is noticed by the next sweep, which marks everybody.
+                    WHEN is_stale OR listener.view_fingerprint(managed) IS DISTINCT FROM managed.fingerprint THEN 'stale'
+                    ELSE 'drift' END;
+    IF outcome <> 'drift' THEN
+        RETURN;
+    END IF;
+    example := listener.drift_example(managed.name, tenant_key);
+    app_correlation_id := gen_random_uuid()::text;
+    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant, app_correlation_id)
+    VALUES (pg_current_xact_id(), clock_timestamp(), managed.id, tenant_key, check_drift.app_correlation_id);
+    PERFORM listener.ring_for_all();
+END
+$function$;
