@@ -403,8 +403,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN EXISTS (
         SELECT FROM pg_index x JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[0]
         WHERE x.indrelid = index_advice.relid AND x.indisvalid AND x.indpred IS NULL AND a.attname = columns[1])
-    THEN format('no index of %1$s serves the query, which does not compare %2$I as it is: leave casts and functions of it away, '
-                'join by it', index_advice.relid::regclass, columns[1])
+    THEN format('%1$s is read whole for each tenant, although there is an index on %2$I: compare %2$I as it is, without casts and '
+                'functions, and join by it before rows are grouped', index_advice.relid::regclass, columns[1])
     ELSE format('%s is read whole for each tenant: CREATE INDEX ON %s (%s)', index_advice.relid::regclass,
                 coalesce(pg_partition_root(index_advice.relid), index_advice.relid::regclass),
                 (SELECT string_agg(quote_ident(c.name), ', ' ORDER BY c.ord) FROM unnest(columns) WITH ORDINALITY AS c (name, ord))) END

@@ -68,7 +68,7 @@ async def test_the_verdict_on_many_queries(trade: AsyncConnection[Any], *, secur
     wrong = []
     for name, (expected, query) in QUERIES.items():
         found = await scope(trade, query)
-        if all(row[1] for row in found) is not expected:
+        if expected is not None and all(row[1] for row in found) is not expected:
             wrong.append((name, found))
         assert all(row[3] for row in found if not row[1]), "what is not proven says what mends it"
     assert wrong == []
@@ -259,7 +259,7 @@ async def test_what_is_read_whole_names_the_index_that_serves(trade: AsyncConnec
     assert all(row[1:] == (True, True, None) for row in await scope(trade, query))
     cast = await scope(trade, "SELECT tenant_id::text AS tenant_id, n FROM orders", "text")
     assert cast[0][1:3] == (True, False)
-    assert "leave casts and functions of it away" in cast[0][3]
+    assert "without casts and functions" in cast[0][3]
 
 
 async def test_a_column_of_another_name_is_offered_as_the_tenants(trade: AsyncConnection[Any]) -> None:
