@@ -297,6 +297,13 @@ async def is_listened_to(connection: AsyncConnection[Any]) -> bool:
     return bool(row and row[0])
 
 
+async def filling(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """The rows of listener.filling: the views that are being filled, and how far they are."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.filling ORDER BY view_name")
+        return await cursor.fetchall()
+
+
 async def has_undrained(connection: AsyncConnection[Any], view: str) -> bool:
     """Whether a mark of the view, or of its keys, is logged that no drain has seen."""
     row = await (
