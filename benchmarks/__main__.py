@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import (
+    adopt,
     backlog,
     bulk,
     calm,
@@ -36,6 +37,7 @@ ALL = {
     "noisy": noisy,
     "backlog": backlog,
     "fill": fill,
+    "adopt": adopt,
     "drain": drain,
     "held-snapshot": held_snapshot,
     "recovery": recovery,
@@ -71,6 +73,8 @@ def main() -> None:
     parser.add_argument("--hold-rate", type=float, default=5000, help="held-snapshot: writes a second (5000)")
     parser.add_argument("--kills", type=int, default=100, help="recovery: how often each is killed (100)")
     parser.add_argument("--restarts", type=int, default=20, help="recovery: how often the server restarts (20)")
+    parser.add_argument("--adopt-rows", type=int, default=1_000_000, help="adopt: rows of the view (1000000)")
+    parser.add_argument("--adopt-rate", type=float, default=1000, help="adopt: writes a second meanwhile (1000)")
     parser.add_argument("--fill-rows", type=int, default=2_000_000, help="fill: rows of the source (2000000)")
     parser.add_argument("--tables", type=int, default=200, help="doctor: how many source tables (200)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

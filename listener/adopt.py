@@ -13,15 +13,14 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import psycopg
 
 from listener import adoptions, operations, queries
 from listener.adoptions import Request
-from listener.backoff import Backoff
 from listener.dead_letters import RetryPolicy
-from listener.errors import SetupError, from_database
+from listener.errors import SetupError
 from listener.fill import fill
+from listener.swap import Swapped, Tell, swapped
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 BY_TENANT, WHOLE, KEPT = "tenant", "whole", "materialized view"
 REFUSED = "LSN03"
 NAMED = 3  # tenants in a message
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +98,14 @@ async def _adopt(connection: AsyncConnection[Any], request: Request, tell: Tell,
     plan = await adoptions.plan(connection, request)
     view = await adoptions.begin(connection, request)
     tell(f"SHARE ROW EXCLUSIVE on {', '.join(plan['source'])}, for a moment each: capture triggers")
+    tell(f"key ({', '.join(plan['key']) or 'the whole row'}), time zone {request.timezone or plan['time zone'][0]}")
     async with _taken_back(connection, view):
         keys = await _fill(connection, view, by)
         await _check(connection, view, request, tell)
         await adoptions.analyze(connection, view)
         await operations.catch_up(connection, view)
-        # A failure here other than of locks, too, takes everything back.
-        swapped = await _swap(connection, view, adoptions.finish, tell, patience)
-    if swapped is None:
-        raise _no_locks(request.name)
-    locked, attempts = swapped
-    return Adopted(view, request.strategy or BY_TENANT, keys, tuple(plan["lock"]), locked, attempts)
+    done = await _swap(connection, view, adoptions.finish, tell, patience)
+    return Adopted(view, request.strategy or BY_TENANT, keys, tuple(plan["lock"]), done.locked, done.attempts)
 
 
 async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patience: float) -> Adopted:
@@ -127,10 +121,8 @@ async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patie
             tell(f"filling {plan['name'][0]} beside its target")
             await adoptions.fill_back(connection, view)
             await adoptions.analyze(connection, view)
-            swapped = await _swap(connection, view, adoptions.finish_back, tell, patience)
-        if swapped is None:
-            raise _no_locks(name)
-        locked, attempts = swapped
+        done = await _swap(connection, view, adoptions.finish_back, tell, patience)
+        locked, attempts = done.locked, done.attempts
     await adoptions.drop(connection, view)
     return Adopted(view, strategy, locks=locks, locked=locked, attempts=attempts)
 
@@ -191,30 +183,11 @@ async def _swap(
     finish: Callable[[AsyncConnection[Any], str], Awaitable[float]],
     tell: Tell,
     patience: float,
-) -> tuple[float, int] | None:
-    """Seconds that readers were locked out, and how often it was tried; None where the locks were not to be had."""
-    backoff = Backoff(base=0.1, cap=5)
-    deadline = anyio.current_time() + patience
-    while True:
-        # A refresh that began before would find that its target has another name.
-        await adoptions.pause(connection, view)
-        try:
-            return await finish(connection, view), backoff.attempts + 1
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
-            await adoptions.resume(connection, view)
-            delay = backoff.next_delay()
-            tell(f"the swap gives way: {from_database(error)} Attempt {backoff.attempts + 1} in {delay:.1f} s")
-            if anyio.current_time() + delay > deadline:
-                return None
-            await anyio.sleep(delay)
-        except psycopg.errors.ObjectNotInPrerequisiteState:
-            # A tenant that was not there when the others were filled.
-            await adoptions.resume(connection, view)
-            for tenant in await adoptions.unfilled(connection, view):
-                await operations.refresh_one(connection, view, tenant)
-
-
-def _no_locks(name: str) -> SetupError:
-    return SetupError(
-        f"others held {name} all the while: it was not replaced.", hint="What was filled stays: run it again."
-    )
+) -> Swapped:
+    """Where only the locks were not to be had, what was filled stays for the next run; else it is taken back."""
+    try:
+        return await swapped(connection, view, lambda: finish(connection, view), tell, patience)
+    except psycopg.Error:
+        with suppress(psycopg.Error):
+            await adoptions.abort(connection, view)
+        raise

@@ -12,9 +12,9 @@ ADOPT = """\
 
 -- Locks {sources}: SHARE ROW EXCLUSIVE, for a moment each.
 {begin};
--- makes the target beside it, and runs
+-- makes the target beside it, with the key ({key}), computed in the time zone {zone}, and runs
 {beside}
-
+{losses}
 -- The service fills it; without the service:
 SELECT format('SELECT outcome FROM listener.refresh(%L, %L::text)', {view}::text, t)
 FROM listener.tenants({view}) t \\gexec
@@ -59,6 +59,9 @@ def script(request: Request, plan: Plan, begin: str) -> str:
     return ADOPT.format(
         begin=begin,
         sources=_in_one_line(plan["source"]),
+        key=_in_one_line(plan["key"]) or "the whole row",
+        zone=_in_one_line([request.timezone or plan["time zone"][0]]),
+        losses="".join(f"-- {_in_one_line([loss])}\n" for loss in plan["loss"]),
         by_tenant=DIFFERING.format(view=view) if request.tenant_column else "-- As a whole: there are no tenants.",
         **_common(plan),
     )

@@ -135,9 +135,11 @@ def keep_statement(request: Request) -> str:
     given = [("", literal(request.name))]
     given += [
         (f"{name} => ", literal(value))
-        for name in ("quiet_period", "max_wait", "max_age")
+        for name in ("quiet_period", "max_wait")
         if (value := getattr(request, name)) is not None
     ]
+    age = literal(request.max_age) if request.max_age else "NULL"
+    given.append(("max_age => ", f"listener.adopted_max_age({literal(request.name)}, {age})"))
     zone = literal(request.timezone) if request.timezone else "listener.default_time_zone()"
     given.append(("timezone => ", zone))
     if request.depends_on is not None:
@@ -156,10 +158,19 @@ async def keep(connection: AsyncConnection[Any], request: Request) -> str:
     await connection.execute(
         """
         SELECT listener.keep_materialized_view(
-            %s::regclass, quiet_period => %s::interval, max_wait => %s::interval, max_age => %s::interval,
+            %s::regclass, quiet_period => %s::interval, max_wait => %s::interval,
+            max_age => listener.adopted_max_age(%s::regclass, %s::interval),
             timezone => coalesce(%s, listener.default_time_zone()), depends_on => %s::regclass[])
         """,
-        (relation, request.quiet_period, request.max_wait, request.max_age, request.timezone, depends_on),
+        (
+            relation,
+            request.quiet_period,
+            request.max_wait,
+            relation,
+            request.max_age,
+            request.timezone,
+            depends_on,
+        ),
     )
     return str(
         await _first(
@@ -197,7 +208,7 @@ async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list
 
 async def unfilled(connection: AsyncConnection[Any], view: str) -> list[str]:
     """The keys that no refresh has filled yet."""
-    cursor = await connection.execute("SELECT u FROM listener.unfilled_keys(%s) u", (view,))
+    cursor = await connection.execute("SELECT u FROM listener.unfilled(%s) u", (view,))
     return [row[0] for row in await cursor.fetchall()]
 
 
@@ -249,13 +260,3 @@ async def abort(connection: AsyncConnection[Any], view: str) -> None:
 async def drop(connection: AsyncConnection[Any], view: str) -> None:
     """Ends the managed view; what stands in its place stays."""
     await connection.execute("SELECT listener.drop_view(%s, keep_target => true)", (view,))
-
-
-async def pause(connection: AsyncConnection[Any], view: str) -> None:
-    """No refresh of it begins any more."""
-    await connection.execute("SELECT listener.pause(%s)", (view,))
-
-
-async def resume(connection: AsyncConnection[Any], view: str) -> None:
-    """Refreshing goes on."""
-    await connection.execute("SELECT listener.resume(%s)", (view,))

@@ -114,7 +114,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                       coalesce(quote_ident(item ->> 'grantee'), 'PUBLIC'),
                       CASE WHEN (item ->> 'grantable')::boolean THEN ' WITH GRANT OPTION' END) AS grant,
                item ->> 'grantor' <> owner AND to_regrole(quote_ident(item ->> 'grantor')) IS NOT NULL
-                   AND pg_has_role(session_user, to_regrole(quote_ident(item ->> 'grantor')), 'MEMBER') AS as_grantor
+                   AND pg_has_role(session_user, to_regrole(quote_ident(item ->> 'grantor')),
+                                   CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END)
+                   AS as_grantor
     ) AS f
     CROSS JOIN LATERAL (
         VALUES (1, CASE WHEN f.as_grantor THEN format('SET LOCAL ROLE %I', item ->> 'grantor') END), (2, f.grant),

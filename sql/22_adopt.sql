@@ -83,6 +83,7 @@ $function$;
 -- arguments are those of create_view.
 --   key_columns     left out: proposed_key()
 --   tenant_column   NULL: the view is refreshed as a whole
+--   max_age         left out: an hour where the query depends on the time
 --   timezone        left out: the database's. A materialized view was computed in that of whoever refreshed it
 -- Called again with the same arguments it goes on from what is there, and with others it starts over.
 -- Returns the name of the managed view. Raises LSN02, and LSN03 where something is tied to the materialized view, or as
@@ -109,6 +110,7 @@ DECLARE
     query text;
     keys name[];
     zone text := coalesce(timezone, listener.default_time_zone());
+    age interval := listener.adopted_max_age(old, max_age);
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
@@ -133,7 +135,7 @@ BEGIN
     PERFORM set_config('search_path', begin_adoption.search_path, true);
     PERFORM listener.create_view(
         name => beside, query => query, key_columns => keys, tenant_column => tenant_column, tenants_query => tenants_query,
-        depends_on => depends_on, quiet_period => quiet_period, max_wait => max_wait, edge => edge, max_age => max_age,
+        depends_on => depends_on, quiet_period => quiet_period, max_wait => max_wait, edge => edge, max_age => age,
         timezone => zone, target_rls => target_rls);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     -- Known by the name that it will have, from the beginning.
@@ -155,7 +157,12 @@ BEGIN
             (SELECT coalesce(jsonb_object_agg(i.name, jsonb_build_object('unique', i.is_unique, 'rest', i.rest)), '{}')
              FROM listener.indexes_of(old) i),
             listener.grants_of(old), request);
-    PERFORM listener.tell_losses(old, managed.key_columns);
+    IF age IS DISTINCT FROM max_age THEN
+        RAISE NOTICE '% depends on the time: each key is refreshed once an hour at least; max_age says how often', old;
+    END IF;
+    FOREACH statement IN ARRAY ARRAY(SELECT l FROM listener.losses(old, managed.key_columns) l) LOOP
+        RAISE NOTICE '%', statement;
+    END LOOP;
     PERFORM set_config('role', previous_role, true);
     RETURN managed.name;
 END
@@ -169,24 +176,24 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE g ->> 'privilege' = 'SELECT'
 $function$;
 
--- tell_losses(relation, keys): a notice for each thing that a target of a materialized view does not have of it.
-CREATE OR REPLACE FUNCTION listener.tell_losses(relation regclass, keys name[]) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    lost text;
-BEGIN
-    FOR lost IN
-        SELECT format('the unique index %I is not unique any more: a target has one unique index, that of its key (%s)',
-                      i.name, array_to_string(keys, ', '))
-        FROM listener.indexes_of(relation) i WHERE i.is_unique AND NOT (i.is_key AND i.columns IS NOT DISTINCT FROM keys)
-        UNION ALL
-        SELECT format('%s keeps SELECT alone: %s would let it write the target', coalesce(g ->> 'grantee', 'PUBLIC'),
-                      string_agg(g ->> 'privilege', ', ' ORDER BY g ->> 'privilege'))
-        FROM jsonb_array_elements(listener.grants_of(relation)) g WHERE g ->> 'privilege' <> 'SELECT' GROUP BY g ->> 'grantee'
-    LOOP
-        RAISE NOTICE '%', lost;
-    END LOOP;
-END
+-- losses(relation, keys): one line for each thing that a target of a materialized view does not have of it.
+CREATE OR REPLACE FUNCTION listener.losses(relation regclass, keys name[]) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format('the unique index %I is not unique any more: a target has one unique index, that of its key (%s)',
+                  i.name, array_to_string(keys, ', '))
+    FROM listener.indexes_of(relation) i WHERE i.is_unique AND NOT (i.is_key AND i.columns IS NOT DISTINCT FROM keys)
+    UNION ALL
+    SELECT format('%s keeps SELECT alone, and not %s', coalesce(g ->> 'grantee', 'PUBLIC'),
+                  string_agg(g ->> 'privilege', ', ' ORDER BY g ->> 'privilege'))
+    FROM jsonb_array_elements(listener.grants_of(relation)) g WHERE g ->> 'privilege' <> 'SELECT' GROUP BY g ->> 'grantee'
+$function$;
+
+-- adopted_max_age(relation, max_age): an hour where none is given and the result depends on the time: whoever refreshed it by
+-- a timer knew that rows leave it without a write.
+CREATE OR REPLACE FUNCTION listener.adopted_max_age(relation regclass, max_age interval) RETURNS interval
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(max_age, (SELECT interval '1 hour' FROM listener.time_dependence(relation) t
+                              WHERE t.dependence = 'time' LIMIT 1))
 $function$;
 
 -- check_same_columns(old, new): raises LSN03 where they differ in the names, types or collations of their columns.
@@ -279,7 +286,7 @@ BEGIN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
     END IF;
-    unfilled := listener.unfilled(managed);
+    SELECT count(*) INTO unfilled FROM listener.unfilled(managed.name);
     IF unfilled > 0 THEN
         RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, managed.name
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
@@ -294,16 +301,12 @@ BEGIN
 END
 $function$;
 
--- unfilled_keys(view): its keys that no refresh has filled yet. unfilled(view): how many.
-CREATE OR REPLACE FUNCTION listener.unfilled_keys(view text) RETURNS SETOF text
+-- unfilled(view): its keys that no refresh has filled yet.
+CREATE OR REPLACE FUNCTION listener.unfilled(view text) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT t FROM listener.tenants(view) t
     WHERE NOT EXISTS (SELECT FROM listener.refresh_state r
                       WHERE r.view_id = (listener.find_view(view)).id AND r.tenant = t AND r.refreshed_at IS NOT NULL)
-$function$;
-CREATE OR REPLACE FUNCTION listener.unfilled(view listener.managed_view) RETURNS bigint
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT count(*) FROM listener.unfilled_keys(view.name)
 $function$;
 
 -- abort_adoption(view): takes back what begin_adoption() or begin_unadoption() made beside what is in place, which stays
@@ -550,7 +553,8 @@ $function$;
 
 -- plan_adoption(name, key_columns, tenant_column): what adopt would do, for somebody to read; it changes nothing.
 --   part   'name', 'view': of the relation, of the managed view; 'source': a table that gets capture triggers; 'beside': a statement that begin_adoption() runs after it made
---          the target; 'swap': one of finish_adoption(); 'lock': a relation that the swap locks; 'key': the key columns
+--          the target; 'swap': one of finish_adoption(); 'lock': a relation that the swap locks; 'key': the key columns;
+--          'loss': what the target will not have; 'time zone': what is taken where none is given
 -- Raises what begin_adoption() raises for the materialized view itself.
 CREATE OR REPLACE FUNCTION listener.plan_adoption(
     name text, key_columns name[] DEFAULT NULL, tenant_column name DEFAULT 'tenant_id',
@@ -586,8 +590,11 @@ BEGIN
                                         listener.only_select(listener.grants_of(old))) s
     WHERE c.oid = old
     UNION ALL
-    SELECT 'swap', s FROM listener.swapping(old, new) s;
-    PERFORM listener.tell_losses(old, keys);
+    SELECT 'swap', s FROM listener.swapping(old, new) s
+    UNION ALL
+    SELECT 'loss', l FROM listener.losses(old, keys) l
+    UNION ALL
+    SELECT 'time zone', listener.default_time_zone();
     PERFORM set_config('role', previous_role, true);
 END
 $function$;

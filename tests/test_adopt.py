@@ -12,7 +12,7 @@ import pytest
 from anyio import to_thread
 from psycopg import AsyncConnection, sql
 
-from command import listener
+from command import ROOT, listener
 from conftest import Database, eventually
 from likeness import LEFTOVERS, kind, likeness
 from shop import one, rows, settle
@@ -169,6 +169,39 @@ async def test_what_is_no_tenants_alone_stays_a_materialized_view_and_says_why(s
         assert await kind(superuser, name) == "m"
 
 
+@pytest.mark.parametrize("name", [WINDOW, RANKED])
+async def test_what_depends_on_the_time_is_refreshed_once_an_hour_unless_told_otherwise(
+    stranger: Database, name: str
+) -> None:
+    for options, age in ((), "1:00:00"), (("--max-age", "1 day"), "1 day, 0:00:00"):
+        adopted = adopt(stranger, name, *LIST, *options)
+        assert adopted.returncode == 0, adopted.stderr
+        told = (
+            "reporting.recent_payments depends on the time: each key is refreshed once an hour at least"
+            in adopted.stderr
+        )
+        assert told == (name == WINDOW and not options)
+        async with stranger.connect() as superuser:
+            kept = await one(superuser, "SELECT max_age FROM listener.managed_view")
+        assert str(kept) == (age if name == WINDOW or options else "None")
+        assert unadopt(stranger, name).returncode == 0
+
+
+async def test_the_time_zone_is_the_databases_unless_told_otherwise_and_is_told(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            sql.SQL("ALTER DATABASE {} SET TimeZone = 'Asia/Tokyo'").format(sql.Identifier(stranger.name))
+        )
+        for options, zone in ((), "Asia/Tokyo"), (("--timezone", "Europe/Paris"), "Europe/Paris"):
+            adopted = adopt(stranger, WINDOW, *LIST, *options)
+            assert f"key (the whole row), time zone {zone}" in adopted.stderr
+            assert await one(superuser, "SELECT time_zone FROM listener.managed_view") == zone
+            days = "SELECT count(*) FROM reporting.recent_payments WHERE (day AT TIME ZONE %s)::time <> '00:00'"
+            assert await one(superuser, days, zone) == 0
+            assert unadopt(stranger, WINDOW).returncode == 0
+            assert await one(superuser, days, zone) == 0
+
+
 async def test_rows_that_a_policy_hides_from_the_service_are_missed_before_the_swap(stranger: Database) -> None:
     async with stranger.connect() as superuser:
         await superuser.execute(
@@ -320,6 +353,21 @@ async def test_a_dry_run_changes_nothing_and_its_script_does_the_same(stranger: 
                 await settle(service)
             assert await exact(stranger)
         assert await likeness(superuser, BY_TENANT) == like
+
+
+async def test_the_page_on_adopting_says_how_with_psql_alone(stranger: Database, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adopting.md").read_text().partition("## With psql alone")[2]
+    blocks = [block for block in page.split("\n\n") if block.startswith("    ")]
+    adopts, refuses, turns_back = (block for block in blocks if "SELECT listener." in block)
+    async with stranger.connect() as superuser:
+        before = await likeness(superuser, UNIQUE_WITHOUT_TENANT)
+        for block, relkind in (adopts, "r"), (turns_back, "m"):
+            (tmp_path / "script.sql").write_text(block)
+            done = psql(stranger, tmp_path / "script.sql")
+            assert done.returncode == 0, done.stderr
+            assert await kind(superuser, UNIQUE_WITHOUT_TENANT) == relkind
+        assert await likeness(superuser, UNIQUE_WITHOUT_TENANT) == before
+    assert refuses.count("listener.") == 3
 
 
 async def test_json_tells_what_was_done(stranger: Database) -> None:

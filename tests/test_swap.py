@@ -74,7 +74,7 @@ async def test_all_that_a_relation_has_is_handed_on_and_back(stranger: Database)
         # Who could do nothing with more than SELECT before can do nothing more now.
         assert own == [grant for grant in before["grants"] if grant[3] == "SELECT"]
         assert ("acme_auditor", "listener_reader") in {(grant[1], grant[2]) for grant in own}
-        assert "acme_app keeps SELECT alone: DELETE, INSERT" in adopted.stderr
+        assert "acme_app keeps SELECT alone, and not DELETE, INSERT" in adopted.stderr
         own_key = " NULLS NOT DISTINCT"
         assert [
             (name, definition.removesuffix(own_key), comment) for name, definition, comment in after["indexes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -12,8 +13,7 @@ from listener import adopt as adopting
 from listener import adoption_script, adoptions, console
 from listener.adopt import By
 from listener.adoptions import Request
-from listener.cli.session import Connection, Json, app, connected, with_connection
-from listener.dead_letters import RetryPolicy
+from listener.cli.session import Connection, Json, app, connected, retry_policy, with_connection
 from listener.errors import SetupError
 from listener.settings import load
 
@@ -56,7 +56,8 @@ def adopt(
     quiet_period: Annotated[str | None, typer.Option("--quiet-period", help="refresh a key at most so often")] = None,
     max_wait: Annotated[str | None, typer.Option("--max-wait", help="the longest that a change waits")] = None,
     max_age: Annotated[
-        str | None, typer.Option("--max-age", help="refresh without a change at least so often: for now() in the query")
+        str | None,
+        typer.Option("--max-age", help="refresh without a change at least so often; 1 hour where the query has now()"),
     ] = None,
     timezone: Annotated[
         str | None, typer.Option("--timezone", help="that the query is computed in; the database's where left out")
@@ -92,7 +93,7 @@ def adopt(
     )
 
     async def act(connection: Connection) -> None:
-        told = _listen(connection, quiet=as_json or dry_run)
+        told = _listen(connection, name, quiet=as_json or dry_run)
         if abort:
             await _abort(connection, name)
         elif dry_run:
@@ -119,13 +120,12 @@ async def _adopt(
             console.err.print(line)
 
     settings = load()
-    policy = RetryPolicy(settings.max_attempts, settings.retry_base, settings.retry_cap, settings.retry_quarantined)
     with console.progress(quiet=quiet) as bar:
         task = bar.add_task(request.name, total=None)
         by = By(
             lambda: connected(settings),
             workers,
-            policy,
+            retry_policy(settings),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
         return await adopting.adopt(connection, request, tell, by, wait)
@@ -166,7 +166,7 @@ def unadopt(
     """
 
     async def act(connection: Connection) -> None:
-        told = _listen(connection, quiet=as_json or dry_run)
+        told = _listen(connection, name, quiet=as_json or dry_run)
 
         def tell(line: str) -> None:
             told.append(line)
@@ -198,14 +198,16 @@ def _names(given: str | None) -> tuple[str, ...] | None:
     return None if given is None else tuple(name.strip() for name in given.split(",") if name.strip())
 
 
-def _listen(connection: Connection, *, quiet: bool) -> list[str]:
+def _listen(connection: Connection, name: str, *, quiet: bool) -> list[str]:
     """The server's notices, shown as they come; the list that they are added to."""
     told: list[str] = []
 
     def hear(notice: Diagnostic) -> None:
-        told.append(str(notice.message_primary))
+        # Nobody knows the view by the name that its target has for the time being.
+        message = re.sub(r"\blistener_new_\d+\b", name, str(notice.message_primary))
+        told.append(message)
         if not quiet:
-            console.warning(str(notice.message_primary))
+            console.warning(message)
 
     connection.add_notice_handler(hear)
     return told

@@ -15,6 +15,7 @@ from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, tr
 from command import listener
 from conftest import DEADLINE, Database, eventually, settings_for
 from listener import operations, queries
+from listener.doctor import examine
 from listener.errors import SetupError
 from listener.service import Service
 from pgbouncer import pgbouncer
@@ -138,3 +139,16 @@ async def test_commands_work_through_a_transaction_pooler(books: Database) -> No
         ):
             done = await anyio.to_thread.run_sync(partial(listener, *command, url=pooled.url(user)))
             assert (done.returncode, done.stderr) == (0, ""), command
+
+
+async def test_doctor_finds_the_pooler_and_says_where_the_server_itself_is(books: Database) -> None:
+    async with pgbouncer(books, "transaction") as pooled:
+        found = await examine(settings_for(pooled.url(), probe_timeout="500ms"))
+        wrong = [f for f in found if f.level == "error"]
+        assert ["goes through a transaction pooler" in f.problem for f in wrong] == [True], wrong
+        command, _, direct = (wrong[0].mend or "").partition("=")
+        assert command == "export LISTENER_LISTEN_DATABASE_URL"
+        assert direct == f"postgresql://listener_service@:5432/{books.name}"
+        found = await examine(settings_for(pooled.url(), listen_database_url=books.url()))
+        assert [f for f in found if f.level == "error"] == []
+        assert "goes through a transaction pooler" in {f.problem for f in found if f.check == "connection"}
