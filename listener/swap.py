@@ -63,7 +63,8 @@ async def swapped(
             cursor = await connection.execute("SELECT t FROM listener.unfilled(%s) t", (view,))
             for (tenant,) in await cursor.fetchall():
                 await operations.refresh_one(connection, view, tenant)
-        except psycopg.Error:
-            with suppress(psycopg.Error):
+        except BaseException:
+            # Whatever ended it, a view must not stay paused that dashboards read.
+            with anyio.CancelScope(shield=True), suppress(psycopg.Error):
                 await connection.execute("SELECT listener.resume(%s)", (view,))
             raise

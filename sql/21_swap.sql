@@ -18,6 +18,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY c.oid DESC
 $function$;
 
+-- made_ours(relation): what lets the owner of this schema change a relation of another role.
+CREATE OR REPLACE FUNCTION listener.made_ours(relation regclass) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN o.rolsuper
+                THEN format('ALTER %s %s OWNER TO a role that is no superuser and that %I is a member of',
+                            CASE c.relkind WHEN 'm' THEN 'MATERIALIZED VIEW' WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END, relation,
+                            current_user)
+                ELSE format('GRANT %I TO %I', o.rolname, current_user) END
+    FROM pg_class c JOIN pg_roles o ON o.oid = c.relowner WHERE c.oid = relation
+$function$;
+
 -- tied_to(relation): what cannot be led over to another relation of the same name, since the catalog ties it to this
 -- one's row type or to this one itself: one line each. Indexes, statistics, grants, comments and the views that read its
 -- columns can; the last must belong to roles that the owner of this schema is a member of.
@@ -39,8 +50,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHEN c.relkind = 'v' AND w.rulename = '_RETURN' AND w.ev_action::text ~ o.whole_row
             THEN format('view %s, which names its whole row', c.oid::regclass)
         WHEN c.relkind = 'v' AND w.rulename = '_RETURN'
-            THEN format('view %s, which belongs to %s: GRANT %2$s TO %s', c.oid::regclass,
-                        quote_ident(pg_get_userbyid(c.relowner)), quote_ident(current_user))
+            THEN format('view %s, which belongs to %I: %s', c.oid::regclass, pg_get_userbyid(c.relowner),
+                        listener.made_ours(c.oid))
         ELSE pg_describe_object(d.classid, d.objid, d.objsubid) END
     FROM depending d CROSS JOIN old o
     LEFT JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
@@ -72,7 +83,7 @@ DECLARE
 BEGIN
     IF NOT pg_has_role(owner, 'USAGE') THEN
         RAISE EXCEPTION '% belongs to %, and role % is no member of it', relation, pg_get_userbyid(owner), current_user
-            USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', pg_get_userbyid(owner), current_user);
+            USING ERRCODE = 'LSN03', HINT = listener.made_ours(relation);
     ELSIF NOT (has_schema_privilege(schema, 'CREATE') AND has_schema_privilege(owner, schema, 'CREATE')) THEN
         RAISE EXCEPTION 'nothing can be put beside % by %, or belong to % there', relation, current_user, pg_get_userbyid(owner)
             USING ERRCODE = 'LSN03',

@@ -274,6 +274,8 @@ async def test_what_is_tied_to_its_rows_is_named_before_anything_is_touched(stra
                 BEGIN ATOMIC SELECT max(balance) FROM reporting.customer_balances; END;
             RESET ROLE;
             CREATE VIEW reporting.of_another AS SELECT tenant_id FROM reporting.customer_balances;
+            CREATE VIEW reporting.of_a_reader AS SELECT tenant_id FROM reporting.customer_balances;
+            ALTER VIEW reporting.of_a_reader OWNER TO acme_auditor;
             """
         )
         before = await rows(
@@ -288,7 +290,8 @@ async def test_what_is_tied_to_its_rows_is_named_before_anything_is_touched(stra
                 "materialized view reporting.balance_summary, which reads it",
                 "view reporting.as_json, which names its whole row",
                 "column balance of table reporting.archive",
-                "view reporting.of_another, which belongs to postgres: GRANT postgres TO listener_owner",
+                "view reporting.of_another, which belongs to postgres: ALTER VIEW reporting.of_another OWNER TO",
+                "view reporting.of_a_reader, which belongs to acme_auditor: GRANT acme_auditor TO listener_owner",
             ):
                 assert tied in refused.stderr
             assert len(refused.stderr.strip().splitlines()) == 1

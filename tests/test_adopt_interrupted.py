@@ -243,3 +243,50 @@ async def test_what_was_tied_to_it_meanwhile_refuses_the_swap_and_all_is_taken_b
         assert await kind(superuser, BY_TENANT) == "m"
         assert await rows(superuser, LEFTOVERS) == []
         assert await rows(superuser, "SELECT FROM listener.managed_view") == []
+
+
+async def test_unadopt_goes_on_from_wherever_it_was_killed(stranger: Database) -> None:
+    steps = ("begin_unadoption", "fill_unadoption", "finish_unadoption")
+    async with stranger.connect() as superuser, stranger.connect("listener_migrator") as migrator:
+        before = await likeness(superuser, BY_TENANT)
+        for done in range(1, len(steps) + 1):
+            assert adopt(stranger, BY_TENANT, *LIST).returncode == 0
+            for step in steps[:done]:
+                await migrator.execute(sql.SQL("SELECT listener.{}('invoice_totals')").format(sql.Identifier(step)))
+            back = unadopt(stranger, "invoice_totals")
+            assert back.returncode == 0, back.stderr
+            assert await likeness(superuser, BY_TENANT) == before
+            assert await rows(superuser, LEFTOVERS) == []
+            assert await rows(superuser, "SELECT FROM listener.managed_view") == []
+
+
+async def test_unadopt_behind_a_long_reader_leaves_the_view_kept_fresh_and_abort_takes_back_what_is_beside(
+    stranger: Database,
+) -> None:
+    async with stranger.connect() as superuser, stranger.connect("listener_migrator") as migrator, stranger.service():
+        assert (await to_thread.run_sync(adopt, stranger, BY_TENANT, *LIST)).returncode == 0
+        async with reading(stranger):
+            given_up = await to_thread.run_sync(unadopt, stranger, "invoice_totals", "--wait", "0.2")
+            assert given_up.returncode == 1
+            assert "no locks for the swap" in given_up.stderr
+            async with billing_app(stranger, TENANTS[0]) as app:
+                await invoice(app, TENANTS[0], 1, "7654321")
+            await eventually(
+                lambda: one(superuser, "SELECT count(*) FROM reporting.invoice_totals WHERE amount > 7654321")
+            )
+        await migrator.execute("SELECT listener.abort_adoption('invoice_totals')")
+        assert await rows(superuser, LEFTOVERS) == []
+        assert await kind(superuser, BY_TENANT) == "r"
+
+
+async def test_an_error_while_it_is_turned_back_leaves_the_table_in_place(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        assert adopt(stranger, BY_TENANT, *LIST).returncode == 0
+        await superuser.execute("DROP POLICY populate ON billing.invoices")
+        before = await likeness(superuser, BY_TENANT)
+        failed = unadopt(stranger, "invoice_totals")
+        assert failed.returncode == 1
+        assert "app.current_tenant_id" in failed.stderr
+        assert await likeness(superuser, BY_TENANT) == before
+        assert await rows(superuser, LEFTOVERS) == []
+        assert await rows(superuser, "SELECT paused_at FROM listener.managed_view") == [(None,)]
