@@ -24,8 +24,8 @@ def run(server: EmbeddedServer, options: argparse.Namespace) -> list[Result]:
     result = Result(
         f"Filling a view over {rows:,} rows of {TENANTS:,} tenants, under row-level security",
         ["view", "by", "seconds", "source rows a second", "keys a second", "rows that differ"],
-        note="The target is 200,000 source rows a second on two cores. It has the start of"
-        " the process in it, about a second.",
+        note="The target is 200,000 source rows a second on two cores. What `listener fill` took has the start of its"
+        " process in it, about a second.",
     )
     with database(server, "bench_fill") as administrator:
         create_sales(administrator, views=0, tenants=TENANTS, rows_per_tenant=rows // TENANTS)

@@ -100,11 +100,11 @@ async def direct_address(connection: AsyncConnection[Any]) -> str:
     row = await (
         await connection.execute(
             """
-            SELECT format('postgresql://%%s@%%s:%%s/%%s%%s',
-                          current_user, host(inet_server_addr()), p.port, current_database(),
-                          CASE WHEN inet_server_addr() IS NULL
-                               THEN '?host=' || split_part(current_setting('unix_socket_directories'), ',', 1) END)
+            SELECT format('postgresql://%%s@%%s:%%s/%%s%%s', current_user, host(inet_server_addr()), p.port,
+                          current_database(), '?host=' || split_part(d.setting, ',', 1))
             FROM (SELECT current_setting('port')) AS p (port)
+            -- Not everybody is shown where the socket is; libpq looks in the usual place.
+            LEFT JOIN pg_settings d ON d.name = 'unix_socket_directories' AND inet_server_addr() IS NULL
             """,
             (),
         )
@@ -295,6 +295,13 @@ async def is_listened_to(connection: AsyncConnection[Any]) -> bool:
         )
     ).fetchone()
     return bool(row and row[0])
+
+
+async def filling(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """The rows of listener.filling: the views that are being filled, and how far they are."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM listener.filling ORDER BY view_name")
+        return await cursor.fetchall()
 
 
 async def has_undrained(connection: AsyncConnection[Any], view: str) -> bool:

@@ -289,6 +289,7 @@ class Service:
             with anyio.fail_after(2):
                 async with self._connection(within=2, pool=self.http_pool) as connection:
                     reasons += await queries.readiness(connection)
+                    reasons += await self._unbound(connection)
                     await queries.set_a_tenant(connection)
                     holder = await backends.drain_holder(connection)
         except TimeoutError:
@@ -310,6 +311,13 @@ class Service:
         elif (ago := anyio.current_time() - looked_at) > patience:
             reasons.append(f"draining makes no progress: the last look was {ago:.0f} s ago{by_whom}")
         return reasons + self._sweep_trouble
+
+    async def _unbound(self, connection: psycopg.AsyncConnection[Any]) -> list[str]:
+        """A role that row-level security bound at the start may have been given more since."""
+        computing = None if self.settings.allow_superuser else await queries.computing_role(connection)
+        if computing is None or not computing[1]:
+            return []
+        return [f"role {computing[0]} is a superuser or has BYPASSRLS: row-level security does not bind it"]
 
     async def _update_gauges(self) -> None:
         # Whoever scrapes /metrics need not ask /health/ready as well.

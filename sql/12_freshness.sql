@@ -75,16 +75,24 @@ SELECT v.name AS view_name, coalesce(k.tenant, r.tenant) AS tenant_id,
                           r.started_at + v.quiet_period, r.retry_at) END AS due_at,
        r.duration, r.inserted, r.updated, r.deleted, r.failures, r.retry_at, r.last_error,
        coalesce(k.correlation_id, r.correlation_id) AS correlation_id, k.app_correlation_id,
-       (SELECT u.name || CASE w.tenant WHEN '' THEN ' of all tenants' ELSE ' of tenant ' || w.tenant END
-        FROM listener.view_upstream p
-        JOIN listener.managed_view u ON u.id = p.upstream_id AND p.view_id = v.id
-        JOIN listener.dirty w ON w.view_id = p.upstream_id
-                             AND (w.tenant IN (coalesce(k.tenant, r.tenant), '') OR NOT p.by_tenant)
-        ORDER BY w.dirty_since LIMIT 1) AS waits_for
+       coalesce(own.what, anybodys.what) AS waits_for
 FROM listener.dirty k
 FULL JOIN listener.refresh_state r ON r.view_id = k.view_id AND r.tenant = k.tenant
 JOIN listener.managed_view v ON v.id = coalesce(k.view_id, r.view_id)
 LEFT JOIN listener.dead_letter d ON d.view_id = v.id AND d.tenant = coalesce(k.tenant, r.tenant) AND d.status = 'open'
+-- Grouped by what they are joined by: whoever does not ask for waits_for does not pay for it.
+LEFT JOIN (
+    SELECT p.view_id, w.tenant, (array_agg(u.name || ' of tenant ' || w.tenant ORDER BY w.dirty_since))[1] AS what
+    FROM listener.view_upstream p JOIN listener.dirty w ON w.view_id = p.upstream_id AND w.tenant <> '' AND p.by_tenant
+    JOIN listener.managed_view u ON u.id = p.upstream_id
+    GROUP BY p.view_id, w.tenant) own ON own.view_id = v.id AND own.tenant = coalesce(k.tenant, r.tenant)
+LEFT JOIN (
+    SELECT p.view_id, (array_agg(CASE w.tenant WHEN '' THEN u.name || ' of all tenants' ELSE u.name || ' of tenant ' || w.tenant END
+                                 ORDER BY w.dirty_since))[1] AS what
+    FROM listener.view_upstream p
+    JOIN listener.dirty w ON w.view_id = p.upstream_id AND (w.tenant = '' OR NOT p.by_tenant)
+    JOIN listener.managed_view u ON u.id = p.upstream_id
+    GROUP BY p.view_id) anybodys ON anybodys.view_id = v.id
 WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS NOT NULL OR v.tenant_column IS NULL;
 
 -- compare(view, tenant_id): the target against its definition for one tenant, exactly, in one snapshot.

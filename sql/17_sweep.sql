@@ -112,6 +112,12 @@ BEGIN
             INSERT INTO listener.view_source (view_id, source_id, same_form)
             SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s
             ON CONFLICT DO NOTHING;
+            -- A view that is no longer read may be dropped, and may read this one.
+            DELETE FROM listener.view_source w USING listener.source s, listener.view_reads r
+            WHERE w.view_id = managed.id AND s.id = w.source_id AND s.id <> ALL (found_ids)
+              AND r.view_id = managed.id AND s.relid = (
+                SELECT to_regclass(format('%I.%I', u.target_schema, u.target_name)) FROM listener.managed_view u
+                WHERE u.id = r.upstream_id);
             PERFORM listener.check_cycles();
             PERFORM listener.attach_capture(found_ids, 5);
             -- Without its target it is looked at again once that is back.

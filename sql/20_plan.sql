@@ -1,17 +1,22 @@
 -- Reading a plan of PostgreSQL's: which scans there are, and what its conditions say of their columns. What all this is
--- for, and why it may be trusted, stands in 20_scope.sql.
+-- for, and why it may be trusted, stands in 20_scope.sql. The longer ones are PL/pgSQL's, whose plans a session keeps:
+-- planning them took longer than running them.
 
 -- plan_nodes(plan): the nodes of a plan as EXPLAIN (FORMAT JSON) gives it, each with its path from the root: the place of
 -- each ancestor among its siblings, and its own.
 CREATE OR REPLACE FUNCTION listener.plan_nodes(plan jsonb) RETURNS TABLE (path integer[], node jsonb)
-LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
-    WITH RECURSIVE walk (path, node) AS (
-        SELECT '{1}'::integer[], plan -> 0 -> 'Plan'
-        UNION ALL
-        SELECT w.path || c.ord::integer, c.node
-        FROM walk w CROSS JOIN LATERAL jsonb_array_elements(w.node -> 'Plans') WITH ORDINALITY AS c (node, ord)
-    )
-    SELECT w.path, w.node - 'Plans' FROM walk w
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+        WITH RECURSIVE walk (path, node) AS (
+            SELECT '{1}'::integer[], plan -> 0 -> 'Plan'
+            UNION ALL
+            SELECT w.path || c.ord::integer, c.node
+            FROM walk w CROSS JOIN LATERAL jsonb_array_elements(w.node -> 'Plans') WITH ORDINALITY AS c (node, ord)
+        )
+        SELECT w.path, w.node - 'Plans' FROM walk w;
+END
 $function$;
 
 -- plain_text(text, constant): a text of a plan in which nothing is quoted: the constant is K, any other one L, and a quoted
@@ -115,85 +120,93 @@ $function$;
 -- so by the constant itself.
 CREATE OR REPLACE FUNCTION listener.implied(plan jsonb, constant text)
 RETURNS TABLE (alias text, name text, other_alias text, other_name text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    WITH nodes AS MATERIALIZED (
-        SELECT n.path, cardinality(n.path) AS depth, n.node ->> 'Node Type' AS type, n.node FROM listener.plan_nodes(plan) n
-    ), scans AS MATERIALIZED (
-        -- Two with one alias: neither is meant for certain.
-        SELECT s.path, s.alias FROM (
-            SELECT listener.plain_text(quote_ident(n.node ->> 'Alias'), '') AS alias, n.path, n.node ? 'Relation Name' AS is_scan,
-                   count(*) OVER (PARTITION BY n.node ->> 'Alias') AS named
-            FROM nodes n WHERE n.node ? 'Alias') s
-        WHERE s.is_scan AND s.named = 1
-    ), conditions AS MATERIALIZED (
-        SELECT n.path, n.depth, n.type, n.node ->> 'Join Type' AS join_type, c.kind, e.alias, e.name, e.other_alias, e.other_name
-        FROM nodes n
-        CROSS JOIN unnest('{Filter,Index Cond,Hash Cond,Merge Cond,Join Filter}'::text[]) AS c (kind)
-        CROSS JOIN LATERAL listener.equalities(n.node ->> c.kind, constant) e
-    ), named AS MATERIALIZED (
-        -- The scan that is meant, and the one that it is set equal to.
-        SELECT c.*, s.path AS scan, o.path AS other
-        FROM conditions c
-        JOIN scans s ON s.alias = c.alias
-        LEFT JOIN scans o ON o.alias = c.other_alias
-        WHERE (c.other_alias IS NULL OR o.alias IS NOT NULL)
-          -- Through a set operation a name is not that of one scan.
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+        WITH nodes AS MATERIALIZED (
+            SELECT n.path, cardinality(n.path) AS depth, n.node ->> 'Node Type' AS type, n.node FROM listener.plan_nodes(plan) n
+        ), scans AS MATERIALIZED (
+            -- Two with one alias: neither is meant for certain.
+            SELECT s.path, s.alias FROM (
+                SELECT listener.plain_text(quote_ident(n.node ->> 'Alias'), '') AS alias, n.path, n.node ? 'Relation Name' AS is_scan,
+                       count(*) OVER (PARTITION BY n.node ->> 'Alias') AS named
+                FROM nodes n WHERE n.node ? 'Alias') s
+            WHERE s.is_scan AND s.named = 1
+        ), conditions AS MATERIALIZED (
+            SELECT n.path, n.depth, n.type, n.node ->> 'Join Type' AS join_type, c.kind, e.alias, e.name, e.other_alias, e.other_name
+            FROM nodes n
+            CROSS JOIN unnest('{Filter,Index Cond,Hash Cond,Merge Cond,Join Filter}'::text[]) AS c (kind)
+            CROSS JOIN LATERAL listener.equalities(n.node ->> c.kind, constant) e
+        ), named AS MATERIALIZED (
+            -- The scan that is meant, and the one that it is set equal to.
+            SELECT c.*, s.path AS scan, o.path AS other
+            FROM conditions c
+            JOIN scans s ON s.alias = c.alias
+            LEFT JOIN scans o ON o.alias = c.other_alias
+            WHERE (c.other_alias IS NULL OR o.alias IS NOT NULL)
+              -- Through a set operation a name is not that of one scan.
+              AND NOT EXISTS (
+                  SELECT FROM nodes b
+                  WHERE b.type IN ('Append', 'Merge Append', 'SetOp', 'Recursive Union')
+                    AND ((b.path = o.path[:b.depth] AND o.path[:b.depth + 1] IS DISTINCT FROM c.path[:b.depth + 1])
+                      OR (b.path = s.path[:b.depth] AND s.path[:b.depth + 1] IS DISTINCT FROM c.path[:b.depth + 1])))
+        )
+        SELECT n.alias, n.name, n.other_alias, n.other_name FROM named n
+        WHERE n.path = n.scan AND n.kind IN ('Filter', 'Index Cond')
+          AND n.type IN ('Seq Scan', 'Index Scan', 'Index Only Scan', 'Bitmap Heap Scan')
+        UNION
+        SELECT n.alias, n.name, n.other_alias, n.other_name
+        FROM named n
+        -- The side of the join on which the scan is.
+        JOIN nodes side ON side.path = n.scan[:n.depth + 1]
+        WHERE n.kind IN ('Hash Cond', 'Merge Cond', 'Join Filter')
+          AND n.type IN ('Nested Loop', 'Hash Join', 'Merge Join')
+          AND n.path = n.scan[:n.depth] AND n.path = n.other[:n.depth] AND n.scan[n.depth + 1] <> n.other[n.depth + 1]
+          -- A row of it without a partner is dropped.
+          AND (n.join_type, side.node ->> 'Parent Relationship') IN (
+              VALUES ('Inner', 'Outer'), ('Inner', 'Inner'), ('Semi', 'Outer'), ('Semi', 'Inner'), ('Right Semi', 'Outer'),
+                     ('Right Semi', 'Inner'), ('Left', 'Inner'), ('Right', 'Outer'), ('Anti', 'Inner'), ('Right Anti', 'Outer'))
           AND NOT EXISTS (
               SELECT FROM nodes b
-              WHERE b.type IN ('Append', 'Merge Append', 'SetOp', 'Recursive Union')
-                AND ((b.path = o.path[:b.depth] AND o.path[:b.depth + 1] IS DISTINCT FROM c.path[:b.depth + 1])
-                  OR (b.path = s.path[:b.depth] AND s.path[:b.depth + 1] IS DISTINCT FROM c.path[:b.depth + 1])))
-    )
-    SELECT n.alias, n.name, n.other_alias, n.other_name FROM named n
-    WHERE n.path = n.scan AND n.kind IN ('Filter', 'Index Cond')
-      AND n.type IN ('Seq Scan', 'Index Scan', 'Index Only Scan', 'Bitmap Heap Scan')
-    UNION
-    SELECT n.alias, n.name, n.other_alias, n.other_name
-    FROM named n
-    -- The side of the join on which the scan is.
-    JOIN nodes side ON side.path = n.scan[:n.depth + 1]
-    WHERE n.kind IN ('Hash Cond', 'Merge Cond', 'Join Filter')
-      AND n.type IN ('Nested Loop', 'Hash Join', 'Merge Join')
-      AND n.path = n.scan[:n.depth] AND n.path = n.other[:n.depth] AND n.scan[n.depth + 1] <> n.other[n.depth + 1]
-      -- A row of it without a partner is dropped.
-      AND (n.join_type, side.node ->> 'Parent Relationship') IN (
-          VALUES ('Inner', 'Outer'), ('Inner', 'Inner'), ('Semi', 'Outer'), ('Semi', 'Inner'), ('Right Semi', 'Outer'),
-                 ('Right Semi', 'Inner'), ('Left', 'Inner'), ('Right', 'Outer'), ('Anti', 'Inner'), ('Right Anti', 'Outer'))
-      AND NOT EXISTS (
-          SELECT FROM nodes b
-          WHERE b.depth > n.depth AND b.path = n.scan[:b.depth]
-            AND (coalesce(b.node ->> 'Parent Relationship', '') NOT IN ('Outer', 'Inner')
-                 OR (b.path <> n.scan
-                     AND b.type NOT IN ('Hash', 'Sort', 'Incremental Sort', 'Materialize', 'Result', 'Nested Loop', 'Hash Join',
-                                        'Merge Join')
-                     AND NOT (b.type IN ('Aggregate', 'Group') AND NOT b.node ? 'Grouping Sets' AND EXISTS (
-                         SELECT FROM jsonb_array_elements_text(b.node -> 'Group Key') k (key)
-                         WHERE listener.plain_text(k.key, '') = n.alias || '.' || n.name)))))
+              WHERE b.depth > n.depth AND b.path = n.scan[:b.depth]
+                AND (coalesce(b.node ->> 'Parent Relationship', '') NOT IN ('Outer', 'Inner')
+                     OR (b.path <> n.scan
+                         AND b.type NOT IN ('Hash', 'Sort', 'Incremental Sort', 'Materialize', 'Result', 'Nested Loop', 'Hash Join',
+                                            'Merge Join')
+                         AND NOT (b.type IN ('Aggregate', 'Group') AND NOT b.node ? 'Grouping Sets' AND EXISTS (
+                             SELECT FROM jsonb_array_elements_text(b.node -> 'Group Key') k (key)
+                             WHERE listener.plain_text(k.key, '') = n.alias || '.' || n.name)))));
+END
 $function$;
 
 -- index_scans(plan, constant): of each scan of a table, the relation, its alias and whether an index finds the rows that its
 -- conditions ask for: the index's first column is set equal to something. A scan through a whole index is none.
 CREATE OR REPLACE FUNCTION listener.index_scans(plan jsonb, constant text)
 RETURNS TABLE (relid oid, alias text, indexed boolean, filter text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    WITH nodes AS MATERIALIZED (SELECT n.path, n.node FROM listener.plan_nodes(plan) n),
-    scans AS MATERIALIZED (
-        SELECT s.path, s.alias, c.oid AS relid, listener.plain_text(s.node ->> 'Filter', constant) AS filter
-        FROM listener.plan_scans(plan) s
-        JOIN pg_namespace n ON n.nspname = s.node ->> 'Schema'
-        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.node ->> 'Relation Name'
-    )
-    SELECT s.relid, s.alias, EXISTS (
-        SELECT FROM nodes n
-        JOIN pg_index x ON x.indrelid = s.relid
-        JOIN pg_class i ON i.oid = x.indexrelid AND i.relname = n.node ->> 'Index Name'
-        CROSS JOIN LATERAL listener.and_members(listener.plain_text(n.node ->> 'Index Cond', constant)) AS m (member)
-        LEFT JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[0]
-        -- Of a bitmap's scan the index is named below it.
-        WHERE n.path[:cardinality(s.path)] = s.path
-          AND CASE WHEN x.indkey[0] = 0 THEN m.member ~ ' = K(::[a-z]+)?$'
-                   ELSE m.member ~ format('^\(*%s\.%s(\)::[a-z]+)* = ', s.alias, listener.plain_text(quote_ident(a.attname), ''))
-                        AND EXISTS (SELECT FROM listener.equalities(n.node ->> 'Index Cond', constant) e WHERE e.alias = s.alias) END),
-        s.filter
-    FROM scans s
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+        WITH nodes AS MATERIALIZED (SELECT n.path, n.node FROM listener.plan_nodes(plan) n),
+        scans AS MATERIALIZED (
+            SELECT s.path, s.alias, c.oid AS relid, listener.plain_text(s.node ->> 'Filter', constant) AS filter
+            FROM listener.plan_scans(plan) s
+            JOIN pg_namespace n ON n.nspname = s.node ->> 'Schema'
+            JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.node ->> 'Relation Name'
+        )
+        SELECT s.relid, s.alias, EXISTS (
+            SELECT FROM nodes n
+            JOIN pg_index x ON x.indrelid = s.relid
+            JOIN pg_class i ON i.oid = x.indexrelid AND i.relname = n.node ->> 'Index Name'
+            CROSS JOIN LATERAL listener.and_members(listener.plain_text(n.node ->> 'Index Cond', constant)) AS m (member)
+            LEFT JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[0]
+            -- Of a bitmap's scan the index is named below it.
+            WHERE n.path[:cardinality(s.path)] = s.path
+              AND CASE WHEN x.indkey[0] = 0 THEN m.member ~ ' = K(::[a-z]+)?$'
+                       ELSE m.member ~ format('^\(*%s\.%s(\)::[a-z]+)* = ', s.alias, listener.plain_text(quote_ident(a.attname), ''))
+                            AND EXISTS (SELECT FROM listener.equalities(n.node ->> 'Index Cond', constant) e WHERE e.alias = s.alias) END),
+            s.filter
+        FROM scans s;
+END
 $function$;

@@ -27,49 +27,60 @@
 --     one to a shorter type, or a collation that takes different texts for equal, does.
 --   * A materialized view or a foreign table holds rows whose origin is not seen here.
 
--- tenant_views(relation): the views through which a view or a materialized view reads, each with how deep it stands.
-CREATE OR REPLACE FUNCTION listener.tenant_views(relation regclass) RETURNS TABLE (relid oid, depth integer)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    WITH RECURSIVE walk (relid, depth) AS (
-        SELECT relation::oid, 0
-        UNION
-        SELECT c.oid, w.depth + 1
-        FROM walk w
-        JOIN pg_rewrite r ON r.ev_class = w.relid
-        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
-        JOIN pg_class c ON c.oid = d.refobjid AND c.relkind = 'v' AND c.oid <> w.relid
-    )
-    SELECT w.relid, max(w.depth) FROM walk w WHERE w.depth > 0 GROUP BY w.relid
+-- tenant_views(relation): the views through which a view or a materialized view reads, each with how deep it stands. The planner
+-- expects many, and would read the catalog of dependencies whole.
+CREATE OR REPLACE FUNCTION listener.tenant_views(relation regclass) RETURNS TABLE (relid oid, depth integer) ROWS 5
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+        WITH RECURSIVE walk (relid, depth) AS (
+            SELECT relation::oid, 0
+            UNION
+            SELECT c.oid, w.depth + 1
+            FROM walk w
+            JOIN pg_rewrite r ON r.ev_class = w.relid
+            JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
+            JOIN pg_class c ON c.oid = d.refobjid AND c.relkind = 'v' AND c.oid <> w.relid
+        )
+        SELECT w.relid, max(w.depth) FROM walk w WHERE w.depth > 0 GROUP BY w.relid;
+END
 $function$;
 
 -- tenant_inputs(relation, tenant_column): what a view or a materialized view reads, through views, and how the rows of each
 -- find their tenant, as register_sources() would have it: by name or, where a look-up says so, through another.
 --   through_id, keys, referenced: of a look-up. name, keys and referenced are columns' names as they are now.
 CREATE OR REPLACE FUNCTION listener.tenant_inputs(relation regclass, tenant_column name)
-RETURNS TABLE (relid oid, relkind "char", source_id integer, name name, through_id integer, through_relid oid, keys name[], referenced name[])
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    WITH read AS (
-        SELECT DISTINCT c.oid, c.relkind
-        FROM (SELECT relation::oid AS relid UNION SELECT v.relid FROM listener.tenant_views(relation) v) v
-        JOIN pg_rewrite r ON r.ev_class = v.relid
-        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
-        JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('r', 'p', 'm', 'f') AND c.oid <> relation
-    )
-    SELECT r.oid, r.relkind, known.id,
-           CASE WHEN known.id IS NULL THEN a.attname
-                WHEN known.tenant_column IS NOT NULL THEN coalesce(
-                    (SELECT t.attname FROM listener.tracked('tenant_of_' || known.id) t), known.tenant_column) END,
-           known.through_id, (SELECT s.relid FROM listener.source s WHERE s.id = known.through_id),
-           listener.tracked_names(known.through_keys, 'key_of_' || known.id),
-           listener.tracked_names(known.through_references, 'reference_of_' || known.id)
-    FROM read r
-    LEFT JOIN pg_attribute a ON a.attrelid = r.oid AND a.attname = tenant_inputs.tenant_column
-                            AND a.attnum > 0 AND NOT a.attisdropped
-    LEFT JOIN LATERAL (
-        SELECT s.* FROM listener.source s
-        WHERE s.relid = r.oid AND (s.explicit OR (a.attname IS NULL AND EXISTS (
-            SELECT FROM listener.source o WHERE o.through_id = s.id)))
-        ORDER BY s.explicit DESC, s.id LIMIT 1) known ON true
+RETURNS TABLE (relid oid, relkind "char", source_id integer, name name, through_id integer, through_relid oid, keys name[], referenced name[]) ROWS 5
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+        WITH read AS (
+            SELECT DISTINCT c.oid, c.relkind
+            FROM (SELECT relation::oid AS relid UNION SELECT v.relid FROM listener.tenant_views(relation) v) v
+            JOIN pg_rewrite r ON r.ev_class = v.relid
+            JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
+            JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('r', 'p', 'm', 'f') AND c.oid <> relation
+        )
+        SELECT r.oid, r.relkind, known.id,
+               CASE WHEN known.id IS NULL THEN a.attname
+                    WHEN known.tenant_column IS NOT NULL THEN coalesce(
+                        (SELECT t.attname FROM listener.tracked('tenant_of_' || known.id) t), known.tenant_column) END,
+               known.through_id, (SELECT s.relid FROM listener.source s WHERE s.id = known.through_id),
+               listener.tracked_names(known.through_keys, 'key_of_' || known.id),
+               listener.tracked_names(known.through_references, 'reference_of_' || known.id)
+        FROM read r
+        LEFT JOIN pg_attribute a ON a.attrelid = r.oid AND a.attname = tenant_inputs.tenant_column
+                                AND a.attnum > 0 AND NOT a.attisdropped
+        LEFT JOIN LATERAL (
+            SELECT s.* FROM listener.source s
+            WHERE s.relid = r.oid AND (s.explicit OR (a.attname IS NULL AND EXISTS (
+                SELECT FROM listener.source o WHERE o.through_id = s.id)))
+            ORDER BY s.explicit DESC, s.id LIMIT 1) known ON true;
+END
 $function$;
 
 -- explained(query, path): the plan of a query that is read with this path, as JSON.
@@ -99,13 +110,16 @@ $function$;
 
 -- make_stand_ins(relation, path): temporary tables and views for all that a view or a materialized view reads, by their
 -- names. path: the schemas in which these are found without being qualified; the calling role needs TEMPORARY.
--- A stand-in has the primary key, which GROUP BY may rest on, and is as large as makes the planner leave correlated
--- subqueries as they are: one that became a hash table would not show what correlates it.
+-- A stand-in has the primary key, which GROUP BY may rest on, and where the query has EXISTS, IN and the like is as large as
+-- makes the planner leave these as they are: one that became a hash table would not show what correlates it.
 CREATE OR REPLACE FUNCTION listener.make_stand_ins(relation regclass, path text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     copied record;
     body text;
+    -- Only of these the planner makes hash tables.
+    compares boolean := pg_get_viewdef(relation) ~* '\m(exists|in|any|some|all)\M' OR EXISTS (
+        SELECT FROM listener.tenant_views(relation) v WHERE pg_get_viewdef(v.relid) ~* '\m(exists|in|any|some|all)\M');
     twice text := (
         SELECT min(quote_ident(c.relname))
         FROM (SELECT i.relid FROM listener.tenant_inputs(relation, NULL) i
@@ -130,7 +144,8 @@ BEGIN
         LEFT JOIN pg_namespace n ON n.oid = l.collnamespace
         GROUP BY c.oid
     LOOP
-        EXECUTE format('CREATE TEMPORARY TABLE pg_temp.%I AS SELECT repeat(''x'', 1900) AS filling FROM generate_series(1, 800)', copied.relname);
+        EXECUTE format('CREATE TEMPORARY TABLE pg_temp.%I AS SELECT repeat(''x'', 1900) AS filling FROM generate_series(1, %s)',
+                       copied.relname, CASE WHEN compares THEN 800 ELSE 0 END);
         EXECUTE format('DELETE FROM pg_temp.%I', copied.relname);
         EXECUTE format('ALTER TABLE pg_temp.%I %s', copied.relname, copied.changes);
         EXECUTE format('ALTER TABLE pg_temp.%I DROP COLUMN filling', copied.relname);
@@ -270,6 +285,9 @@ BEGIN
         RETURN QUERY SELECT NULL::regclass, false, false, format('PostgreSQL could not plan it for one tenant: %s', SQLERRM);
         RETURN;
     END;
+    WITH input AS MATERIALIZED (
+        SELECT t.*, c.relname FROM listener.tenant_inputs(definition, tenant_column) t JOIN pg_class c ON c.oid = t.relid
+    )
     SELECT jsonb_agg(jsonb_build_object(
         'alias', s.alias, 'path', s.path, 'relid', coalesce(i.relid, r.oid), 'kind', i.relkind, 'source', i.source_id,
         'name', listener.plain_text(quote_ident(i.name), ''), 'through', i.through_relid,
@@ -288,8 +306,8 @@ BEGIN
         SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relname = s.node ->> 'Relation Name' AND n.nspname = s.node ->> 'Schema') r ON true
     LEFT JOIN LATERAL (
-        SELECT t.* FROM listener.tenant_inputs(definition, tenant_column) t JOIN pg_class c ON c.oid = t.relid
-        WHERE CASE WHEN plans.stood_in THEN s.node ->> 'Schema' ~ '^pg_temp' AND c.relname = s.node ->> 'Relation Name'
+        SELECT t.* FROM input t
+        WHERE CASE WHEN plans.stood_in THEN s.node ->> 'Schema' ~ '^pg_temp' AND t.relname = s.node ->> 'Relation Name'
                    ELSE t.relid = r.oid OR t.relid IN (SELECT p.relid FROM pg_partition_ancestors(r.oid) p) END
         ORDER BY t.relid = r.oid DESC LIMIT 1) i ON true;
     SELECT jsonb_agg(i) INTO facts FROM listener.implied(plans.by_constant, plans.constant) i;
@@ -385,8 +403,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN EXISTS (
         SELECT FROM pg_index x JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[0]
         WHERE x.indrelid = index_advice.relid AND x.indisvalid AND x.indpred IS NULL AND a.attname = columns[1])
-    THEN format('no index of %1$s serves the query, which does not compare %2$I as it is: leave casts and functions of it away, '
-                'join by it', index_advice.relid::regclass, columns[1])
+    THEN format('%1$s is read whole for each tenant, although there is an index on %2$I: compare %2$I as it is, without casts and '
+                'functions, and join by it before rows are grouped', index_advice.relid::regclass, columns[1])
     ELSE format('%s is read whole for each tenant: CREATE INDEX ON %s (%s)', index_advice.relid::regclass,
                 coalesce(pg_partition_root(index_advice.relid), index_advice.relid::regclass),
                 (SELECT string_agg(quote_ident(c.name), ', ' ORDER BY c.ord) FROM unnest(columns) WITH ORDINALITY AS c (name, ord))) END

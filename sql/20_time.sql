@@ -10,62 +10,66 @@
 -- of a function in another language than that of queries, for their names.
 CREATE OR REPLACE FUNCTION listener.time_dependence(relation regclass)
 RETURNS TABLE (dependence text, what text, max_age interval)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    WITH RECURSIVE nested (relid) AS (
-        SELECT relation::oid UNION SELECT v.relid FROM listener.tenant_views(relation) v
-    ), code (tree, source) AS (
-        SELECT r.ev_action::text COLLATE "C", pg_get_viewdef(n.relid) COLLATE "C" FROM nested n JOIN pg_rewrite r ON r.ev_class = n.relid
-        UNION
-        SELECT coalesce(p.prosqlbody::text, '') COLLATE "C", coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) COLLATE "C"
-        FROM code c
-        CROSS JOIN LATERAL regexp_matches(c.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') AS m (found)
-        JOIN pg_proc p ON p.oid = m.found[1]::oid
-        JOIN pg_language l ON l.oid = p.prolang AND l.lanname IN ('sql', 'plpgsql')
-        WHERE p.pronamespace <> 'pg_catalog'::regnamespace
-    ), called AS (
-        SELECT DISTINCT p.oid, p.proname, p.provolatile, p.pronargs, c.source, p.pronamespace = 'pg_catalog'::regnamespace AS builtin,
-               p.pronamespace = 'pg_catalog'::regnamespace
-               AND (p.proname IN ('now', 'transaction_timestamp', 'statement_timestamp', 'clock_timestamp', 'timeofday')
-                    OR (p.proname = 'age' AND p.pronargs = 1 AND p.prorettype = 'interval'::regtype)) AS tells_time
-        FROM code c
-        CROSS JOIN LATERAL regexp_matches(c.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') AS m (found)
-        JOIN pg_proc p ON p.oid = m.found[1]::oid
-    ), timed AS (
-        SELECT c.proname::text || '()' AS what, c.source, c.proname = 'age' AS by_days FROM called c WHERE c.tells_time
-        UNION
-        SELECT (ARRAY['CURRENT_DATE', 'CURRENT_TIME', 'CURRENT_TIME', 'CURRENT_TIMESTAMP', 'CURRENT_TIMESTAMP', 'LOCALTIME',
-                      'LOCALTIME', 'LOCALTIMESTAMP', 'LOCALTIMESTAMP'])[m.found[1]::integer + 1], c.source, m.found[1] = '0'
-        FROM code c CROSS JOIN LATERAL regexp_matches(c.tree, 'SQLVALUEFUNCTION :op ([0-8]) ', 'g') AS m (found)
-        UNION
-        SELECT CASE WHEN m.found[1] IS NOT NULL THEN lower(m.found[1]) || '()' ELSE upper(m.found[2]) END, c.source,
-               lower(m.found[2]) IS NOT DISTINCT FROM 'current_date'
-        FROM code c
-        CROSS JOIN LATERAL regexp_matches(
-            regexp_replace(c.source, '--[^\n]*|/\*.*?\*/', '', 'g'),
-            '\m(?:(now|transaction_timestamp|statement_timestamp|clock_timestamp|timeofday)\s*\(|'
-            '(current_date|current_time|current_timestamp|localtime|localtimestamp)\M)', 'gi') AS m (found)
-        WHERE c.tree = ''
-    )
-    SELECT 'time', t.what,
-           min(CASE WHEN t.by_days
-                      -- What is left when each that is cut to a day, or more, is taken away.
-                      OR regexp_replace(t.source,
-                          '\(*' || g.call || '( AT TIME ZONE [^)]*)?\)*::date'
-                          '|date_trunc\(''(day|week|month|quarter|year|decade|century|millennium)''(::text)?, \(?' || g.call, '', 'gi')
-                         !~* g.call
-                    THEN interval '1 hour' ELSE interval '1 min' END)
-    FROM timed t CROSS JOIN LATERAL (SELECT '\m' || replace(replace(t.what, '(', '\('), ')', '\)')) AS g (call)
-    GROUP BY t.what
-    UNION ALL
-    SELECT 'time zone', c.oid::regprocedure::text, NULL
-    FROM called c JOIN pg_proc p ON p.oid = c.oid
-    WHERE c.builtin AND NOT c.tells_time AND c.provolatile = 's'
-      AND ARRAY[p.prorettype] || p.proargtypes::oid[] && '{timestamptz,timetz}'::regtype[]::oid[]
-    GROUP BY c.oid
-    UNION ALL
-    SELECT 'volatile', c.oid::regprocedure::text, NULL
-    FROM called c WHERE c.provolatile = 'v' AND NOT c.tells_time GROUP BY c.oid
-    ORDER BY 1, 2
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+        WITH RECURSIVE nested (relid) AS (
+            SELECT relation::oid UNION SELECT v.relid FROM listener.tenant_views(relation) v
+        ), code (tree, source) AS (
+            SELECT r.ev_action::text COLLATE "C", pg_get_viewdef(n.relid) COLLATE "C" FROM nested n JOIN pg_rewrite r ON r.ev_class = n.relid
+            UNION
+            SELECT coalesce(p.prosqlbody::text, '') COLLATE "C", coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) COLLATE "C"
+            FROM code c
+            CROSS JOIN LATERAL regexp_matches(c.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') AS m (found)
+            JOIN pg_proc p ON p.oid = m.found[1]::oid
+            JOIN pg_language l ON l.oid = p.prolang AND l.lanname IN ('sql', 'plpgsql')
+            WHERE p.pronamespace <> 'pg_catalog'::regnamespace
+        ), called AS (
+            SELECT DISTINCT p.oid, p.proname, p.provolatile, p.pronargs, c.source, p.pronamespace = 'pg_catalog'::regnamespace AS builtin,
+                   p.pronamespace = 'pg_catalog'::regnamespace
+                   AND (p.proname IN ('now', 'transaction_timestamp', 'statement_timestamp', 'clock_timestamp', 'timeofday')
+                        OR (p.proname = 'age' AND p.pronargs = 1 AND p.prorettype = 'interval'::regtype)) AS tells_time
+            FROM code c
+            CROSS JOIN LATERAL regexp_matches(c.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') AS m (found)
+            JOIN pg_proc p ON p.oid = m.found[1]::oid
+        ), timed AS (
+            SELECT c.proname::text || '()' AS what, c.source, c.proname = 'age' AS by_days FROM called c WHERE c.tells_time
+            UNION
+            SELECT (ARRAY['CURRENT_DATE', 'CURRENT_TIME', 'CURRENT_TIME', 'CURRENT_TIMESTAMP', 'CURRENT_TIMESTAMP', 'LOCALTIME',
+                          'LOCALTIME', 'LOCALTIMESTAMP', 'LOCALTIMESTAMP'])[m.found[1]::integer + 1], c.source, m.found[1] = '0'
+            FROM code c CROSS JOIN LATERAL regexp_matches(c.tree, 'SQLVALUEFUNCTION :op ([0-8]) ', 'g') AS m (found)
+            UNION
+            SELECT CASE WHEN m.found[1] IS NOT NULL THEN lower(m.found[1]) || '()' ELSE upper(m.found[2]) END, c.source,
+                   lower(m.found[2]) IS NOT DISTINCT FROM 'current_date'
+            FROM code c
+            CROSS JOIN LATERAL regexp_matches(
+                regexp_replace(c.source, '--[^\n]*|/\*.*?\*/', '', 'g'),
+                '\m(?:(now|transaction_timestamp|statement_timestamp|clock_timestamp|timeofday)\s*\(|'
+                '(current_date|current_time|current_timestamp|localtime|localtimestamp)\M)', 'gi') AS m (found)
+            WHERE c.tree = ''
+        )
+        SELECT 'time', t.what,
+               min(CASE WHEN t.by_days
+                          -- What is left when each that is cut to a day, or more, is taken away.
+                          OR regexp_replace(t.source,
+                              '\(*' || g.call || '( AT TIME ZONE [^)]*)?\)*::date'
+                              '|date_trunc\(''(day|week|month|quarter|year|decade|century|millennium)''(::text)?, \(?' || g.call, '', 'gi')
+                             !~* g.call
+                        THEN interval '1 hour' ELSE interval '1 min' END)
+        FROM timed t CROSS JOIN LATERAL (SELECT '\m' || replace(replace(t.what, '(', '\('), ')', '\)')) AS g (call)
+        GROUP BY t.what
+        UNION ALL
+        SELECT 'time zone', c.oid::regprocedure::text, NULL
+        FROM called c JOIN pg_proc p ON p.oid = c.oid
+        WHERE c.builtin AND NOT c.tells_time AND c.provolatile = 's'
+          AND ARRAY[p.prorettype] || p.proargtypes::oid[] && '{timestamptz,timetz}'::regtype[]::oid[]
+        GROUP BY c.oid
+        UNION ALL
+        SELECT 'volatile', c.oid::regprocedure::text, NULL
+        FROM called c WHERE c.provolatile = 'v' AND NOT c.tells_time GROUP BY c.oid
+        ORDER BY 1, 2;
+END
 $function$;
 
 -- warn_of_definition(view, definition): what is no error, and will be regretted: a query that is not proven to be tenant-local, a

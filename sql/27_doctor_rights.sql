@@ -428,6 +428,7 @@ BEGIN
                coalesce(s.source::text, managed.name),
                CASE WHEN NOT s.proven THEN format('%s may read other tenants'' rows of it: %s.', managed.name, s.advice)
                     WHEN s.advice IS NULL THEN format('%s reads one tenant''s rows of it, by an index', managed.name)
+                    WHEN s.advice ~ 'CREATE INDEX' THEN format('%s reads it whole for each tenant.', managed.name)
                     ELSE format('%s: %s.', managed.name, split_part(s.advice, ': ', 1)) END,
                CASE WHEN s.advice IS NOT NULL THEN coalesce(substring(s.advice FROM '(?:CREATE INDEX|SELECT listener\.).*$') || ';',
                     format('listener views alter %s --query FILE', listener.shell_word(managed.name))) END

@@ -159,7 +159,7 @@ BEGIN
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
         -- Who may make and drop views may fill and compare them, and ask doctor, also where it is no member any more.
-        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', computing, installed.owner_role);
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I, %I', computing, installed.owner_role, installed.service_role);
     END LOOP;
     EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);
     -- What belongs to a view comes and goes with it: doctor knows what that needs.

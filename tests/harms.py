@@ -215,7 +215,11 @@ SERVER = {
 }  # fmt: skip
 SCOPE = {
     "the tenants' index": Harm(
-        "DROP INDEX shop.orders_tenant_id_idx", "scope", "warning", "shop.orders", "is read whole for each tenant"
+        "DROP INDEX shop.orders_tenant_id_idx",
+        "scope",
+        "warning",
+        "shop.orders",
+        "sales reads it whole for each tenant",
     ),
 }
 HARMS = CAPTURE | RIGHTS | TOO_MUCH | ROW_SECURITY | SERVER | SCOPE

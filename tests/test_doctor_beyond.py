@@ -200,6 +200,24 @@ async def test_with_a_service_at_hand_the_mend_of_a_stale_key_is_a_sweep(
     assert await mended(clean) == []
 
 
+async def test_a_role_that_row_security_no_longer_binds_is_told_by_a_service_that_runs(
+    clean: Database, superuser: AsyncConnection[object]
+) -> None:
+    async with clean.service() as running:
+
+        async def reasons(expected: list[str]) -> bool:
+            return await running.service.reasons_not_ready() == expected
+
+        await eventually(lambda: reasons([]))
+        try:
+            await superuser.execute("ALTER ROLE listener_service BYPASSRLS")
+            told_so = "role listener_service is a superuser or has BYPASSRLS: row-level security does not bind it"
+            await eventually(lambda: reasons([told_so]))
+        finally:
+            await superuser.execute("ALTER ROLE listener_service NOBYPASSRLS")
+        await eventually(lambda: reasons([]))
+
+
 async def test_an_open_dead_letter_is_a_warning_and_the_retry_closes_it(
     clean: Database, superuser: AsyncConnection[object], service: AsyncConnection[object]
 ) -> None:

@@ -147,6 +147,14 @@ async def test_a_missing_right_on_the_schema_is_named_to_the_services_role_itsel
     assert told(database)[0] == 0
 
 
+def test_a_way_to_listen_that_leads_elsewhere_is_told(database: Database) -> None:
+    elsewhere = database.server.url("listener_service", "postgres")
+    code, said = told(database, LISTENER_LISTEN_DATABASE_URL=elsewhere)
+    wrong = [f for f in said["findings"] if f["level"] == "error"]
+    assert (code, [f["mend"] for f in wrong]) == (1, ["unset LISTENER_LISTEN_DATABASE_URL"])
+    assert told(database, LISTENER_LISTEN_DATABASE_URL=database.url())[0] == 0
+
+
 def test_a_wrong_password_is_told_with_how_to_set_one() -> None:
     # What libpq says: the tests' servers ask for none.
     url = "postgresql://listener_service:wrong@db.example/app"

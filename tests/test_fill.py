@@ -68,6 +68,7 @@ async def test_a_view_is_filled_without_the_service_and_its_progress_can_be_read
     shop: Database, superuser: psycopg.AsyncConnection[Any], service: psycopg.AsyncConnection[Any]
 ) -> None:
     assert await rows(service, FILLING) == [(None, None, 0, 0)], "nobody knows how many tenants there are yet"
+    assert "sales: all tenants are marked, and not written out yet\n" in listener("status", url=shop.url()).stdout
     await service.execute("SELECT listener.drain()")
     assert await rows(service, FILLING) == [(None, None, 0, 0)]
     await service.execute("SELECT listener.expand('sales')")
@@ -80,6 +81,10 @@ async def test_a_view_is_filled_without_the_service_and_its_progress_can_be_read
         service, "SELECT since < clock_timestamp(), rate > 0, time_left > '0', paused FROM listener.filling"
     )
     assert more == (True, True, True, False)
+
+    status = listener("status", url=shop.url()).stdout.splitlines()
+    assert status[2].startswith(f"sales: 1 of {TENANTS} keys are filled, ")
+    assert status[2].endswith(" keys a second")
 
     done = listener("fill", "sales", "--workers", "3", "--json", url=shop.url())
     assert done.returncode == 0, done.stderr
@@ -241,6 +246,15 @@ async def test_tenants_that_come_and_go_while_a_view_is_filled(
     await settle(service)
     assert await differences(superuser, "sales") == []
     assert await one(superuser, "SELECT count(DISTINCT tenant_id) FROM sales") == TENANTS - 5 + 1
+
+
+async def test_a_view_without_tenants_is_one_key(shop: Database, superuser: psycopg.AsyncConnection[Any]) -> None:
+    await create_view(
+        shop, "everybody", "SELECT count(*) AS n FROM shop.tenants", ["n"], tenant_column=None, tenants_query=None
+    )
+    done = listener("fill", "everybody", url=shop.url())
+    assert (done.returncode, done.stdout.partition(",")[0]) == (0, "everybody: 1 key filled")
+    assert await rows(superuser, "SELECT n FROM everybody") == [(TENANTS,)]
 
 
 async def test_what_cannot_be_filled_is_one_line(shop: Database, superuser: psycopg.AsyncConnection[Any]) -> None:

@@ -36,7 +36,7 @@ SELECT listener.create_view('turnover', 'SELECT tenant_id, sum(cents)::bigint AS
 
 @dataclass(frozen=True)
 class Managed:
-    """A database of `acme_admin`, who may make roles and databases and is no superuser."""
+    """A database of `managed_admin`, who may make roles and databases and is no superuser."""
 
     database: Database
     settings: dict[str, str]
@@ -46,10 +46,10 @@ class Managed:
         with psycopg.connect(self.database.url(user), autocommit=True) as connection:
             connection.execute(statements.encode())
 
-    def command(self, *arguments: str, user: str = "acme_admin") -> str:
+    def command(self, *arguments: str, user: str = "managed_admin") -> str:
         """What it prints; it must succeed."""
         ended = listener(*arguments, url=self.database.url(user), **self.settings)
-        assert ended.returncode == 0, ended.stderr
+        assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 
     def given(self) -> dict[str, str]:
@@ -57,7 +57,7 @@ class Managed:
         return {name.removeprefix("LISTENER_").lower(): value for name, value in self.settings.items()}
 
 
-ROLES = ("acme_keeper", "acme_service", "acme_app", "acme_admin")
+ROLES = ("managed_keeper", "managed_service", "managed_app", "managed_admin")
 
 
 @pytest.fixture
@@ -65,16 +65,16 @@ def managed(server: Server) -> Iterator[Managed]:
     """The administrator, his database, the application's role and tables; nothing of listener's."""
     name = "listener_managed"
     with psycopg.connect(server.url("postgres", "postgres"), autocommit=True) as superuser:
-        superuser.execute("CREATE ROLE acme_admin LOGIN CREATEROLE CREATEDB")
-    with psycopg.connect(server.url("acme_admin", "postgres"), autocommit=True) as administrator:
+        superuser.execute("CREATE ROLE managed_admin LOGIN CREATEROLE CREATEDB")
+    with psycopg.connect(server.url("managed_admin", "postgres"), autocommit=True) as administrator:
         administrator.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        administrator.execute("CREATE ROLE acme_app LOGIN")
+        administrator.execute("CREATE ROLE managed_app LOGIN")
     database = Database(server, name)
-    made = Managed(database, {"LISTENER_OWNER_ROLE": "acme_keeper", "LISTENER_SERVICE_ROLE": "acme_service"})
+    made = Managed(database, {"LISTENER_OWNER_ROLE": "managed_keeper", "LISTENER_SERVICE_ROLE": "managed_service"})
     try:
         # In a database of one's own `public` is the owner's to grant.
-        made.do("acme_admin", "GRANT CREATE ON SCHEMA public TO acme_app")
-        made.do("acme_app", TABLES)
+        made.do("managed_admin", "GRANT CREATE ON SCHEMA public TO managed_app")
+        made.do("managed_app", TABLES)
         yield made
     finally:
         server.drop(name)
@@ -101,23 +101,23 @@ async def running(managed: Managed) -> AsyncIterator[RunningService]:
 
 def set_up(managed: Managed) -> None:
     """As docs/managed-services.md tells: nobody here is a superuser."""
-    managed.do("acme_admin", managed.command("roles", "--database", managed.database.name))
+    managed.do("managed_admin", managed.command("roles", "--database", managed.database.name))
     managed.command("migrate")
     owner, service = managed.settings["LISTENER_OWNER_ROLE"], managed.settings["LISTENER_SERVICE_ROLE"]
     statements = [f"GRANT USAGE, CREATE ON SCHEMA public TO {owner}", f"GRANT USAGE ON SCHEMA public TO {service}"]
-    if "acme_app" not in {owner, service}:
-        statements.append(f"GRANT acme_app TO {owner}")
+    if "managed_app" not in {owner, service}:
+        statements.append(f"GRANT managed_app TO {owner}")
     for statement in statements:
-        managed.do("acme_admin", statement)
-    if service != "acme_app":
-        managed.do("acme_app", f"GRANT SELECT ON tenants, sales TO {service}")
-    managed.do("acme_admin", VIEW)
+        managed.do("managed_admin", statement)
+    if service != "managed_app":
+        managed.do("managed_app", f"GRANT SELECT ON tenants, sales TO {service}")
+    managed.do("managed_admin", VIEW)
 
 
 def sweep(managed: Managed) -> int:
     """What the target shows after a write and a sweep by hand."""
     service = managed.settings["LISTENER_SERVICE_ROLE"]
-    with psycopg.connect(managed.database.url("acme_app"), autocommit=True) as application:
+    with psycopg.connect(managed.database.url("managed_app"), autocommit=True) as application:
         application.execute("SELECT set_config('app.current_tenant_id', %s, false)", (TENANT,))
         application.execute("INSERT INTO sales VALUES (%s, 5)", (TENANT,))
     managed.command("sweep", user=service)
@@ -137,11 +137,11 @@ async def complaints(managed: Managed, user: str) -> list[Finding]:
 async def test_an_administrator_who_is_no_superuser_sets_it_up_and_takes_it_away(managed: Managed) -> None:
     set_up(managed)
     assert sweep(managed) == 5
-    found = await complaints(managed, "acme_service")
+    found = await complaints(managed, "managed_service")
     if found:  # from PostgreSQL 16 on, no administrator may give this one right without having its ADMIN option
-        assert [f.mend for f in found] == ["GRANT pg_read_all_stats TO acme_service;"]
+        assert [f.mend for f in found] == ["GRANT pg_read_all_stats TO managed_service;"]
         managed.do("postgres", found[0].mend or "")
-    assert await complaints(managed, "acme_service") == []
+    assert await complaints(managed, "managed_service") == []
     managed.command("pause")
     managed.command("resume")
     managed.command("migrate")
@@ -151,7 +151,7 @@ async def test_an_administrator_who_is_no_superuser_sets_it_up_and_takes_it_away
 
 async def test_a_service_runs_where_nobody_is_a_superuser(managed: Managed) -> None:
     set_up(managed)
-    async with managed.database.connect("acme_app") as application:
+    async with managed.database.connect("managed_app") as application:
         await application.execute("SELECT set_config('app.current_tenant_id', %s, false)", (TENANT,))
         async with running(managed) as service:
             await application.execute("INSERT INTO sales VALUES (%s, 7)", (TENANT,))
@@ -161,15 +161,15 @@ async def test_a_service_runs_where_nobody_is_a_superuser(managed: Managed) -> N
 
 SHARED = {
     "service": (
-        {"LISTENER_OWNER_ROLE": "acme_keeper", "LISTENER_SERVICE_ROLE": "acme_app"},
+        {"LISTENER_OWNER_ROLE": "managed_keeper", "LISTENER_SERVICE_ROLE": "managed_app"},
         ["the service may write public.sales", "the application may read the change log and refresh every tenant"],
     ),
     "owner": (
-        {"LISTENER_OWNER_ROLE": "acme_app", "LISTENER_SERVICE_ROLE": "acme_service"},
+        {"LISTENER_OWNER_ROLE": "managed_app", "LISTENER_SERVICE_ROLE": "managed_service"},
         ["the application may change what the schema listener manages, and read and refresh every tenant"],
     ),
     "both": (
-        {"LISTENER_OWNER_ROLE": "acme_app", "LISTENER_SERVICE_ROLE": "acme_app"},
+        {"LISTENER_OWNER_ROLE": "managed_app", "LISTENER_SERVICE_ROLE": "managed_app"},
         [
             "the service may change what the schema listener manages",
             "the application may change what the schema listener manages, and read and refresh every tenant",
@@ -193,7 +193,7 @@ async def test_the_applications_role_may_be_the_services_or_the_owners_and_what_
         ("warning", service, f"roles are shared, and guarantees fall away: {'; '.join(lost)}.")
     ]
     with capture_logs() as logged:
-        async with running(managed) as replica, managed.database.connect("acme_app") as application:
+        async with running(managed) as replica, managed.database.connect("managed_app") as application:
             await application.execute("SELECT set_config('app.current_tenant_id', %s, false)", (TENANT,))
             await application.execute("INSERT INTO sales VALUES (%s, 7)", (TENANT,))
             await replica.until_refreshed("turnover", TENANT)
@@ -206,8 +206,8 @@ async def test_the_applications_role_may_be_the_services_or_the_owners_and_what_
 
 async def test_a_shared_role_that_row_security_does_not_bind_is_told(managed: Managed) -> None:
     managed = Managed(managed.database, SHARED["service"][0])
-    managed.do("acme_app", "ALTER TABLE sales NO FORCE ROW LEVEL SECURITY")
+    managed.do("managed_app", "ALTER TABLE sales NO FORCE ROW LEVEL SECURITY")
     set_up(managed)
     assert sweep(managed) == 5
-    found = await complaints(managed, "acme_app")
+    found = await complaints(managed, "managed_app")
     assert any("row-level security of public.sales does not bind the service" in f.problem for f in found)

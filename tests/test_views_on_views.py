@@ -202,6 +202,31 @@ async def test_a_circle_is_refused_when_a_nested_view_would_close_it(
     assert await exact(superuser, *CHAIN, "goals", "reached")
 
 
+async def test_a_view_that_is_no_longer_read_may_be_dropped(
+    shop: Database, superuser: psycopg.AsyncConnection[Any], service: psycopg.AsyncConnection[Any]
+) -> None:
+    await superuser.execute("GRANT SELECT ON grade TO shop_owner")
+    await define(
+        superuser,
+        "CREATE VIEW shop.plan WITH (security_invoker = true) AS SELECT tenant_id, 1 AS goal FROM grade",
+    )
+    await superuser.execute("GRANT SELECT ON shop.plan TO listener_service")
+    await create_view(shop, "goals", "SELECT DISTINCT tenant_id, goal FROM shop.plan", ["goal"])
+    async with shop.connect("listener_migrator") as migrator:
+        with pytest.raises(psycopg.Error, match="grade is read by goals"):
+            await migrator.execute("SELECT listener.drop_view('grade')")
+        await define(
+            superuser,
+            "CREATE OR REPLACE VIEW shop.plan WITH (security_invoker = true) AS"
+            " SELECT tenant_id, 2 AS goal FROM shop.orders",
+        )
+        assert await rows(service, "SELECT view, trouble FROM listener.changed_definitions()") == [("goals", None)]
+        await migrator.execute("SELECT listener.drop_view('grade')")
+    await order(superuser, ANNA, "tea")
+    await settle(service)
+    assert await exact(superuser, "sales", "totals", "goals")
+
+
 async def test_row_level_security_of_a_target_binds_who_reads_it(
     shop: Database, superuser: psycopg.AsyncConnection[Any], service: psycopg.AsyncConnection[Any]
 ) -> None:

@@ -25,9 +25,11 @@ def status(
     async def act(connection: Connection) -> None:
         rows = await queries.views(connection) if tenant is None else await _keys(connection, tenant)
         undrained, oldest = await queries.undrained(connection)
+        filling = await queries.filling(connection) if tenant is None else []
         if as_json:
             what = "views" if tenant is None else "keys"
-            console.print_json({what: rows, "undrained": undrained, "oldest_undrained_seconds": oldest})
+            more = {"filling": filling} if tenant is None else {}
+            console.print_json({what: rows, **more, "undrained": undrained, "oldest_undrained_seconds": oldest})
         elif rows:
             shown = [_view_line(row) for row in rows] if tenant is None else [_key_line(row) for row in rows]
             columns = [name for name in shown[0] if any(line[name] != SELDOM.get(name, ...) for line in shown)]
@@ -36,6 +38,8 @@ def status(
             console.out.print("no view is registered yet: see listener.create_view")
         else:
             console.out.print(f"no change of tenant {tenant} was ever captured, and nothing of it was refreshed")
+        for row in [] if as_json else filling:
+            console.out.print(_filling_line(row))
         if undrained and not as_json:
             are, old = ("is", "") if undrained == 1 else ("are", "the oldest ")
             console.out.print(
@@ -46,6 +50,16 @@ def status(
             raise typer.Exit(1)
 
     with_connection(act)
+
+
+def _filling_line(row: dict[str, Any]) -> str:
+    """How far one view is."""
+    if row["total"] is None:
+        return f"{row['view_name']}: all tenants are marked, and not written out yet"
+    left = row["time_left"]
+    when = f", {console.duration(left.total_seconds())} left at {row['rate']:,.1f} keys a second" if left else ""
+    failing = f", {row['failing']} of them failing" if row["failing"] else ""
+    return f"{row['view_name']}: {row['done']:,} of {row['total']:,} keys are filled{failing}{when}"
 
 
 # Columns that are left out where all of their cells say only this: a line must fit a terminal.

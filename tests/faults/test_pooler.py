@@ -6,6 +6,7 @@ from functools import partial
 
 import anyio
 import anyio.to_thread
+import psycopg
 import pytest
 import structlog
 from psycopg import sql
@@ -14,6 +15,7 @@ from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, tr
 from command import listener
 from conftest import DEADLINE, Database, eventually, settings_for
 from listener import operations, queries
+from listener.doctor import examine
 from listener.errors import SetupError
 from listener.service import Service
 from pgbouncer import pgbouncer
@@ -53,7 +55,8 @@ async def test_all_of_it_works_through_a_transaction_pooler_with_a_direct_way_to
     with structlog.testing.capture_logs() as said:
         async with pgbouncer(books, "transaction") as pooled:
             settings = {"database_url": pooled.url(), "listen_database_url": books.url(), "statement_timeout": "17s"}
-            async with books.service(sweep_interval="500ms", **settings) as running:
+            # A comparison has a timeout of its own, which the view of the sessions would show as a difference.
+            async with books.service(sweep_interval="500ms", verify_keys=0, **settings) as running:
                 await settled(books, running)
                 # So often that a driver which prepares statements has done so, on whichever backend it had.
                 for cents in range(1, 21):
@@ -103,6 +106,26 @@ async def test_a_session_pooler_needs_no_direct_way(books: Database) -> None:
         await eventually(lambda: is_ready(running))
 
 
+async def test_targets_are_verified_through_a_transaction_pooler(books: Database) -> None:
+    async with pgbouncer(books, "transaction") as pooled, books.connect() as superuser:
+        await superuser.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+        async with superuser.transaction():
+            await superuser.execute("SELECT listener.drop_view('sessions')")
+        settings = {"database_url": pooled.url(), "listen_database_url": books.url()}
+        async with books.service(sweep_interval="100ms", verify_keys=6000, **settings) as running:
+            await settled(books, running)
+            async with transaction(books) as application:
+                await book(application, ANNA, 5)
+            await settled(books, running)
+            samples = running.service.metrics.registry
+            await eventually(lambda: samples.get_sample_value("listener_verified_total", {"outcome": "exact"}))
+            altered = sql.SQL("DELETE FROM {} WHERE tenant_id = %s").format(sql.Identifier(LEDGER_VIEW))
+            await superuser.execute(altered, (ANNA,))
+            await eventually(lambda: samples.get_sample_value("listener_drift_total", {"view": LEDGER_VIEW}))
+            await settled(books, running)
+            assert samples.get_sample_value("listener_verified_total", {"outcome": "failed"}) is None
+
+
 async def test_commands_work_through_a_transaction_pooler(books: Database) -> None:
     async with pgbouncer(books, "transaction") as pooled:
         for user, *command in (
@@ -110,8 +133,22 @@ async def test_commands_work_through_a_transaction_pooler(books: Database) -> No
             ("listener_service", "status"),
             ("listener_service", "explain", LEDGER_VIEW, "--tenant", str(ANNA)),
             ("listener_service", "verify"),
+            ("listener_service", "fill", LEDGER_VIEW, "--json"),
             ("listener_migrator", "pause", LEDGER_VIEW),
             ("listener_migrator", "resume", LEDGER_VIEW),
         ):
             done = await anyio.to_thread.run_sync(partial(listener, *command, url=pooled.url(user)))
             assert (done.returncode, done.stderr) == (0, ""), command
+
+
+async def test_doctor_finds_the_pooler_and_says_where_the_server_itself_is(books: Database) -> None:
+    async with pgbouncer(books, "transaction") as pooled:
+        found = await examine(settings_for(pooled.url(), probe_timeout="500ms"))
+        wrong = [f for f in found if f.level == "error"]
+        assert ["goes through a transaction pooler" in f.problem for f in wrong] == [True], wrong
+        command, _, direct = (wrong[0].mend or "").partition("=")
+        assert command == "export LISTENER_LISTEN_DATABASE_URL"
+        assert direct == f"postgresql://listener_service@:5432/{books.name}"
+        found = await examine(settings_for(pooled.url(), listen_database_url=books.url()))
+        assert [f for f in found if f.level == "error"] == []
+        assert "goes through a transaction pooler" in {f.problem for f in found if f.check == "connection"}
