@@ -1,0 +1,185 @@
+-- What adopting a materialized view is made of, each with what it refuses; and what it would do.
+
+-- find_materialized_view(name, search_path): the materialized view of that name. Raises LSN02 where there is none.
+CREATE OR REPLACE FUNCTION listener.find_materialized_view(name text, search_path text) RETURNS regclass
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    found regclass;
+    managed text;
+BEGIN
+    IF name IS NULL THEN
+        RAISE EXCEPTION 'the name must be given' USING ERRCODE = 'LSN02';
+    END IF;
+    BEGIN
+        PERFORM set_config('search_path', find_materialized_view.search_path, true);
+        found := pg_catalog.to_regclass(name);
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    EXCEPTION WHEN OTHERS THEN
+        found := NULL;  -- it is no name at all
+    END;
+    IF found IS NULL THEN
+        RAISE EXCEPTION 'there is no materialized view %', name USING ERRCODE = 'LSN02',
+            HINT = coalesce('There are: ' || (
+                SELECT string_agg(format('%I.%I', m.schemaname, m.matviewname), ', ' ORDER BY 1) FROM pg_matviews m) || '.',
+                'There is none in this database.');
+    END IF;
+    SELECT v.name INTO managed FROM listener.managed_view v WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) = found;
+    IF managed IS NOT NULL THEN
+        RAISE EXCEPTION '% is managed already, as %', found, managed USING ERRCODE = 'LSN02';
+    ELSIF (SELECT c.relkind FROM pg_class c WHERE c.oid = found) <> 'm' THEN
+        RAISE EXCEPTION '% is no materialized view', found USING ERRCODE = 'LSN02',
+            HINT = 'A new name for a query of your own: listener.create_view(…).';
+    END IF;
+    RETURN found;
+END
+$function$;
+
+-- proposed_key(relation, tenant_column): the columns of its unique index, one with the tenant column before others, few
+-- before many; '{}', the whole row, where there is none on plain columns.
+CREATE OR REPLACE FUNCTION listener.proposed_key(relation regclass, tenant_column name) RETURNS name[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce((SELECT i.columns FROM listener.indexes_of(relation) i WHERE i.is_key
+                     ORDER BY (tenant_column = ANY (i.columns)) DESC NULLS LAST, cardinality(i.columns), i.id LIMIT 1), '{}')
+$function$;
+
+-- default_time_zone(): what a session has that says nothing of its own: that of the database, else the server's.
+CREATE OR REPLACE FUNCTION listener.default_time_zone() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(
+        (SELECT o.option_value FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
+         CROSS JOIN LATERAL pg_options_to_table(s.setconfig) o
+         WHERE d.datname = current_database() AND s.setrole = 0 AND lower(o.option_name) = 'timezone'),
+        (SELECT g.reset_val FROM pg_settings g WHERE lower(g.name) = 'timezone'))
+$function$;
+
+-- adopted_key(relation, key_columns, tenant_column): the key that a target of this materialized view has: the tenant
+-- column before the others where it is not among them.
+CREATE OR REPLACE FUNCTION listener.adopted_key(relation regclass, key_columns name[], tenant_column name) RETURNS name[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN tenant_column = ANY (k.keys) OR tenant_column IS NULL OR k.keys = '{}' THEN k.keys
+                ELSE tenant_column || k.keys END
+    FROM (SELECT coalesce(key_columns, listener.proposed_key(relation, tenant_column))) AS k (keys)
+$function$;
+
+-- adopted_max_age(relation, max_age): an hour where none is given and the result depends on the time: whoever refreshed it by
+-- a timer knew that rows leave it without a write.
+CREATE OR REPLACE FUNCTION listener.adopted_max_age(relation regclass, max_age interval) RETURNS interval
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(max_age, (SELECT interval '1 hour' FROM listener.time_dependence(relation) t
+                              WHERE t.dependence = 'time' LIMIT 1))
+$function$;
+
+-- check_sources(relation): raises LSN03 where a materialized view reads another, whose changes fire no trigger.
+CREATE OR REPLACE FUNCTION listener.check_sources(relation regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    stored regclass := (SELECT i.relid FROM listener.tenant_inputs(relation, NULL) i WHERE i.relkind = 'm' LIMIT 1);
+BEGIN
+    IF stored IS NOT NULL THEN
+        RAISE EXCEPTION '% reads the materialized view %, whose changes fire no trigger', relation, stored
+            USING ERRCODE = 'LSN03', HINT = 'Adopt that one first, or have this one read what that one does.';
+    END IF;
+END
+$function$;
+
+-- only_select(grants): what a reader of a materialized view was granted. The other privileges did nothing there, and would
+-- let their holders write a table.
+CREATE OR REPLACE FUNCTION listener.only_select(grants jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(jsonb_agg(g ORDER BY ord), '[]') FROM jsonb_array_elements(grants) WITH ORDINALITY AS e (g, ord)
+    WHERE g ->> 'privilege' = 'SELECT'
+$function$;
+
+-- losses(relation, keys): one line for each thing that a target of a materialized view does not have of it.
+CREATE OR REPLACE FUNCTION listener.losses(relation regclass, keys name[]) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format('the unique index %I is not unique any more: a target has one unique index, that of its key (%s)',
+                  i.name, array_to_string(keys, ', '))
+    FROM listener.indexes_of(relation) i WHERE i.is_unique AND NOT (i.is_key AND i.columns IS NOT DISTINCT FROM keys)
+    UNION ALL
+    SELECT format('%s keeps SELECT alone, and not %s', coalesce(g ->> 'grantee', 'PUBLIC'),
+                  string_agg(g ->> 'privilege', ', ' ORDER BY g ->> 'privilege'))
+    FROM jsonb_array_elements(listener.grants_of(relation)) g WHERE g ->> 'privilege' <> 'SELECT' GROUP BY g ->> 'grantee'
+$function$;
+
+-- check_same_columns(old, new): raises LSN03 where they differ in the names, types or collations of their columns.
+CREATE OR REPLACE FUNCTION listener.check_same_columns(old regclass, new regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    shapes text[] := ARRAY(
+        SELECT string_agg(concat_ws(' ', quote_ident(a.attname), format_type(a.atttypid, a.atttypmod),
+                                    nullif(a.attcollation, 0)::regcollation), ', ' ORDER BY a.attnum)
+        FROM unnest(ARRAY[old, new]) WITH ORDINALITY AS r (oid, ord)
+        JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
+        GROUP BY r.ord ORDER BY r.ord);
+BEGIN
+    IF shapes[1] IS DISTINCT FROM shapes[2] THEN
+        RAISE EXCEPTION 'the query of % returns other columns than it has: (%) instead of (%)', old, shapes[2], shapes[1]
+            USING ERRCODE = 'LSN03';
+    END IF;
+END
+$function$;
+
+-- revoke_defaults(relation): takes what default privileges gave on a new relation; the service keeps what it needs.
+CREATE OR REPLACE FUNCTION listener.revoke_defaults(relation regclass) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    grantee text;
+BEGIN
+    FOR grantee IN
+        SELECT DISTINCT coalesce(quote_ident(g ->> 'grantee'), 'PUBLIC')
+        FROM jsonb_array_elements(listener.grants_of(relation)) g
+        WHERE g ->> 'grantee' IS DISTINCT FROM (SELECT i.service_role FROM listener.installation i)
+    LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %s', relation, grantee);
+    END LOOP;
+END
+$function$;
+
+-- plan_adoption(name, key_columns, tenant_column): what adopt would do, for somebody to read; it changes nothing.
+--   part   'name', 'view': of the relation, of the managed view; 'source': a table that gets capture triggers; 'beside': a statement that begin_adoption() runs after it made
+--          the target; 'swap': one of finish_adoption(); 'lock': a relation that the swap locks; 'key': the key columns;
+--          'loss': what the target will not have; 'time zone': what is taken where none is given
+-- Raises what begin_adoption() raises for the materialized view itself.
+CREATE OR REPLACE FUNCTION listener.plan_adoption(
+    name text, key_columns name[] DEFAULT NULL, tenant_column name DEFAULT 'tenant_id',
+    search_path text DEFAULT pg_catalog.current_setting('search_path')) RETURNS TABLE (part text, statement text)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+DECLARE
+    previous_role text := listener.become_owner();
+    old regclass := listener.find_materialized_view(name, search_path);
+    keys name[] := listener.adopted_key(old, key_columns, tenant_column);
+    new name := 'listener_new_' || old::oid;
+BEGIN
+    PERFORM listener.check_swappable(old), listener.check_sources(old);
+    RETURN QUERY
+    SELECT 'name', old::text
+    UNION ALL
+    SELECT 'view', listener.free_name(c.nspname, c.relname)
+    FROM (SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old) c
+    UNION ALL
+    SELECT 'key', k FROM unnest(keys) k
+    UNION ALL
+    SELECT 'source', o.name
+    FROM (SELECT DISTINCT t.relation::text FROM listener.tenant_inputs(old, NULL) i CROSS JOIN LATERAL listener.capture_tables(i.relid) t
+          ORDER BY 1) AS o (name)
+    UNION ALL
+    SELECT 'lock', l.view::text FROM listener.dependent_views(old) l
+    UNION ALL
+    SELECT 'lock', old::text
+    UNION ALL
+    SELECT 'beside', s
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    CROSS JOIN LATERAL listener.carried(old, format('%I.%I', n.nspname, new), 'r', keys, '{}',
+                                        listener.only_select(listener.grants_of(old))) s
+    WHERE c.oid = old
+    UNION ALL
+    SELECT 'swap', s FROM listener.swapping(old, new) s
+    UNION ALL
+    SELECT 'loss', l FROM listener.losses(old, keys) l
+    UNION ALL
+    SELECT 'time zone', listener.default_time_zone();
+    PERFORM set_config('role', previous_role, true);
+END
+$function$;
