@@ -359,10 +359,8 @@ BEGIN
     IF view.target_rls THEN
         EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', target);
         EXECUTE listener.target_policy(view);
-        -- The service lists the tenants of a target while it works for none. A refresh is bound to its own tenant, also
-        -- that of a view which reads this target.
-        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I '
-                       'USING (nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL)', target, service_role);
+        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I USING (%s)', target, service_role,
+                       listener.list_condition());
     END IF;
     RETURN target::regclass;
 END
@@ -373,6 +371,13 @@ CREATE OR REPLACE FUNCTION listener.target_policy(view listener.managed_view) RE
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT format('CREATE POLICY listener_tenant ON %I.%I USING (%I = nullif(current_setting(''app.current_tenant_id'', true), '''')::%s)',
                   view.target_schema, view.target_name, view.tenant_column, view.tenant_type)
+$function$;
+
+-- list_condition(): when the service sees a whole target: while it works for no tenant, and lists them. A refresh is bound to
+-- its own tenant, also that of a view which reads this target.
+CREATE OR REPLACE FUNCTION listener.list_condition() RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT 'nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL'
 $function$;
 
 -- grant_definition(view_id): the service's role reads the definition and the tenants query.

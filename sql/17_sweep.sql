@@ -135,6 +135,8 @@ $function$;
 -- regenerate(): makes anew what is generated from the catalog, after a new release of these files was applied.
 CREATE OR REPLACE FUNCTION listener.regenerate() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    target regclass;
 BEGIN
     -- A later difference means a copy, which repair_capture() and drain() have to see.
     UPDATE listener.installation i SET
@@ -144,6 +146,14 @@ BEGIN
     PERFORM listener.generate_capture(s.id) FROM listener.source s
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
     PERFORM listener.generate_difference(v) FROM listener.managed_view v;
+    -- As the first release made it, the policy showed the service every tenant's rows at any time.
+    FOR target IN
+        SELECT p.polrelid::regclass FROM pg_policy p
+        JOIN listener.managed_view v ON to_regclass(format('%I.%I', v.target_schema, v.target_name)) = p.polrelid
+        WHERE p.polname = 'listener_list' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+    LOOP
+        EXECUTE format('ALTER POLICY listener_list ON %s USING (%s)', target, listener.list_condition());
+    END LOOP;
 END
 $function$;
 
