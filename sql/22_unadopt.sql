@@ -52,7 +52,7 @@ BEGIN
             created := true;
         END IF;
     END LOOP;
-    UPDATE listener.adoption a SET state = 'turning back' WHERE a.view_id = managed.id;
+    UPDATE listener.adoption a SET state = 'turning back', begun_at = clock_timestamp() WHERE a.view_id = managed.id;
     PERFORM set_config('role', previous_role, true);
 END
 $function$;

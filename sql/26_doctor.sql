@@ -149,6 +149,23 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM listener.managed_view v
     WHERE v.paused_at < clock_timestamp() - interval '1 hour'
     UNION ALL
+    -- Each costs its refreshes meanwhile.
+    SELECT 'progress', 'warning', o.name, o.name,
+           format('a new definition of it has stood beside it for %s, neither put in place nor taken back.',
+                  listener.seconds_text(clock_timestamp() - v.created_at)),
+           format('SELECT listener.abort_alter(%L);', o.name)
+    FROM listener.managed_view v JOIN listener.managed_view o ON o.id = v.replaces
+    WHERE v.created_at < clock_timestamp() - interval '1 hour'
+    UNION ALL
+    SELECT 'progress', 'warning', v.name, v.name,
+           format('%s it was begun %s ago, and neither finished nor taken back.',
+                  CASE a.state WHEN 'filling' THEN 'adopting' ELSE 'turning back' END,
+                  listener.seconds_text(clock_timestamp() - a.begun_at)),
+           format(CASE a.state WHEN 'turned back' THEN 'SELECT listener.drop_view(%L, keep_target => true);'
+                               ELSE 'SELECT listener.abort_adoption(%L);' END, v.name)
+    FROM listener.adoption a JOIN listener.managed_view v ON v.id = a.view_id
+    WHERE a.state <> 'adopted' AND a.begun_at < clock_timestamp() - interval '1 hour'
+    UNION ALL
     SELECT 'progress', 'ok', NULL, 'listener.change_log',
            format('%s not drained yet', CASE u.changes WHEN 1 THEN '1 change is' ELSE u.changes || ' changes are' END), NULL
     FROM undrained u

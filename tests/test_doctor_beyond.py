@@ -377,3 +377,27 @@ def test_a_clock_that_is_wrong_is_a_warning(skew: float, says: str | None) -> No
     found = clock(skew)
     assert (found.level == "warning") is (says is not None)
     assert (says or "agree") in found.problem
+
+
+async def test_what_was_begun_beside_a_view_and_left_there_is_told(
+    clean: Database, superuser: AsyncConnection[object], service: AsyncConnection[object]
+) -> None:
+    await define(superuser, "CREATE POLICY owner_reads ON shop.orders FOR SELECT TO shop_owner USING (true)")
+    await define(superuser, sql.SQL("CREATE MATERIALIZED VIEW shop.mine AS {}").format(sql.SQL(SALES)))
+    await define(superuser, "GRANT CREATE, USAGE ON SCHEMA shop TO listener_owner")
+    async with clean.connect(OF_THE_OWNER) as owner:
+        await owner.execute("SELECT listener.begin_alter('sales', %s)", (f"{SALES} HAVING count(*) > 1",))
+        await owner.execute(
+            "SELECT listener.begin_adoption('shop.mine', '{product}', tenants_query => 'SELECT id FROM shop.tenants')"
+        )
+    await settle(service)
+    assert await wrong(clean) == []
+    await superuser.execute(
+        """
+        UPDATE listener.managed_view SET created_at = created_at - interval '2 hours' WHERE replaces IS NOT NULL;
+        UPDATE listener.adoption SET begun_at = begun_at - interval '2 hours'
+        """
+    )
+    assert told(await wrong(clean)) == [("progress", "warning", "mine"), ("progress", "warning", "sales")]
+    assert await mended(clean, OF_THE_OWNER) == []
+    assert await rows(superuser, "SELECT name FROM listener.managed_view") == [("sales",)]

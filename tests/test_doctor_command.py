@@ -24,6 +24,14 @@ def bare(server: Server, template: str) -> Iterator[Database]:
     server.drop(name)
 
 
+@pytest.fixture
+def sample(sample: Database) -> Database:
+    """As it is when it was just made: what was logged minutes ago, nobody has drained."""
+    with psycopg.connect(sample.url("postgres"), autocommit=True) as superuser:
+        superuser.execute("UPDATE listener.change_log SET changed_at = clock_timestamp()")
+    return sample
+
+
 def told(database: Database | str, *options: str, **given: str) -> tuple[int, dict[str, Any]]:
     """Exit code and JSON."""
     url = database if isinstance(database, str) else database.url()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 PAID = "SELECT tenant_id, product, sum(cents)::bigint AS cents FROM shop.payments GROUP BY 1, 2"
 READS_THE_WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
 # It says to people how long ago something was.
-COMMANDS = {"console"}
+COMMANDS = {"console", "doctor"}
 
 
 class Clock:
