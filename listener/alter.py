@@ -56,7 +56,9 @@ async def begun(connection: AsyncConnection[Any], view: str, arguments: dict[str
         )
         for name, value in arguments.items()
     )
-    beside = await _first(connection, sql.SQL("SELECT listener.begin_alter({}{})").format(sql.Literal(view), given))
+    beside = await queries.first(
+        connection, sql.SQL("SELECT listener.begin_alter({}{})").format(sql.Literal(view), given)
+    )
     try:
         yield beside
     except BaseException:
@@ -113,12 +115,7 @@ async def finish(
     """Puts the new target in the place of the old one. Raises as swapped()."""
 
     async def once() -> float:
-        locked = await _first(connection, "SELECT extract(epoch FROM listener.finish_alter(%s))::float8", view)
+        locked = await queries.first(connection, "SELECT extract(epoch FROM listener.finish_alter(%s))::float8", view)
         return float(locked)
 
     return await swapped(connection, beside, once, tell, patience)
-
-
-async def _first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
-    row = await (await connection.execute(query, given or None)).fetchone()
-    return None if row is None else row[0]
