@@ -25,9 +25,23 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     CROSS JOIN LATERAL listener.carried(n.target, n.beside, 'm', '{}', adoption.indexes, g.all) s
 $function$;
 
+-- check_unread(view): raises LSN03 where other managed views read its target.
+CREATE OR REPLACE FUNCTION listener.check_unread(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    readers text := (SELECT string_agg(v.name, ', ' ORDER BY v.name)
+                     FROM listener.view_reads r JOIN listener.managed_view v ON v.id = r.view_id WHERE r.upstream_id = view.id);
+BEGIN
+    IF readers IS NOT NULL THEN
+        RAISE EXCEPTION '% is read by %', view.name, readers USING ERRCODE = 'LSN03',
+            HINT = 'A materialized view fires no trigger: drop these first, or turn them back.';
+    END IF;
+END
+$function$;
+
 -- begin_unadoption(view): makes the materialized view anew, beside the target and empty: the definition as it stands,
 -- owner, options, indexes with their uniqueness, grants and comments. Called again it starts over.
--- Raises LSN03 where something is tied to the target, and for a view that was not adopted.
+-- Raises LSN03 where other managed views read the target, or something is tied to it, and for a view that was not adopted.
 CREATE OR REPLACE FUNCTION listener.begin_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -43,7 +57,7 @@ BEGIN
         RAISE EXCEPTION 'the target of % is gone', managed.name USING ERRCODE = 'LSN03',
             HINT = 'listener.restore_target(view) makes it again.';
     END IF;
-    PERFORM listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target);
     PERFORM listener.drop_beside(managed);
     FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.unadopting(managed, adoption) s) LOOP
         EXECUTE statement;
@@ -108,7 +122,7 @@ DECLARE
     adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
     target regclass := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
 BEGIN
-    PERFORM listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target);
     RETURN QUERY
     SELECT 'name', target::text
     UNION ALL

@@ -429,3 +429,41 @@ async def test_adopted_and_unadopted_while_writes_and_reads_go_on_nothing_is_mis
         assert await rows(superuser, "SELECT last_error FROM listener.refresh_state WHERE failures > 0") == []
         assert await rows(superuser, "SELECT error_message FROM listener.dead_letter") == []
     assert failed == []
+
+
+async def test_what_another_managed_view_reads_is_not_turned_back(stranger: Database) -> None:
+    assert adopt(stranger, BY_TENANT, *LIST).returncode == 0
+    async with stranger.connect("listener_migrator") as migrator:
+        await migrator.execute(
+            """
+            SELECT listener.create_view('reporting.months',
+                'SELECT tenant_id, count(*) AS months FROM reporting.invoice_totals GROUP BY tenant_id', '{tenant_id}',
+                tenants_query => 'SELECT id FROM billing.tenants')
+            """
+        )
+    for dry in ([], ["--dry-run"]):
+        refused = unadopt(stranger, BY_TENANT, *dry)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "invoice_totals is read by months. A materialized view fires no trigger" in refused.stderr
+    async with stranger.connect() as superuser:
+        assert await rows(superuser, LEFTOVERS) == []
+
+
+async def test_an_owner_who_lets_listener_act_no_more_is_named_and_what_mends_it(stranger: Database) -> None:
+    assert adopt(stranger, BY_TENANT, *LIST).returncode == 0
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            "REVOKE acme_owner FROM listener_owner; REVOKE USAGE ON SCHEMA reporting FROM listener_service"
+        )
+        refused = adopt(stranger, NULLABLE_KEY, *LIST)
+        assert refused.returncode == 1
+        assert "belongs to acme_owner, and role listener_owner may not use the schema reporting" in refused.stderr
+        assert "GRANT acme_owner TO listener_owner;" in refused.stderr
+        # The adopted target stays its owner's.
+        ended = listener("doctor", "--json", url=stranger.url("listener_service"))
+        (mend,) = {f["mend"] for f in json.loads(ended.stdout)["findings"] if f["check"] == "view" and f["mend"]}
+        assert mend == "GRANT acme_owner TO listener_owner"
+        await superuser.execute(
+            "GRANT acme_owner TO listener_owner; GRANT USAGE ON SCHEMA reporting TO listener_service"
+        )
+    assert adopt(stranger, NULLABLE_KEY, *LIST).returncode == 0
