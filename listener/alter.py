@@ -19,6 +19,7 @@ from psycopg.rows import DictRow, dict_row
 from listener import fill as filling
 from listener import queries
 from listener.dead_letters import RetryPolicy
+from listener.errors import from_database
 from listener.fill import Progress
 from listener.swap import PATIENCE, Swapped, Tell, swapped
 
@@ -110,13 +111,19 @@ async def compare(
 async def finish(
     connection: AsyncConnection[Any], view: str, beside: str, tell: Tell, patience: float = PATIENCE
 ) -> Swapped:
-    """Puts the new target in the place of the old one. Raises as swapped()."""
+    """Puts the new target in the place of the old one; what is left to be done then is told. Raises as swapped()."""
 
     async def once() -> float:
         locked = await _first(connection, "SELECT extract(epoch FROM listener.finish_alter(%s))::float8", view)
         return float(locked)
 
-    return await swapped(connection, beside, once, tell, patience)
+    done = await swapped(connection, beside, once, tell, patience)
+    try:
+        await connection.execute("SELECT listener.end_alter()")
+    except psycopg.Error as error:
+        # It is in place. The next view that is altered or dropped takes them away.
+        tell(f"triggers that no view needs any more are left: {from_database(error)}")
+    return done
 
 
 async def _first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
