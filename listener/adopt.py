@@ -129,12 +129,17 @@ async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patie
 
 @asynccontextmanager
 async def _taken_back(connection: AsyncConnection[Any], view: str) -> AsyncIterator[None]:
-    """What was made beside is dropped where the block raises; where that cannot be, the next run finds it."""
+    """What was made beside is dropped where the block raises; where that cannot be, the next run finds it.
+
+    What somebody else made meanwhile, who adopts the same with other options, is his.
+    """
+    begun = await adoptions.begun_at(connection, view)
     try:
         yield
     except Exception:
         with suppress(psycopg.Error):
-            await adoptions.abort(connection, view)
+            if await adoptions.begun_at(connection, view) == begun:
+                await adoptions.abort(connection, view)
         raise
 
 
@@ -185,9 +190,11 @@ async def _swap(
     patience: float,
 ) -> Swapped:
     """Where only the locks were not to be had, what was filled stays for the next run; else it is taken back."""
+    begun = await adoptions.begun_at(connection, view)
     try:
         return await swapped(connection, view, lambda: finish(connection, view), tell, patience)
     except psycopg.Error:
         with suppress(psycopg.Error):
-            await adoptions.abort(connection, view)
+            if await adoptions.begun_at(connection, view) == begun:
+                await adoptions.abort(connection, view)
         raise

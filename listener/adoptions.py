@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from psycopg import AsyncConnection, sql
@@ -247,6 +248,18 @@ async def under_way(connection: AsyncConnection[Any], name: str) -> str | None:
         ).format(CALLERS_PATH),
         name,
     )
+
+
+async def begun_at(connection: AsyncConnection[Any], view: str) -> tuple[int, datetime] | None:
+    """Which adoption, or turning back, of this view is under way: the view's id and when that began."""
+    cursor = await connection.execute(
+        """
+        SELECT a.view_id, a.begun_at FROM listener.adoption a JOIN listener.managed_view v ON v.id = a.view_id
+        WHERE v.name = %s
+        """,
+        (view,),
+    )
+    return await cursor.fetchone()
 
 
 async def abort(connection: AsyncConnection[Any], view: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import psycopg
 from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
@@ -50,22 +52,34 @@ async def plan(connection: AsyncConnection[Any], files: list[ViewFile]) -> list[
     """
     known = {row["name"]: row for row in await registered(connection)}
     steps = []
-    seen = set()
+    seen: dict[str, ViewFile] = {}
     for file in files:
         row = _found(file.name, known)
         if row is None:
             steps.append(Step(file.name, "create", file, readers=list(file.readers)))
+        elif row["name"] in seen:
+            raise SetupError(f"{seen[row['name']].path} and {file.path} are both of the view {row['name']}.")
         else:
-            seen.add(row["name"])
+            seen[row["name"]] = file
             steps.append(await _compared(connection, file, row))
-    return steps + [Step(name, "not in files") for name in sorted(known.keys() - seen)]
+    return steps + [Step(name, "not in files") for name in sorted(known.keys() - seen.keys())]
 
 
 def _found(name: str, known: dict[str, DictRow]) -> DictRow | None:
     if name in known:
         return known[name]
-    spelled = [row for row in known.values() if name in {row["target"], f"{row['target_schema']}.{row['target_name']}"}]
+    spelled = [
+        row
+        for row in known.values()
+        # As file_of() writes it, with quotes where it needs them, and without.
+        if name in {row["target"], short_name(row), f"{row['target_schema']}.{row['target_name']}"}
+    ]
     return spelled[0] if spelled else None
+
+
+def short_name(row: DictRow) -> str:
+    """The target as a file names it: with its schema, but for public."""
+    return str(row["target"]).removeprefix("public.")
 
 
 async def registered(connection: AsyncConnection[Any]) -> list[DictRow]:
@@ -188,6 +202,28 @@ async def create(connection: AsyncConnection[Any], file: ViewFile) -> None:
     )
 
 
+async def create_all(connection: AsyncConnection[Any], files: list[ViewFile]) -> AsyncGenerator[ViewFile]:
+    """create(), whichever order they need, since one may read another; yields each that is made.
+
+    Raises psycopg.Error of the first that cannot be made once all that can be are.
+    """
+    waiting = files
+    while waiting:
+        failed: list[tuple[ViewFile, psycopg.Error]] = []
+        for file in waiting:
+            try:
+                await create(connection, file)
+            except psycopg.Error as error:
+                if connection.broken or connection.closed:
+                    raise
+                failed.append((file, error))
+            else:
+                yield file
+        if len(failed) == len(waiting):
+            raise failed[0][1]
+        waiting = [file for file, _ in failed]
+
+
 async def set_window(connection: AsyncConnection[Any], step: Step) -> None:
     """listener.set_window() for what differs."""
     await connection.execute(
@@ -216,4 +252,4 @@ def file_of(row: DictRow) -> str:
     }
     if whole:
         options["whole"] = True
-    return written(row["target"].removeprefix("public."), row["query"], options, row["readers"])
+    return written(short_name(row), row["query"], options, row["readers"])

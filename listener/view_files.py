@@ -67,12 +67,9 @@ def read_directory(directory: Path) -> list[ViewFile]:
 
 def read_file(path: Path) -> ViewFile:
     """Raises SetupError, naming file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path} cannot be read: {error}.") from error
     settings: dict[str, Any] = {}
-    lines = text.splitlines()
+    # Not splitlines(): a literal may hold what that takes for the end of a line, too.
+    lines = read_text(path).split("\n")
     body = 0
     for number, line in enumerate(lines, start=1):
         stripped = line.strip()
@@ -92,6 +89,17 @@ def read_file(path: Path) -> ViewFile:
     return ViewFile(
         path, settings.pop("name", path.stem), query, readers=tuple(settings.pop("readers", ())), options=settings
     )
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8, without the mark that some editors begin one with. Raises SetupError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{path} cannot be read: {error}.") from error
+    if "\0" in text:
+        raise SetupError(f"{path} cannot be read: it holds a NUL byte.")
+    return text
 
 
 def _setting(place: str, text: str) -> tuple[str, Any]:

@@ -176,12 +176,13 @@ BEGIN
     PERFORM listener.check_window(
         coalesce(set_window.quiet_period, managed.quiet_period), coalesce(set_window.max_wait, managed.max_wait),
         coalesce(set_window.edge, managed.edge), coalesce(set_window.max_age, managed.max_age), managed.time_zone);
+    -- What is to take its place too: the window is none of its own.
     UPDATE listener.managed_view v SET
         quiet_period = coalesce(set_window.quiet_period, v.quiet_period),
         max_wait = coalesce(set_window.max_wait, v.max_wait),
         edge = coalesce(set_window.edge, v.edge),
         max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END
-    WHERE v.id = managed.id;
+    WHERE managed.id IN (v.id, v.replaces);
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;
@@ -198,17 +199,21 @@ BEGIN
 END
 $function$;
 
--- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, and the
--- triggers of tables that no other view reads. A materialized view that was there before stays. Raises LSN03 where other
--- managed views read a target that is to go.
+-- drop_view(view, keep_target): drops the definition, the target unless it is to be kept as a plain table, the triggers of
+-- tables that no other view reads, and what stands beside the target to take its place. A materialized view that was there
+-- before stays. Raises LSN03 where other managed views read a target that is to go.
 CREATE OR REPLACE FUNCTION listener.drop_view(view text, keep_target boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
-    managed listener.managed_view := listener.find_view(view);
+    managed listener.managed_view;
     readers text;
+    adoption_state text;
+    is_back boolean;
 BEGIN
     PERFORM listener.lock_registration();
+    -- Not before: whoever held the lock may have put another in its place.
+    managed := listener.find_view(view);
     SELECT pg_catalog.string_agg(v.name, ', ' ORDER BY v.name) INTO readers
     FROM listener.view_reads r JOIN listener.managed_view v ON v.id = r.view_id
     WHERE r.upstream_id = managed.id AND NOT keep_target;
@@ -216,8 +221,14 @@ BEGIN
         RAISE EXCEPTION '% is read by %', managed.name, readers USING ERRCODE = 'LSN03',
             HINT = 'Drop these first, or keep its target as a plain table: keep_target => true.';
     END IF;
+    PERFORM listener.drop_view(v.name) FROM listener.managed_view v WHERE v.replaces = managed.id;
+    SELECT a.state INTO adoption_state FROM listener.adoption a WHERE a.view_id = managed.id;
+    is_back := coalesce(adoption_state = 'turned back', false);
+    IF adoption_state = 'turning back' THEN
+        PERFORM listener.drop_beside(managed);
+    END IF;
     PERFORM listener.unregister(managed);
-    IF NOT keep_target AND managed.strategy <> 'materialized view' THEN
+    IF NOT (keep_target OR is_back OR managed.strategy = 'materialized view') THEN
         EXECUTE pg_catalog.format('DROP TABLE IF EXISTS %I.%I', managed.target_schema, managed.target_name);
     END IF;
     PERFORM pg_catalog.set_config('role', previous_role, true);
@@ -231,6 +242,14 @@ BEGIN
     -- Taking locks from readers may take some tries: first what gives way.
     DELETE FROM listener.view_source w WHERE w.view_id = view.id;
     PERFORM listener.drop_orphans();
+    PERFORM listener.drop_records(view);
+END
+$function$;
+
+-- drop_records(view): the same, but for the triggers.
+CREATE OR REPLACE FUNCTION listener.drop_records(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || view.id);
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'definition_' || view.id);
     EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || view.id);

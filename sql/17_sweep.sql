@@ -191,14 +191,20 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     name text;
+    is_beside boolean;
 BEGIN
     PERFORM listener.lock_for_uninstall();
     -- What capture made for a target that is a source, too, would keep it.
     UPDATE listener.source SET explicit = false;
-    -- A view before those that it reads: upstream of it are all that are upstream of them, and they.
-    FOR name IN SELECT v.name FROM listener.managed_view v ORDER BY (
-                    SELECT count(*) FROM listener.view_upstream u WHERE u.view_id = v.id) DESC LOOP
-        PERFORM listener.drop_view(name, NOT drop_targets);
+    -- A view before those that it reads: upstream of it are all that are upstream of them, and they. What stands beside one
+    -- to take its place goes with it.
+    FOR name, is_beside IN
+        SELECT v.name, a.state IS NOT NULL
+        FROM listener.managed_view v LEFT JOIN listener.adoption a ON a.view_id = v.id AND a.state = 'filling'
+        WHERE v.replaces IS NULL
+        ORDER BY (SELECT count(*) FROM listener.view_upstream u WHERE u.view_id = v.id) DESC
+    LOOP
+        PERFORM listener.drop_view(name, NOT (drop_targets OR is_beside));
     END LOOP;
     PERFORM listener.drop_orphans();
     PERFORM pg_catalog.set_config('role', previous_role, true);

@@ -58,6 +58,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY c.oid
 $function$;
 
+-- noted_indexes(relation): the same, as adoption notes them.
+CREATE OR REPLACE FUNCTION listener.noted_indexes(relation regclass) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(jsonb_object_agg(i.name, jsonb_build_object('unique', i.is_unique, 'rest', i.rest)), '{}')
+    FROM listener.indexes_of(relation) i
+$function$;
+
 -- carried(old, new, kind, keys, written, grants): the statements that give `new`, a relation beside `old` that is still
 -- empty, what `old` has: owner, storage options, indexes, statistics, comments, and these grants.
 --   kind      'r' a table, 'm' a materialized view
@@ -167,5 +174,40 @@ BEGIN
             (SELECT 'listener_new_' || i.id FROM listener.indexes_of(old) i
              WHERE own.is_key AND i.is_key AND i.columns = own.columns ORDER BY i.id LIMIT 1), 'listener_key_' || view_id));
     END IF;
+END
+$function$;
+
+-- carry_again(old, new, view_id, statements): gives `new` what `old` got since `statements`, those of carried(), were run
+-- for the first time, and takes from it what `old` lost: a grant, an index. Filling takes long, and the old one is in use.
+-- Waits at most 200 ms for a refresh of `new`, which nobody reads yet: raises lock_not_available.
+CREATE OR REPLACE FUNCTION listener.carry_again(old regclass, new regclass, view_id integer, statements text[]) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_timeout text := current_setting('lock_timeout');
+    schema name := (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = new);
+    gone record;
+    statement text;
+BEGIN
+    PERFORM set_config('lock_timeout', '200ms', true);
+    FOR gone IN
+        SELECT i.name, i.is_unique AND c.relkind = 'r' AS is_needed
+        FROM listener.indexes_of(new) i JOIN pg_class c ON c.oid = new
+        WHERE i.name ~ '^listener_new_[0-9]+$'
+          AND NOT EXISTS (SELECT FROM listener.indexes_of(old) o WHERE i.name = 'listener_new_' || o.id)
+    LOOP
+        EXECUTE CASE WHEN gone.is_needed THEN format('ALTER INDEX %I.%I RENAME TO %I', schema, gone.name, 'listener_key_' || view_id)
+                     ELSE format('DROP INDEX %I.%I', schema, gone.name) END;
+    END LOOP;
+    PERFORM listener.revoke_defaults(new);
+    FOREACH statement IN ARRAY statements LOOP
+        BEGIN
+            EXECUTE statement;
+        -- It is there already; or a column goes or changes its type, which was told before.
+        EXCEPTION WHEN duplicate_table OR duplicate_object OR undefined_column OR undefined_object OR undefined_function
+                       OR datatype_mismatch OR wrong_object_type THEN
+            CONTINUE;
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', previous_timeout, true);
 END
 $function$;

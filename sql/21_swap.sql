@@ -51,6 +51,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHEN c.relkind = 'v' AND w.rulename = '_RETURN'
             THEN format('view %s, which belongs to %I: %s', c.oid::regclass, pg_get_userbyid(c.relowner),
                         listener.made_ours(c.oid))
+        WHEN u.oid IS NOT NULL
+            THEN format('publication %1$I, which belongs to %2$I: ALTER PUBLICATION %1$I OWNER TO %3$I', u.pubname,
+                        pg_get_userbyid(u.pubowner), current_user)
         ELSE pg_describe_object(d.classid, d.objid, d.objsubid) END
     FROM depending d CROSS JOIN old o
     LEFT JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
@@ -58,6 +61,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     LEFT JOIN pg_class r ON d.classid = 'pg_class'::regclass AND r.oid = d.objid AND d.objsubid = 0
     LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
     LEFT JOIN pg_policy p ON d.classid = 'pg_policy'::regclass AND p.oid = d.objid
+    LEFT JOIN pg_publication_rel l ON d.classid = 'pg_publication_rel'::regclass AND l.oid = d.objid
+    LEFT JOIN pg_publication u ON u.oid = l.prpubid
     WHERE CASE
         WHEN w.oid IS NOT NULL THEN NOT (w.rulename = '_RETURN' AND (
             w.ev_class = o.oid OR (c.relkind = 'v' AND w.ev_action::text !~ o.whole_row
@@ -65,7 +70,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHEN r.oid IS NOT NULL THEN r.relkind NOT IN ('i', 't')
         WHEN k.oid IS NOT NULL THEN NOT (k.contype = 'n' AND k.conrelid = o.oid)
         WHEN p.oid IS NOT NULL THEN NOT (p.polrelid = o.oid AND p.polname LIKE 'listener\_%')
-        ELSE d.classid NOT IN ('pg_statistic_ext'::regclass, 'pg_publication_rel'::regclass) END
+        WHEN u.oid IS NOT NULL THEN NOT pg_has_role(u.pubowner, 'USAGE')
+        ELSE d.classid <> 'pg_statistic_ext'::regclass END
     UNION ALL
     SELECT format('extension %s, which it is part of', e.extname)
     FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
@@ -164,25 +170,19 @@ BEGIN
 END
 $function$;
 
--- swap(old, new): puts `new` in the place of `old`, its name and its readers, and drops `old`.
--- Locks, each ACCESS EXCLUSIVE until the transaction ends: `new`, the views that read `old`, `old`. Those that readers
--- use are had within 200 ms or not at all, and not asked for while a long transaction holds one; the order is that in
--- which a reader takes them. Nothing else is locked, no source above all.
--- locked: how long readers have been locked out when this returns; the commit comes on top.
--- Raises lock_not_available, having done nothing: try again. Raises LSN03 where something is tied to `old` by now.
-CREATE OR REPLACE FUNCTION listener.swap(old regclass, new regclass, OUT locked interval)
+-- lock_readers(old, new, first): the locks of a swap, each ACCESS EXCLUSIVE until the transaction ends: `new`, then `first`, the
+-- views that read `old`, `old`. Those that readers use are had within 200 ms or not at all, and not asked for while a
+-- long transaction holds one; the order is that in which a reader takes them. Nothing else is locked, no source above all.
+--   first   relations of ours that a refresh of `old` locks before it
+-- Returns when readers began to be locked out. Raises lock_not_available, having done nothing: try again.
+CREATE OR REPLACE FUNCTION listener.lock_readers(old regclass, new regclass, first regclass[]) RETURNS timestamptz
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    readers regclass[] := ARRAY(SELECT v.view FROM listener.dependent_views(old) v) || old;
-    new_name name := (SELECT c.relname FROM pg_class c WHERE c.oid = new);
+    readers regclass[] := first || ARRAY(SELECT v.view FROM listener.dependent_views(old) v) || old;
     previous_timeout text := current_setting('lock_timeout');
     relation regclass;
-    statement text;
     asked timestamptz;
 BEGIN
-    PERFORM listener.check_swappable(old);
-    -- What takes longer the first time has been done once when readers wait for it.
-    PERFORM count(*) FROM listener.swapping(old, new_name);
     -- It waits for refreshes of the new one, and nobody reads that yet.
     PERFORM set_config('lock_timeout', '200ms', true);
     PERFORM listener.lock_out(new);
@@ -193,12 +193,31 @@ BEGIN
             1, 200 - round(1000 * extract(epoch FROM clock_timestamp() - asked)))::integer || 'ms', true);
         PERFORM listener.lock_out(relation);
     END LOOP;
+    PERFORM set_config('lock_timeout', previous_timeout, true);
+    RETURN asked;
+END
+$function$;
+
+-- swap(old, new): puts `new` in the place of `old`, its name and its readers, and drops `old`; lock_readers() says what it
+-- locks.
+-- locked: how long readers have been locked out when this returns; the commit comes on top.
+-- Raises lock_not_available, having done nothing: try again. Raises LSN03 where something is tied to `old` by now.
+CREATE OR REPLACE FUNCTION listener.swap(old regclass, new regclass, OUT locked interval)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    new_name name := (SELECT c.relname FROM pg_class c WHERE c.oid = new);
+    statement text;
+    asked timestamptz;
+BEGIN
+    PERFORM listener.check_swappable(old);
+    -- What takes longer the first time has been done once when readers wait for it.
+    PERFORM count(*) FROM listener.swapping(old, new_name);
+    asked := listener.lock_readers(old, new, '{}');
     -- As it is now that nobody can change it.
     PERFORM listener.check_swappable(old);
     FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.swapping(old, new_name) s) LOOP
         EXECUTE statement;
     END LOOP;
-    PERFORM set_config('lock_timeout', previous_timeout, true);
     locked := clock_timestamp() - asked;
 END
 $function$;

@@ -79,10 +79,7 @@ BEGIN
     INSERT INTO listener.adoption (view_id, state, schema_name, relation_name, relid, owner_role, definition, populated,
                                    options, indexes, grants, request)
     VALUES (managed.id, 'filling', class.nspname, class.relname, old, class.owner, query, class.relispopulated,
-            class.reloptions,
-            (SELECT coalesce(jsonb_object_agg(i.name, jsonb_build_object('unique', i.is_unique, 'rest', i.rest)), '{}')
-             FROM listener.indexes_of(old) i),
-            listener.grants_of(old), request);
+            class.reloptions, listener.noted_indexes(old), listener.grants_of(old), request);
     IF age IS DISTINCT FROM max_age THEN
         RAISE NOTICE '% depends on the time: each key is refreshed once an hour at least; max_age says how often', old;
     END IF;
@@ -153,13 +150,17 @@ CREATE OR REPLACE FUNCTION listener.finish_adoption(view text) RETURNS interval
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
-    managed listener.managed_view := listener.find_view(view);
-    adoption listener.adoption := listener.find_adoption(view, '{filling}');
-    old regclass := to_regclass(format('%I.%I', adoption.schema_name, adoption.relation_name));
+    managed listener.managed_view;
+    adoption listener.adoption;
+    old regclass;
+    new regclass;
     unfilled bigint;
     locked interval;
 BEGIN
     PERFORM listener.lock_registration();
+    managed := listener.find_view(view);
+    adoption := listener.find_adoption(view, '{filling}');
+    old := to_regclass(format('%I.%I', adoption.schema_name, adoption.relation_name));
     IF old IS DISTINCT FROM adoption.relid::regclass OR pg_get_viewdef(old) <> adoption.definition THEN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
@@ -169,7 +170,13 @@ BEGIN
         RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, managed.name
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
     END IF;
-    locked := (listener.swap(old, format('%I.%I', managed.target_schema, managed.target_name)::regclass));
+    new := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
+    PERFORM listener.check_swappable(old);
+    PERFORM listener.carry_again(old, new, managed.id, ARRAY(
+        SELECT s FROM listener.carried(old, new::text, 'r', managed.key_columns, '{}', listener.only_select(listener.grants_of(old))) s));
+    UPDATE listener.adoption a SET indexes = listener.noted_indexes(old), grants = listener.grants_of(old)
+    WHERE a.view_id = managed.id;
+    locked := (listener.swap(old, new));
     UPDATE listener.managed_view v SET target_name = adoption.relation_name WHERE v.id = managed.id RETURNING v.* INTO managed;
     PERFORM listener.generate_difference(managed);
     UPDATE listener.adoption a SET state = 'adopted', adopted_at = clock_timestamp() WHERE a.view_id = managed.id;
@@ -197,10 +204,12 @@ CREATE OR REPLACE FUNCTION listener.abort_adoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
-    managed listener.managed_view := listener.find_view(view);
-    adoption listener.adoption := listener.find_adoption(view, '{filling,turning back}');
+    managed listener.managed_view;
+    adoption listener.adoption;
 BEGIN
     PERFORM listener.lock_registration();
+    managed := listener.find_view(view);
+    adoption := listener.find_adoption(view, '{filling,turning back}');
     IF adoption.state = 'filling' THEN
         PERFORM listener.drop_view(managed.name);
     ELSE

@@ -142,7 +142,7 @@ BEGIN
         FROM jsonb_array_elements(listener.grants_of(relation)) g
         WHERE g ->> 'grantee' IS DISTINCT FROM (SELECT i.service_role FROM listener.installation i)
     LOOP
-        EXECUTE format('REVOKE ALL ON %s FROM %s', relation, grantee);
+        EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', relation, grantee);
     END LOOP;
 END
 $function$;

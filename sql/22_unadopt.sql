@@ -46,16 +46,27 @@ CREATE OR REPLACE FUNCTION listener.begin_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
-    managed listener.managed_view := listener.find_view(view);
-    adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
-    target regclass := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
+    managed listener.managed_view;
+    adoption listener.adoption;
+    target regclass;
+    published name;
     statement text;
     created boolean := false;
 BEGIN
     PERFORM listener.lock_registration();
+    managed := listener.find_view(view);
+    adoption := listener.find_adoption(view, '{adopted,turning back}');
+    target := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
+    SELECT p.pubname INTO published FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = target LIMIT 1;
     IF target IS NULL THEN
         RAISE EXCEPTION 'the target of % is gone', managed.name USING ERRCODE = 'LSN03',
             HINT = 'listener.restore_target(view) makes it again.';
+    ELSIF EXISTS (SELECT FROM listener.managed_view v WHERE v.replaces = managed.id) THEN
+        RAISE EXCEPTION '% is being altered', managed.name USING ERRCODE = 'LSN03',
+            HINT = 'Finish that first, or take it back: listener.abort_alter(view).';
+    ELSIF published IS NOT NULL THEN
+        RAISE EXCEPTION '% is part of the publication %, and a materialized view cannot be', target, published USING ERRCODE = 'LSN03',
+            HINT = format('ALTER PUBLICATION %I DROP TABLE %s;', published, target);
     END IF;
     PERFORM listener.check_unread(managed), listener.check_swappable(target);
     PERFORM listener.drop_beside(managed);
@@ -94,17 +105,24 @@ CREATE OR REPLACE FUNCTION listener.finish_unadoption(view text) RETURNS interva
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
-    managed listener.managed_view := listener.find_view(view);
-    adoption listener.adoption := listener.find_adoption(view, '{turning back}');
-    target regclass := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
-    beside regclass := to_regclass(format('%I.%I', managed.target_schema, listener.name_beside(managed)));
+    managed listener.managed_view;
+    adoption listener.adoption;
+    target regclass;
+    beside regclass;
     locked interval;
 BEGIN
     PERFORM listener.lock_registration();
+    managed := listener.find_view(view);
+    adoption := listener.find_adoption(view, '{turning back}');
+    target := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
+    beside := to_regclass(format('%I.%I', managed.target_schema, listener.name_beside(managed)));
     IF NOT coalesce((SELECT c.relispopulated FROM pg_class c WHERE c.oid = beside), false) THEN
         RAISE EXCEPTION 'the materialized view beside % is not filled', target USING ERRCODE = 'LSN03',
             HINT = 'SELECT listener.fill_unadoption(view) first.';
     END IF;
+    PERFORM listener.check_swappable(target);
+    PERFORM listener.carry_again(target, beside, managed.id, ARRAY(
+        SELECT s FROM listener.unadopting(managed, adoption) WITH ORDINALITY AS u (s, ord) WHERE u.ord > 1 ORDER BY u.ord));
     locked := (listener.swap(target, beside));
     UPDATE listener.adoption a SET state = 'turned back' WHERE a.view_id = managed.id;
     UPDATE listener.managed_view v SET paused_at = coalesce(v.paused_at, clock_timestamp()) WHERE v.id = managed.id;

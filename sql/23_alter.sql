@@ -1,7 +1,7 @@
 -- A definition changes: the new one is made beside the old, filled while writes and readers go on, compared, and put in
 -- its place; or taken back. Each step is a transaction of its own:
 --   begin_alter(view, query, …) → the service fills, or refresh() does → compare_alter(view, tenant) →
---   finish_alter(view), or abort_alter(view)
+--   finish_alter(view) → end_alter(), or abort_alter(view)
 
 -- altered(view): the view that is to take this one's place, as begin_alter() made it. Raises LSN03 where there is none.
 CREATE OR REPLACE FUNCTION listener.altered(view listener.managed_view) RETURNS listener.managed_view
@@ -33,13 +33,18 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
 DECLARE
     previous_role text := listener.become_owner();
-    managed listener.managed_view := listener.find_view(view);
+    managed listener.managed_view;
     beside listener.managed_view;
-    old regclass := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
-    new text := format('%I.%I', managed.target_schema, 'listener_alter_' || managed.id);
+    adoption_state text;
+    old regclass;
+    new text;
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
+    managed := listener.find_view(view);
+    old := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
+    new := format('%I.%I', managed.target_schema, 'listener_alter_' || managed.id);
+    SELECT a.state INTO adoption_state FROM listener.adoption a WHERE a.view_id = managed.id AND a.state <> 'adopted';
     IF managed.replaces IS NOT NULL THEN
         RAISE EXCEPTION '% is to take the place of another view', managed.name USING ERRCODE = 'LSN03';
     ELSIF managed.strategy = 'materialized view' THEN
@@ -48,6 +53,9 @@ BEGIN
     ELSIF old IS NULL THEN
         RAISE EXCEPTION 'the target of % is gone', managed.name USING ERRCODE = 'LSN03',
             HINT = 'listener.restore_target(view) makes it again.';
+    ELSIF adoption_state IS NOT NULL THEN
+        RAISE EXCEPTION '% is %', managed.name, adoption_state USING ERRCODE = 'LSN03',
+            HINT = 'Finish that first, or take it back: listener.abort_adoption(view).';
     END IF;
     PERFORM listener.check_alterable(managed.id, old);
     PERFORM listener.drop_view(v.name) FROM listener.managed_view v WHERE v.replaces = managed.id;
@@ -83,7 +91,9 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.check_alterable(view_id integer, target regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    IF NOT EXISTS (SELECT FROM listener.source s WHERE s.relid = target) THEN
+    IF NOT EXISTS (SELECT FROM listener.source s WHERE s.relid = target) OR EXISTS (
+        SELECT FROM listener.tied_to(target) t
+        WHERE t !~ '^(trigger listener_[0-9]+_[a-z]+ on |(function|type|view) listener\.)') THEN
         PERFORM listener.check_swappable(target);
     END IF;
 END
@@ -190,35 +200,49 @@ $function$;
 
 -- finish_alter(view): puts the new target in the place of the old one, in one transaction: name, readers, the views on top
 -- and the managed views that read it, whose tenants are all marked dirty. The adoption of the view, if it was adopted,
--- is the new one's.
+-- is the new one's. The triggers of tables that nothing reads any more are left to end_alter(): taking them may wait.
 -- Returns how long readers were locked out. Raises lock_not_available, having done nothing: try again;
 -- object_not_in_prerequisite_state while a tenant was not filled yet; LSN03 where something is tied to the target by now.
 CREATE OR REPLACE FUNCTION listener.finish_alter(view text) RETURNS interval
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
-    managed listener.managed_view := listener.find_view(view);
-    beside listener.managed_view := listener.altered(managed);
-    old regclass := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
-    new regclass := to_regclass(format('%I.%I', beside.target_schema, beside.target_name));
-    unfilled bigint := (SELECT count(*) FROM listener.unfilled(beside.name));
-    source_ids integer[] := ARRAY(SELECT s.id FROM listener.source s WHERE s.relid = old);
-    locked interval;
+    managed listener.managed_view;
+    beside listener.managed_view;
+    old regclass;
+    new regclass;
+    unfilled bigint;
+    source_ids integer[];
+    asked timestamptz;
 BEGIN
     PERFORM listener.lock_registration();
+    managed := listener.find_view(view);
+    beside := listener.altered(managed);
+    old := to_regclass(format('%I.%I', managed.target_schema, managed.target_name));
+    new := to_regclass(format('%I.%I', beside.target_schema, beside.target_name));
+    source_ids := ARRAY(SELECT s.id FROM listener.source s WHERE s.relid = old);
+    SELECT count(*) INTO unfilled FROM listener.unfilled(beside.name);
     IF old IS NULL OR new IS NULL THEN
         RAISE EXCEPTION 'a target of % is gone', managed.name USING ERRCODE = 'LSN03', HINT = 'SELECT listener.abort_alter(view).';
     ELSIF unfilled > 0 THEN
         RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, beside.name
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
     END IF;
+    PERFORM listener.check_alterable(managed.id, old), listener.check_readers(managed, old, new);
+    PERFORM listener.carry_again(old, new, beside.id, ARRAY(
+        SELECT s FROM listener.carried(old, new::text, 'r', beside.key_columns, '{}', listener.grants_of(old)) s));
+    -- Before what capture has of the old target is touched, which readers would wait for, too. Its definition goes: a
+    -- refresh that held that, and waited for the target, would be in a deadlock with this.
+    asked := listener.lock_readers(old, new, ARRAY(
+        SELECT to_regclass(d || managed.id) FROM unnest('{listener.tenants_,listener.definition_}'::text[]) d
+        WHERE to_regclass(d || managed.id) IS NOT NULL));
     -- What capture has of the old target's row type would stand in the way.
     PERFORM listener.drop_capture(s) FROM unnest(source_ids) s;
     DELETE FROM listener.source_table t WHERE t.source_id = ANY (source_ids);
     PERFORM listener.check_readers(managed, old, new);
-    locked := listener.swap(old, new);
+    PERFORM listener.swap(old, new);
     UPDATE listener.adoption a SET view_id = beside.id WHERE a.view_id = managed.id;
-    PERFORM listener.unregister(managed);
+    PERFORM listener.drop_records(managed);
     UPDATE listener.managed_view v SET name = managed.name, target_name = managed.target_name, replaces = NULL,
         paused_at = managed.paused_at, created_at = managed.created_at
     WHERE v.id = beside.id RETURNING v.* INTO beside;
@@ -234,7 +258,20 @@ BEGIN
     SELECT pg_current_xact_id(), k.dirty_since, k.view_id, k.tenant FROM listener.dirty k WHERE k.view_id = beside.id;
     PERFORM listener.ring_for_all();
     PERFORM set_config('role', previous_role, true);
-    RETURN locked;
+    RETURN clock_timestamp() - asked;
+END
+$function$;
+
+-- end_alter(): takes the triggers off the tables that only definitions of before read. Raises LSN03 where it never gets the
+-- locks for that: then the next view that is dropped or altered does it.
+CREATE OR REPLACE FUNCTION listener.end_alter() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+BEGIN
+    PERFORM listener.lock_registration();
+    PERFORM listener.drop_orphans();
+    PERFORM set_config('role', previous_role, true);
 END
 $function$;
 

@@ -290,3 +290,24 @@ async def test_an_error_while_it_is_turned_back_leaves_the_table_in_place(strang
         assert await likeness(superuser, BY_TENANT) == before
         assert await rows(superuser, LEFTOVERS) == []
         assert await rows(superuser, "SELECT paused_at FROM listener.managed_view") == [(None,)]
+
+
+async def test_of_two_who_adopt_the_same_with_other_options_the_one_who_began_last_goes_on(stranger: Database) -> None:
+    async with stranger.connect() as superuser, stranger.connect("listener_service") as service:
+        async with stranger.connect(autocommit=False) as blocker, adopting(stranger) as process:
+            # The first one fills, and the second tenant's rows cannot be written.
+            view_id = await one(superuser, "SELECT 1 + coalesce(max(id), 0) FROM listener.managed_view")
+            await blocker.execute("SELECT pg_advisory_xact_lock(listener.lock_key(%s, %s))", (view_id, TENANTS[1]))
+            await eventually(lambda: reached(superuser, "in the fill"))
+            async with stranger.connect("listener_migrator") as migrator:
+                begin = "SELECT listener.begin_adoption(%s, tenants_query => %s, max_age => '2 hours')"
+                view = await one(migrator, begin, BY_TENANT, TENANTS_QUERY)
+                await blocker.rollback()
+                with anyio.fail_after(DEADLINE):
+                    _, told = await to_thread.run_sync(process.communicate)
+                assert process.returncode == 1, told
+                await settle(service)
+                await migrator.execute("SELECT listener.finish_adoption(%s)", (view,))
+        assert await kind(superuser, BY_TENANT) == "r"
+        assert await one(superuser, "SELECT max_age::text FROM listener.managed_view") == "02:00:00"
+        assert await rows(superuser, LEFTOVERS) == []

@@ -13,6 +13,7 @@ from psycopg import AsyncConnection
 from command import listener
 from conftest import Database, eventually
 from listener import alter
+from listener.errors import SetupError
 from shop import (
     ANNA,
     BERT,
@@ -330,3 +331,23 @@ async def test_whoever_is_cancelled_leaves_nothing_beside(shop: Database, superu
                 scope.cancel()
                 await anyio.sleep_forever()
     assert await traces(superuser) == before
+
+
+@pytest.mark.parametrize("moment", ["before it is compared", "before the swap"])
+async def test_of_two_who_alter_the_same_view_the_one_who_began_last_goes_on(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], moment: str
+) -> None:
+    other = SALES.replace("sum(quantity)", "1 + sum(quantity)")
+    async with shop.connect("listener_migrator") as migrator, shop.connect("listener_migrator") as late:
+        with pytest.raises(SetupError, match="somebody else altered sales"):  # noqa: PT012  # he begins in the middle
+            async with alter.begun(migrator, "sales", {"query": CHANGED}) as first:
+                await settle(service)
+                await late.execute("SELECT listener.begin_alter('sales', %s)", (other,))
+                await settle(service)
+                if moment == "before the swap":
+                    await alter.finish(migrator, "sales", first, lambda _: None)
+                else:
+                    await migrator.execute("SELECT listener.compare_alter('sales', 'no uuid')")
+        await late.execute("SELECT listener.finish_alter('sales')")
+    assert await one(superuser, "SELECT query FROM listener.managed_view") == other
+    assert await differences(superuser, "sales") == []

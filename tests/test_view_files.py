@@ -159,9 +159,48 @@ async def test_the_tenant_column_of_a_view_stays(shop: Database, directory: Path
     )
 
 
+async def test_views_that_read_each_other_are_made_in_the_order_that_they_need(
+    shop: Database, superuser: AsyncConnection[Any], directory: Path
+) -> None:
+    (directory / "a.sql").write_text(
+        '-- key_columns = ["tenant_id"]\n-- tenants_query = "SELECT id FROM shop.tenants"\n'
+        "SELECT tenant_id, sum(quantity) AS quantity FROM public.sales GROUP BY 1"
+    )
+    (directory / "wrong.sql").write_text("SELECT tenant_id FROM shop.nothing\n")
+    applied = views(shop, "apply", str(directory))
+    assert applied.stdout.splitlines() == [f"created {name}: the service fills it" for name in ("sales", "a")]
+    assert (applied.returncode, len(applied.stderr.splitlines())) == (1, 1)
+    assert 'relation "shop.nothing" does not exist' in applied.stderr
+    (directory / "wrong.sql").unlink()
+    assert views(shop, "apply", str(directory)).stdout == "nothing to do\n"
+
+
+async def test_what_is_exported_under_an_odd_name_is_what_is_there(
+    shop: Database, superuser: AsyncConnection[Any], tmp_path: Path
+) -> None:
+    await create_view(shop, 'public."Ünï q"', "SELECT tenant_id, product FROM shop.orders", [])
+    assert views(shop, "export", str(tmp_path / "views")).returncode == 0
+    assert views(shop, "plan", str(tmp_path / "views")).stdout == "0 to do, 1 as the files say\n"
+    (tmp_path / "views" / "again.sql").write_text('-- name = "Ünï q"\nSELECT 1')
+    assert "are both of the view Ünï q" in views(shop, "plan", str(tmp_path / "views")).stderr
+    refused = views(shop, "export", str(tmp_path / "views" / "again.sql"))
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+    assert "the files cannot be written" in refused.stderr
+
+
+def test_what_other_editors_write_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    file = tmp_path / "x.sql"
+    # A mark at the beginning, two characters at the ends of the lines; and in a literal what is no end of a line.
+    query = "SELECT 'a\u2028b\x0cc\x85d' AS odd\nFROM t"
+    file.write_bytes(f'\ufeff-- key_columns = ["a"]\n{query}\n'.replace("\n", "\r\n").encode())
+    found = read_file(file)
+    assert (found.query, found.options) == (query, {"key_columns": ["a"]})
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
+        ("SELECT '\0'", "holds a NUL byte"),
         ("-- key_columns = product\nSELECT 1", "cannot be read"),
         ('-- key_columns = "product"\nSELECT 1', "must be a list of strings"),
         ("-- key_columns = [1]\nSELECT 1", "must be a list of strings"),

@@ -63,10 +63,7 @@ def alter_view(
 
 
 def _text(path: Path) -> str:
-    try:
-        return typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.SetupError(f"{path} cannot be read: {error}.") from error
+    return typer.get_text_stream("stdin").read() if str(path) == "-" else view_files.read_text(path)
 
 
 def _tell_notices(connection: Connection) -> None:
@@ -108,7 +105,7 @@ async def _alter(
         raise typer.Exit(1)
 
 
-async def _fill(bar: Progress, view: str, beside: str) -> None:
+async def _fill(bar: Progress, view: str, beside: alter.Beside) -> None:
     settings = load()
     task = bar.add_task(f"fill {view}", total=None)
     steps = alter.fill(lambda: connected(settings), beside, retry_policy(settings))
@@ -201,11 +198,16 @@ def apply(directory: Directory, as_json: Json = False) -> None:
     async def act(connection: Connection) -> None:
         _tell_notices(connection)
         steps = await definitions.plan(connection, view_files.read_directory(directory))
-        done = []
+        new = [step.file for step in steps if step.file is not None and step.action == "create"]
+        async with aclosing(definitions.create_all(connection, new)) as created:
+            async for file in created:
+                if not as_json:
+                    console.out.print(f"created {file.name}: the service fills it")
+                await definitions.grant(connection, file.name, list(file.readers))
         for step in steps:
-            if step.file is not None and step.action != "none":
-                await _apply(connection, step, step.file, as_json=as_json)
-                done.append(_step_row(step))
+            if step.action in {"alter", "set"}:
+                await _apply(connection, step, as_json=as_json)
+        done = [_step_row(step) for step in steps if step.action in {"create", "alter", "set"}]
         if as_json:
             console.print_json({"done": done})
         elif not done:
@@ -214,11 +216,7 @@ def apply(directory: Directory, as_json: Json = False) -> None:
     with_connection(act, as_owner=True)
 
 
-async def _apply(connection: Connection, step: Step, file: view_files.ViewFile, *, as_json: bool) -> None:
-    if step.action == "create":
-        await definitions.create(connection, file)
-        if not as_json:
-            console.out.print(f"created {step.view}: the service fills it")
+async def _apply(connection: Connection, step: Step, *, as_json: bool) -> None:
     if step.rebuild:
         async with alter.begun(connection, step.view, step.rebuild) as beside:
             with console.progress(quiet=as_json) as bar:
@@ -238,15 +236,17 @@ def export(directory: Directory) -> None:
     """Writes the files of the views that are there, to begin with. Files that are there already are kept."""
 
     async def act(connection: Connection) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        for row in await definitions.registered(connection):
-            if row["strategy"] == "materialized view":
-                continue
-            path = directory / f"{row['name'].replace('/', '_')}.sql"
-            if path.exists():
-                console.warning(f"{path} is there already, and is kept")
-                continue
-            path.write_text(definitions.file_of(row), encoding="utf-8")
-            console.out.print(str(path))
+        rows = [row for row in await definitions.registered(connection) if row["strategy"] != "materialized view"]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for row in rows:
+                path = directory / f"{row['name'].replace('/', '_')}.sql"
+                if path.exists():
+                    console.warning(f"{path} is there already, and is kept")
+                    continue
+                path.write_text(definitions.file_of(row), encoding="utf-8")
+                console.out.print(str(path))
+        except OSError as error:
+            raise errors.SetupError(f"the files cannot be written: {error}.") from error
 
     with_connection(act, as_owner=True)
