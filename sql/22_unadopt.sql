@@ -120,7 +120,7 @@ BEGIN
         RAISE EXCEPTION 'the materialized view beside % is not filled', target USING ERRCODE = 'LSN03',
             HINT = 'SELECT listener.fill_unadoption(view) first.';
     END IF;
-    PERFORM listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target);
     PERFORM listener.carry_again(target, beside, managed.id, ARRAY(
         SELECT s FROM listener.unadopting(managed, adoption) WITH ORDINALITY AS u (s, ord) WHERE u.ord > 1 ORDER BY u.ord));
     locked := (listener.swap(target, beside));
