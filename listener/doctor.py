@@ -98,7 +98,7 @@ async def _asked(connection: Connection, settings: Settings, *, may_plan: bool) 
 
 
 def _lets_ask(error: psycopg.Error, settings: Settings) -> str:
-    """What lets a check be made: the owner's role, as which it looks, may be kept out of a schema of targets or sources."""
+    """What lets a check be made: the owner's role, as which it looks, may be kept out of a schema."""
     schema = re.fullmatch("permission denied for schema (.+)", error.diag.message_primary or "")
     if schema is None or schema[1] == "listener":
         return "listener migrate"

@@ -225,6 +225,21 @@ async def test_tenants_that_the_tenants_query_does_not_list_are_missed_before_th
     assert f"computed alone, other rows come out for {TENANTS[3]}" in refused.stderr
 
 
+async def test_rows_without_a_tenant_are_named_so(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE TABLE billing.leads (tenant_id bigint);
+            INSERT INTO billing.leads VALUES (1), (NULL);
+            CREATE MATERIALIZED VIEW reporting.leads AS SELECT tenant_id, count(*) FROM billing.leads GROUP BY 1;
+            GRANT SELECT ON billing.leads TO listener_service;
+            """
+        )
+    refused = adopt(stranger, "reporting.leads", "--tenants-query", "SELECT 1::bigint", "--strategy", "tenant")
+    assert "computed alone, other rows come out for rows without a tenant" in refused.stderr
+
+
 @pytest.mark.parametrize("listed", ["SELECT DISTINCT tenant_id FROM billing.visits", "SELECT 1"])
 async def test_what_the_planner_proves_is_not_computed_twice_if_all_tenants_are_listed(
     stranger: Database, listed: str
