@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -78,21 +79,29 @@ def main() -> None:
     parser.add_argument("--fill-rows", type=int, default=2_000_000, help="fill: rows of the source (2000000)")
     parser.add_argument("--tables", type=int, default=200, help="doctor: how many source tables (200)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--write", action="store_true", help="write the tables to docs/benchmarks.md too")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md too")
     options = parser.parse_args()
     if unknown := set(options.names) - set(ALL):
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
-    results: list[Result] = []
+    tables: dict[str, list[str]] = {}
     with EmbeddedServer.start(settings={"shared_buffers": "4GB", "max_wal_size": "4GB"}) as server:
         where = environment(server)
         print(where, flush=True)
         for name in options.names or ALL:
             for result in ALL[name].run(server, options):
-                results.append(result)
+                tables.setdefault(name, []).append(_table(result))
                 print(json.dumps(result.__dict__) if options.json else _table(result), flush=True)
     if options.write:
-        heading = f"# Benchmarks\n\nPrinted by `make bench`, {datetime.now(UTC):%Y-%m-%d}: {where}.\n"
-        PAGE.write_text("\n".join([heading, *(_table(result) for result in results)]))
+        _write(where, tables)
+
+
+def _write(where: str, tables: dict[str, list[str]]) -> None:
+    """Into the page, in the order of ALL; what other benchmarks printed before stays."""
+    kept = dict(re.findall(r"(?ms)^<!-- ([a-z-]+) -->\n(.*?)(?=^<!-- |\Z)", PAGE.read_text()))
+    for name, printed in tables.items():
+        kept[name] = "\n".join([*printed, f"`make bench ARGS={name}`, {datetime.now(UTC):%Y-%m-%d}.", "", ""])
+    parts = [f"<!-- {name} -->\n{kept[name]}" for name in ALL if name in kept]
+    PAGE.write_text(f"# Benchmarks\n\nPrinted by `make bench`: {where}.\n\n{''.join(parts).rstrip()}\n")
 
 
 def _table(result: Result) -> str:

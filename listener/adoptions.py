@@ -9,6 +9,8 @@ from typing import Any
 
 from psycopg import AsyncConnection, sql
 
+from listener import queries
+
 # What would be done, by part: see listener.plan_adoption().
 Plan = dict[str, list[str]]
 
@@ -66,11 +68,6 @@ def begin_statement(request: Request, *, path: sql.Composable | None = None) -> 
     return sql.SQL("SELECT listener.begin_adoption({})").format(sql.SQL(", ").join(arguments))
 
 
-async def _first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
-    row = await (await connection.execute(query, given or None)).fetchone()
-    return None if row is None else row[0]
-
-
 async def _plan(connection: AsyncConnection[Any], query: Any, *given: Any) -> Plan:
     found: Plan = defaultdict(list)
     for part, statement in await (await connection.execute(query, given)).fetchall():
@@ -80,7 +77,7 @@ async def _plan(connection: AsyncConnection[Any], query: Any, *given: Any) -> Pl
 
 async def begin(connection: AsyncConnection[Any], request: Request) -> str:
     """The name of the managed view that stands beside the materialized view now."""
-    return str(await _first(connection, begin_statement(request, path=CALLERS_PATH)))
+    return str(await queries.first(connection, begin_statement(request, path=CALLERS_PATH)))
 
 
 async def plan(connection: AsyncConnection[Any], request: Request) -> Plan:
@@ -103,7 +100,7 @@ async def plan_back(connection: AsyncConnection[Any], view: str) -> Plan:
 async def has_column(connection: AsyncConnection[Any], name: str, column: str | None) -> bool:
     """Whether the materialized view has it. Raises psycopg.Error where there is no such materialized view."""
     return bool(
-        await _first(
+        await queries.first(
             connection,
             sql.SQL(
                 """
@@ -121,7 +118,7 @@ async def has_column(connection: AsyncConnection[Any], name: str, column: str | 
 async def tied(connection: AsyncConnection[Any], name: str) -> bool:
     """Whether something is tied to the materialized view that a swap could not lead over."""
     return bool(
-        await _first(
+        await queries.first(
             connection,
             sql.SQL("SELECT EXISTS (SELECT listener.tied_to(listener.find_materialized_view(%s, {})))").format(
                 CALLERS_PATH
@@ -151,7 +148,7 @@ def keep_statement(request: Request) -> str:
 async def keep(connection: AsyncConnection[Any], request: Request) -> str:
     """Registers the materialized view as it is; the name of the managed view."""
     depends_on = None if request.depends_on is None else list(request.depends_on)
-    relation = await _first(
+    relation = await queries.first(
         connection,
         sql.SQL("SELECT listener.find_materialized_view(%s, {})::text").format(CALLERS_PATH),
         request.name,
@@ -174,7 +171,7 @@ async def keep(connection: AsyncConnection[Any], request: Request) -> str:
         ),
     )
     return str(
-        await _first(
+        await queries.first(
             connection,
             "SELECT v.name FROM listener.managed_view v WHERE format('%%I.%%I', v.target_schema, v.target_name) = %s",
             relation,
@@ -198,7 +195,7 @@ async def state(connection: AsyncConnection[Any], name: str) -> tuple[str, str, 
 
 async def is_proven(connection: AsyncConnection[Any], view: str) -> bool:
     """Whether each tenant's rows depend on its own alone, and its tenants query lists all whose rows there are."""
-    return bool(await _first(connection, "SELECT listener.is_by_tenant(%s)", view))
+    return bool(await queries.first(connection, "SELECT listener.is_by_tenant(%s)", view))
 
 
 async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list[str | None]:
@@ -220,7 +217,7 @@ async def analyze(connection: AsyncConnection[Any], view: str) -> None:
 
 async def finish(connection: AsyncConnection[Any], view: str) -> float:
     """The swap; how many seconds readers were locked out."""
-    return float((await _first(connection, "SELECT listener.finish_adoption(%s)", view)).total_seconds())
+    return float((await queries.first(connection, "SELECT listener.finish_adoption(%s)", view)).total_seconds())
 
 
 async def begin_back(connection: AsyncConnection[Any], view: str) -> None:
@@ -235,12 +232,12 @@ async def fill_back(connection: AsyncConnection[Any], view: str) -> None:
 
 async def finish_back(connection: AsyncConnection[Any], view: str) -> float:
     """The swap back; how many seconds readers were locked out."""
-    return float((await _first(connection, "SELECT listener.finish_unadoption(%s)", view)).total_seconds())
+    return float((await queries.first(connection, "SELECT listener.finish_unadoption(%s)", view)).total_seconds())
 
 
 async def under_way(connection: AsyncConnection[Any], name: str) -> str | None:
     """The managed view of an adoption that was begun for this materialized view; None where none was."""
-    return await _first(  # type: ignore[no-any-return]
+    return await queries.first(  # type: ignore[no-any-return]
         connection,
         sql.SQL(
             """

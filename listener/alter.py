@@ -66,8 +66,10 @@ async def begun(connection: AsyncConnection[Any], view: str, arguments: dict[str
         )
         for name, value in arguments.items()
     )
-    name = await _first(connection, sql.SQL("SELECT listener.begin_alter({}{})").format(sql.Literal(view), given))
-    view_id = await _first(connection, "SELECT v.id FROM listener.find_view(%s) v", name)
+    name = await queries.first(
+        connection, sql.SQL("SELECT listener.begin_alter({}{})").format(sql.Literal(view), given)
+    )
+    view_id = await queries.first(connection, "SELECT v.id FROM listener.find_view(%s) v", name)
     beside = Beside(name, view_id)
     try:
         yield beside
@@ -83,7 +85,7 @@ async def begun(connection: AsyncConnection[Any], view: str, arguments: dict[str
 
 async def _is_there(connection: AsyncConnection[Any], beside: Beside) -> bool:
     return bool(
-        await _first(
+        await queries.first(
             connection,
             "SELECT EXISTS (SELECT FROM listener.managed_view v WHERE v.id = %s AND v.replaces IS NOT NULL)",
             beside.view_id,
@@ -148,7 +150,7 @@ async def finish(
         # What somebody else began meanwhile is not what was compared and agreed to.
         if not await _is_there(connection, beside):
             raise _somebody_else(view)
-        locked = await _first(connection, "SELECT extract(epoch FROM listener.finish_alter(%s))::float8", view)
+        locked = await queries.first(connection, "SELECT extract(epoch FROM listener.finish_alter(%s))::float8", view)
         return float(locked)
 
     done = await swapped(connection, beside.name, once, tell, patience)
@@ -158,8 +160,3 @@ async def finish(
         # It is in place. The next view that is altered or dropped takes them away.
         tell(f"triggers that no view needs any more are left: {from_database(error)}")
     return done
-
-
-async def _first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
-    row = await (await connection.execute(query, given or None)).fetchone()
-    return None if row is None else row[0]

@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
+from listener import queries
 from listener.errors import SetupError
 from listener.view_files import ViewFile, written
 
@@ -120,7 +121,7 @@ async def _compared(connection: AsyncConnection[Any], file: ViewFile, row: DictR
             f"{wanted['tenant_column']}.",
             hint="Drop the view, and apply again.",
         )
-    if not await _first(connection, "SELECT listener.same_query(%s, %s)", row["name"], file.query):
+    if not await queries.first(connection, "SELECT listener.same_query(%s, %s)", row["name"], file.query):
         step.rebuild["query"] = file.query
         step.changes.append("the query")
         before, after = row["query"].strip().splitlines(), file.query.splitlines()
@@ -136,7 +137,7 @@ async def _compared(connection: AsyncConnection[Any], file: ViewFile, row: DictR
             step.rebuild[name] = value if value is not None else ""
             step.changes.append(f"{name}: {_shown(row[name])} -> {_shown(value)}")
     if (depends_on := file.options.get("depends_on")) is not None:
-        named = await _first(connection, "SELECT listener.qualified_names(%s::regclass[])", depends_on)
+        named = await queries.first(connection, "SELECT listener.qualified_names(%s::regclass[])", depends_on)
         if sorted(named) != sorted(row["depends_on"] or []):
             step.rebuild["depends_on"] = depends_on
             step.changes.append(f"depends_on: {_shown(row['depends_on'])} -> {_shown(named)}")
@@ -239,11 +240,6 @@ async def grant(connection: AsyncConnection[Any], view: str, readers: list[str])
     """SELECT on the target, to each. Raises psycopg.Error for a role that is not there."""
     for role in readers:
         await connection.execute("SELECT listener.grant_reader(%s, %s)", (view, role))
-
-
-async def _first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
-    row = await (await connection.execute(query, given or None)).fetchone()
-    return None if row is None else row[0]
 
 
 def file_of(row: DictRow) -> str:

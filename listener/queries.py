@@ -13,6 +13,12 @@ from psycopg.rows import DictRow, class_row, dict_row
 PURGE_BATCH = 200_000
 
 
+async def first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:
+    """The first value of the first row; None where there is no row."""
+    row = await (await connection.execute(query, given or None)).fetchone()
+    return None if row is None else row[0]
+
+
 class ServerFacts(NamedTuple):
     """What the first log line says of the server, and what refuses a start."""
 

@@ -23,9 +23,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN o.rolsuper
                 THEN format('ALTER %s %s OWNER TO a role that is no superuser and that %I is a member of',
                             CASE c.relkind WHEN 'm' THEN 'MATERIALIZED VIEW' WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END, relation,
-                            current_user)
-                ELSE format('GRANT %I TO %I', o.rolname, current_user) END
-    FROM pg_class c JOIN pg_roles o ON o.oid = c.relowner WHERE c.oid = relation
+                            i.owner_role)
+                ELSE format('GRANT %I TO %I', o.rolname, i.owner_role) END
+    FROM listener.installation i, pg_class c JOIN pg_roles o ON o.oid = c.relowner WHERE c.oid = relation
 $function$;
 
 -- tied_to(relation): what cannot be led over to another relation of the same name, since the catalog ties it to this
@@ -66,7 +66,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE CASE
         WHEN w.oid IS NOT NULL THEN NOT (w.rulename = '_RETURN' AND (
             w.ev_class = o.oid OR (c.relkind = 'v' AND w.ev_action::text !~ o.whole_row
-                                   AND pg_has_role(c.relowner, 'USAGE'))))
+                                   AND pg_has_role((SELECT i.owner_role FROM listener.installation i), c.relowner, 'USAGE'))))
         WHEN r.oid IS NOT NULL THEN r.relkind NOT IN ('i', 't')
         WHEN k.oid IS NOT NULL THEN NOT (k.contype = 'n' AND k.conrelid = o.oid)
         WHEN p.oid IS NOT NULL THEN NOT (p.polrelid = o.oid AND p.polname LIKE 'listener\_%')

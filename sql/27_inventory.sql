@@ -144,6 +144,7 @@ DECLARE
     installed listener.installation;
     hiding text;
     hidden regclass;
+    tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t);
 BEGIN
     SELECT i.* INTO installed FROM listener.installation i;
     mends := '{}';
@@ -180,6 +181,12 @@ BEGIN
         mends := mends || (SELECT format('GRANT %I TO %I;', pg_get_userbyid(c.relowner), installed.owner_role) FROM pg_class c WHERE c.oid = relation);
     END IF;
     mends := ARRAY(SELECT m.mend FROM unnest(mends) WITH ORDINALITY AS m (mend, ord) GROUP BY m.mend ORDER BY min(m.ord));
+    IF tied IS NOT NULL THEN
+        strategy := 'refused';
+        why := 'tied to its row type, or to itself, are ' || tied;
+        mends := mends || 'drop these first and make them again afterwards; or keep it as it is: --strategy materialized-view'::text;
+        RETURN;
+    END IF;
     key_columns := coalesce(unique_key, '{}');
     -- From the service's role, with no tenant set.
     hidden := (

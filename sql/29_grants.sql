@@ -120,6 +120,8 @@ BEGIN
         'listener.tenant_views(regclass)',
         'listener.tenants(text)',
         'listener.time_dependence(regclass)',
+        'listener.made_ours(regclass)',
+        'listener.tied_to(regclass)',
         'listener.tracked(text)',
         'listener.tracked_names(name[], text)',
         'listener.tracks_by_view()',

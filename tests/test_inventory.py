@@ -43,7 +43,7 @@ async def test_each_view_of_a_stranger_gets_the_strategy_that_fits(billing: Data
         stranger.WITHOUT_TENANT: ("materialized view", None, None),
         stranger.RANKED: ("materialized view", False, None),
         stranger.QUOTED: ("tenant", True, ["Mandant", "Kunde"]),
-        stranger.TIED: ("tenant", True, ["tenant_id", "customer_id"]),
+        stranger.TIED: ("refused", True, None),
         stranger.ON_TOP: ("refused", False, None),
     }
     assert (found[stranger.WINDOW]["timed"], found[stranger.WINDOW]["max_age"]) == (["now()"], 60)
@@ -61,7 +61,7 @@ async def test_what_is_printed_fits_a_hundred_columns(billing: Database) -> None
     assert ended.returncode == 0
     assert max(map(len, ended.stdout.splitlines())) <= WIDTH
     assert ended.stdout.count("refreshed by nothing that the database shows") == 9
-    assert ended.stdout.splitlines()[-1].startswith("9 views, 0 managed; proposals: 5")
+    assert ended.stdout.splitlines()[-1].startswith("9 views, 0 managed; proposals: 4 tenant")
 
 
 async def test_a_table_of_nobodys_policies_is_proposed_as_a_whole(billing: Database) -> None:
@@ -71,6 +71,16 @@ async def test_a_table_of_nobodys_policies_is_proposed_as_a_whole(billing: Datab
     assert {name for name, view in found.items() if view["proposed"] == "whole"} == {
         stranger.WITHOUT_TENANT, stranger.RANKED, stranger.QUOTED,
     }  # fmt: skip
+
+
+async def test_what_adopt_would_refuse_is_proposed_to_nobody(billing: Database) -> None:
+    found = stock(billing)[stranger.TIED]
+    assert found["proposed"] == "refused"
+    assert "function reporting.balances_of(uuid)" in found["why"]
+    assert "materialized view reporting." in found["why"]
+    refused = listener("adopt", stranger.TIED, url=billing.url("listener_migrator"))
+    assert refused.returncode == 1
+    assert "function reporting.balances_of(uuid)" in refused.stderr
 
 
 async def test_a_managed_view_is_listed_with_how_fresh_it_is(billing: Database) -> None:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from anyio import to_thread
 
+from command import listener
 from conftest import Database, eventually, server_of
 from likeness import likeness
 from shop import one, rows, settle
@@ -159,7 +160,7 @@ async def test_nothing_is_wrong_with_an_adopted_view(stranger: Database) -> None
         assert await rows(service, "SELECT * FROM listener.readiness()") == []
 
 
-async def test_a_dump_of_adopted_views_is_restored_exact_and_can_be_turned_back(
+async def test_adopted_altered_dumped_restored_and_turned_back_it_is_exact_at_each_step(
     cluster: Any, installed: str, other_cluster: Any, tmp_path: Path
 ) -> None:
     server = server_of(cluster)
@@ -171,8 +172,19 @@ async def test_a_dump_of_adopted_views_is_restored_exact_and_can_be_turned_back(
     for name in before:
         adopted = await to_thread.run_sync(adopt, stranger, name, *LIST)
         assert adopted.returncode == 0, adopted.stderr
-    async with stranger.connect("listener_service") as service:
+    async with stranger.connect("listener_service") as service, stranger.connect() as superuser:
         await settle(service)
+        assert await exact(stranger)
+        query = await one(superuser, "SELECT query FROM listener.managed_view WHERE target_name = 'invoice_totals'")
+        altered_file = tmp_path / "altered.sql"
+        altered_file.write_text("\n".join(["SELECT * FROM (", query.strip().rstrip(";"), ") q WHERE currency = 'EUR'"]))
+        url = stranger.url("listener_migrator")
+        arguments = ("views", "alter", "invoice_totals", "--query", str(altered_file), "--yes")
+        altered = await to_thread.run_sync(lambda: listener(*arguments, url=url))
+        assert altered.returncode == 0, altered.stderr
+        await settle(service)
+        assert await exact(stranger)
+        assert await rows(superuser, "SELECT DISTINCT currency FROM reporting.invoice_totals") == [("EUR",)]
     async with billing_app(stranger, TENANTS[1]) as app:
         await invoice(app, TENANTS[1], 1, "77")
     file = dump(cluster, stranger, tmp_path)
@@ -194,3 +206,6 @@ async def test_a_dump_of_adopted_views_is_restored_exact_and_can_be_turned_back(
             back = await to_thread.run_sync(unadopt, copy, name)
             assert back.returncode == 0, back.stderr
             assert await likeness(superuser, name) == was
+            assert await one(superuser, "SELECT relkind FROM pg_class WHERE oid = %s::regclass", name) == "m"
+        # What was altered stays so.
+        assert await rows(superuser, "SELECT DISTINCT currency FROM reporting.invoice_totals") == [("EUR",)]
