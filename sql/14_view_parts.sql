@@ -213,7 +213,8 @@ END
 $function$;
 
 -- check_columns(definition, tenant_column, key_columns): the type of the tenant column. Raises LSN03 where a column
--- is missing, the tenant's type is not supported, or a key column's type cannot be indexed.
+-- is missing, the tenant's type is not supported, a key column's type cannot be indexed, or a column has a name that the
+-- difference of whole rows takes for its own.
 CREATE OR REPLACE FUNCTION listener.check_columns(definition regclass, tenant_column name, key_columns name[])
 RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -248,6 +249,12 @@ BEGIN
     IF missing IS NOT NULL THEN
         RAISE EXCEPTION 'key columns must have an order: %', missing USING ERRCODE = 'LSN03',
             HINT = 'Choose other key columns, or cast these to text in the query.';
+    END IF;
+    SELECT string_agg(quote_ident(a.attname), ', ') INTO missing FROM pg_attribute a
+    WHERE a.attrelid = definition AND a.attname IN ('listener.row', 'listener.n') AND cardinality(key_columns) = 0;
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION 'no column may be called %', missing USING ERRCODE = 'LSN03',
+            HINT = 'Call it otherwise in the query, or give key columns.';
     END IF;
     RETURN tenant_type;
 END

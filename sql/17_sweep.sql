@@ -72,8 +72,9 @@ $function$;
 
 -- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
 -- they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
--- when something that it reads was dropped with CASCADE; and takes note of it: makes a definition that went again, finds
--- the tables anew, puts triggers on those that are new, and marks every tenant dirty. Runs with the owner's rights,
+-- when something that it reads was dropped with CASCADE, or a materialized view that is kept as one and was made anew; and
+-- takes note of it: makes a definition that went again, finds the tables anew, puts triggers on those that are new, and
+-- marks every tenant dirty. Runs with the owner's rights,
 -- because only the owner may create triggers.
 --   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
 CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS TABLE (view text, trouble text)
@@ -82,6 +83,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 DECLARE
     managed listener.managed_view;
     definition regclass;
+    kept regclass;
     is_gone boolean;
     found_ids integer[];
 BEGIN
@@ -90,7 +92,14 @@ BEGIN
     END IF;
     FOR managed IN SELECT v.* FROM listener.managed_view v ORDER BY v.id LOOP
         definition := to_regclass('listener.definition_' || managed.id);
+        kept := CASE WHEN managed.strategy = 'materialized view'
+                     THEN to_regclass(format('%I.%I', managed.target_schema, managed.target_name)) END;
         is_gone := definition IS NULL OR to_regclass('listener.tenants_' || managed.id) IS NULL;
+        -- Somebody dropped it, and made one that may read other tables.
+        IF pg_get_viewdef(kept) <> managed.query THEN
+            managed.query := pg_get_viewdef(kept);
+            is_gone := true;
+        END IF;
         -- A function finds its tables by name: another table may bear it now.
         CONTINUE WHEN NOT is_gone
             AND coalesce(listener.view_fingerprint(managed) = managed.fingerprint, true)
@@ -112,6 +121,11 @@ BEGIN
             INSERT INTO listener.view_source (view_id, source_id, same_form)
             SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s
             ON CONFLICT DO NOTHING;
+            IF kept IS NOT NULL THEN
+                UPDATE listener.managed_view v SET query = managed.query WHERE v.id = managed.id;
+                DELETE FROM listener.view_source w WHERE w.view_id = managed.id AND w.source_id <> ALL (found_ids);
+                PERFORM listener.grant_kept(kept);
+            END IF;
             -- A view that is no longer read may be dropped, and may read this one.
             DELETE FROM listener.view_source w USING listener.source s, listener.view_reads r
             WHERE w.view_id = managed.id AND s.id = w.source_id AND s.id <> ALL (found_ids)

@@ -55,10 +55,17 @@ BEGIN
     FROM listener.register_sources(to_regclass('listener.definition_' || view.id), NULL, depends_on) r;
     PERFORM listener.create_default_tenants(view, source_ids);
     PERFORM listener.grant_definition(view.id);
-    -- For verify.
-    EXECUTE format('GRANT SELECT ON %s TO %I', relation, (SELECT i.service_role FROM listener.installation i));
+    PERFORM listener.grant_kept(relation);
     PERFORM listener.register_view(view, source_ids);
     PERFORM set_config('role', previous_role, true);
+END
+$function$;
+
+-- grant_kept(relation): what verify needs of it.
+CREATE OR REPLACE FUNCTION listener.grant_kept(relation regclass) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    EXECUTE format('GRANT SELECT ON %s TO %I', relation, (SELECT i.service_role FROM listener.installation i));
 END
 $function$;
 

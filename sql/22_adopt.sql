@@ -120,10 +120,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                       WHERE r.view_id = (listener.find_view(view)).id AND r.tenant = t AND r.refreshed_at IS NOT NULL)
 $function$;
 
--- name_beside(view): what the materialized view is called that is made beside the target.
+-- name_beside(view): what the materialized view is called that is made beside the target. By the view's id: the target
+-- may be made again meanwhile, and has another oid in a restored copy.
 CREATE OR REPLACE FUNCTION listener.name_beside(view listener.managed_view) RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT 'listener_new_' || to_regclass(format('%I.%I', view.target_schema, view.target_name))::oid
+    SELECT 'listener_back_' || view.id
 $function$;
 
 -- analyze_replacement(view): gathers statistics of the relation that is to be put in place, whose name has none yet.

@@ -33,7 +33,7 @@ VIEWS: LiteralString = """
 """
 # What an adoption under way could leave behind.
 LEFTOVERS: LiteralString = """
-    SELECT c.oid::regclass::text FROM pg_class c WHERE c.relname ~ '^listener_(new|old)_'
+    SELECT c.oid::regclass::text FROM pg_class c WHERE c.relname ~ '^listener_(alter|back|new|old)_'
     UNION ALL SELECT 'adoption of ' || relation_name FROM listener.adoption WHERE state <> 'adopted'
     UNION ALL SELECT 'trigger ' || tgname FROM pg_trigger WHERE tgname LIKE 'listener\\_%'
                                                             AND NOT EXISTS (SELECT FROM listener.source)

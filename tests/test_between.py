@@ -28,7 +28,9 @@ BOTH: LiteralString = """
     FROM shop.orders o GROUP BY 1, 2
 """
 # What an alteration, or an adoption, could leave beside the target.
-BESIDE: LiteralString = "SELECT c.oid::regclass::text FROM pg_class c WHERE c.relname ~ '^listener_(alter|new|old)_'"
+BESIDE: LiteralString = (
+    "SELECT c.oid::regclass::text FROM pg_class c WHERE c.relname ~ '^listener_(alter|back|new|old)_'"
+)
 
 
 @pytest.fixture
@@ -278,3 +280,16 @@ async def test_readers_do_not_wait_for_the_triggers_of_a_table_that_is_read_no_m
     assert told == []
     assert await one(superuser, captured) == 0
     assert await differences(superuser, "paid") == []
+
+
+async def test_a_target_that_is_made_again_while_it_is_turned_back_leaves_nothing_beside(stranger: Database) -> None:
+    async with stranger.connect() as superuser, stranger.connect("listener_service") as service:
+        assert adopt(stranger, BY_TENANT, *LIST).returncode == 0
+        await call(stranger, "SELECT listener.begin_unadoption('invoice_totals')")
+        await superuser.execute("DROP TABLE reporting.invoice_totals CASCADE")
+        await call(stranger, "SELECT listener.restore_target('invoice_totals')")
+        await settle(service)
+        back = unadopt(stranger, "invoice_totals")
+        assert back.returncode == 0, back.stderr
+        assert await kind(superuser, BY_TENANT) == "m"
+        assert await rows(superuser, LEFTOVERS) == []

@@ -239,6 +239,45 @@ async def test_one_that_is_dropped_is_named_and_others_go_on(
     assert await one(service, "SELECT outcome FROM listener.refresh('ranking', NULL)") == "refreshed"
 
 
+async def test_one_that_is_made_anew_of_another_query_is_refreshed_when_what_that_reads_changes(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    paid = "SELECT tenant_id, sum(cents) AS quantity, 1::bigint AS place FROM shop.payments GROUP BY 1"
+    await keep(shop, "'shop.ranking'")
+    await settle(service)
+    await define(superuser, "CREATE POLICY owner_reads ON shop.payments FOR SELECT TO shop_owner USING (true)")
+    for query in (paid, "SELECT tenant_id, count(*) AS n FROM shop.payments GROUP BY 1"):
+        await define(
+            superuser, f"DROP MATERIALIZED VIEW shop.ranking; CREATE MATERIALIZED VIEW shop.ranking AS {query}"
+        )
+        assert await rows(service, "SELECT listener.readiness()") == []
+        assert await rows(service, "SELECT * FROM listener.changed_definitions()") == [("ranking", None)]
+        assert await rows(service, "SELECT * FROM listener.changed_definitions()") == []
+        await settle(service)
+        async with application(shop, ANNA) as app:
+            await app.execute("INSERT INTO shop.payments (tenant_id, cents) VALUES (%s, 7)", (ANNA,))
+        await settle(service)
+        assert await differences(superuser, "ranking") == []
+        assert await rows(service, "SELECT missing, extra, stale FROM listener.compare('ranking', NULL)") == [
+            (0, 0, False)
+        ]
+    # What it read before is of no interest any more.
+    async with application(shop, BERT) as app:
+        await order(app, BERT, "a")
+    assert await rows(service, "SELECT view_name FROM listener.drain() WHERE view_name IS NOT NULL") == []
+
+
+async def test_a_column_that_has_the_name_of_one_of_ours_is_refused(
+    shop: Database, superuser: AsyncConnection[Any]
+) -> None:
+    before = await rows(superuser, TRACES)
+    for name in ("listener.row", "listener.n"):
+        query = 'SELECT tenant_id, product AS "odd" FROM shop.orders'.replace("odd", name)
+        with pytest.raises(psycopg.Error, match=f'no column may be called "{name}"'):
+            await create_view(shop, "odd", query, [])
+    assert await rows(superuser, TRACES) == before
+
+
 @pytest.mark.parametrize(
     ("relation", "refusal"),
     [("shop.orders", "shop.orders is no materialized view"), ("public.theirs", "only postgres, who owns it")],
