@@ -243,6 +243,24 @@ async def test_rows_without_a_tenant_are_named_so(stranger: Database) -> None:
     assert "computed alone, other rows come out for rows without a tenant" in refused.stderr
 
 
+async def test_rows_that_are_the_same_by_chance_are_told_not_to_be_proven(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE TABLE billing.leads (tenant_id bigint);
+            INSERT INTO billing.leads VALUES (1), (2);
+            CREATE MATERIALIZED VIEW reporting.ranks AS
+            SELECT tenant_id, rank() OVER (ORDER BY count(*)) FROM billing.leads GROUP BY 1;
+            GRANT SELECT ON billing.leads TO listener_service;
+            """
+        )
+    adopted = adopt(stranger, "reporting.ranks", "--tenants-query", "SELECT DISTINCT tenant_id FROM billing.leads")
+    assert adopted.returncode == 0, adopted.stderr
+    assert "by the rows that there are now; it is not proven that they stay so" in adopted.stderr
+    assert "it is not proven that they stay so" not in adopt(stranger, BY_TENANT, *LIST).stderr
+
+
 @pytest.mark.parametrize("listed", ["SELECT DISTINCT tenant_id FROM billing.visits", "SELECT 1"])
 async def test_what_the_planner_proves_is_not_computed_twice_if_all_tenants_are_listed(
     stranger: Database, listed: str
