@@ -176,7 +176,7 @@ async def _check(connection: AsyncConnection[Any], view: str, request: Request, 
         return
     differing = await adoptions.differing_tenants(connection, view)
     if differing:
-        named = ", ".join(str(tenant) for tenant in differing[:NAMED])
+        named = ", ".join("rows without a tenant" if tenant is None else tenant for tenant in differing[:NAMED])
         more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
         raise _NotByTenantError(f"computed alone, other rows come out for {named}{more}")
     tell("by tenant: each one's rows are the same computed alone and with all others")

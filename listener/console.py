@@ -31,7 +31,7 @@ class _Printer(Console):
 # Nothing that is printed is markup: the names of views and tenants may hold brackets. Where no person's terminal is at
 # the other end nothing is folded to its width.
 out = _Printer(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
-err = _Printer(stderr=True, highlight=False, markup=False, emoji=False)
+err = _Printer(stderr=True, highlight=False, markup=False, emoji=False, width=None if sys.stderr.isatty() else 100_000)
 
 
 def error(message: str) -> None:

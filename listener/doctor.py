@@ -6,6 +6,7 @@ what only a client sees: whether it gets there, through what, which release answ
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 import uuid
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from listener import connections, pooler, queries, startup
@@ -92,7 +94,16 @@ async def _asked(connection: Connection, settings: Settings, *, may_plan: bool) 
                 yield finding
         except psycopg.errors.InsufficientPrivilege as error:
             problem = f"it cannot be asked: {error.diag.message_primary}."
-            yield Finding(check, "error", None, f"the check of {check}", problem, "listener migrate")
+            yield Finding(check, "error", None, f"the check of {check}", problem, _lets_ask(error, settings))
+
+
+def _lets_ask(error: psycopg.Error, settings: Settings) -> str:
+    """What lets a check be made: the owner's role, as which it looks, may be kept out of a schema."""
+    schema = re.fullmatch("permission denied for schema (.+)", error.diag.message_primary or "")
+    if schema is None or schema[1] == "listener":
+        return "listener migrate"
+    names = sql.Identifier(schema[1]).as_string(), sql.Identifier(settings.owner_role).as_string()
+    return "GRANT USAGE ON SCHEMA {} TO {};".format(*names)
 
 
 def _well(check: str, what: str, why: str) -> Finding:

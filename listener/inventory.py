@@ -42,9 +42,16 @@ async def take_stock(
         except psycopg.Error as error:
             if connection.broken or connection.closed or is_lost(error):
                 raise
-            locked = isinstance(error, psycopg.errors.LockNotAvailable)
-            found = {"relation": name, "error": LOCKED if locked else str(from_database(error))}
+            found = {"relation": name, "error": _why(error)}
         yield done, len(names), found
+
+
+def _why(error: psycopg.Error) -> str:
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return LOCKED
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return f"{error.diag.message_primary}: look as a member of its owner, or as an administrator"
+    return str(from_database(error))
 
 
 async def _tenant_columns(connection: AsyncConnection[Any], given: Sequence[str]) -> list[str]:

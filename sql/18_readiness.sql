@@ -24,15 +24,17 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         FROM listener.managed_view v CROSS JOIN listener.installation i
         LEFT JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
     )
-    SELECT r.view, format('row-level security is not enabled and forced on %s, which %s reads: ALTER TABLE %s ENABLE ROW '
-                          'LEVEL SECURITY, FORCE ROW LEVEL SECURITY', r.source, string_agg(r.view, ', ') OVER readers, r.source)
+    SELECT r.view, format('row-level security is not enabled and forced on %s, which %s %s: ALTER TABLE %s ENABLE ROW '
+                          'LEVEL SECURITY, FORCE ROW LEVEL SECURITY', r.source, string_agg(r.view, ', ') OVER readers,
+                          CASE count(*) OVER readers WHEN 1 THEN 'reads' ELSE 'read' END, r.source)
     FROM read r
     WHERE r.tenant_secured AND NOT r.secured AND (r.tenant_column IS NOT NULL OR r.through_id IS NOT NULL)
     WINDOW readers AS (PARTITION BY r.source)
     UNION ALL
     SELECT r.view, format('the source %s is gone', r.source)
-                   || coalesce(format(', which %s reads: make it again, or listener.drop_view', string_agg(r.view, ', ') OVER readers),
-                               ': make it again')
+                   || coalesce(', which ' || string_agg(r.view, ', ') OVER readers
+                               || CASE count(*) OVER readers WHEN 1 THEN ' reads' ELSE ' read' END
+                               || ': make it again, or listener.drop_view', ': make it again')
     FROM read r
     WHERE r.relid IS NULL AND to_regclass(r.source) IS NULL
     WINDOW readers AS (PARTITION BY r.source)
@@ -121,8 +123,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         SELECT FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) p (granted)
         WHERE NOT has_table_privilege(t.service_role, t.relid, p.granted))
     UNION ALL
-    SELECT t.view, format('the target %s belongs to %I, so that %I can neither mend nor drop it: ALTER TABLE %s OWNER TO %I',
-                          t.target, pg_get_userbyid(t.relowner), t.owner_role, t.target, t.owner_role)
+    SELECT t.view, format('the target %s belongs to %I, so that %I can neither mend nor drop it: ',
+                          t.target, pg_get_userbyid(t.relowner), t.owner_role)
+                   -- What is adopted or kept belongs to the team's role, and stays so.
+                   || CASE WHEN (t.managed).strategy = 'materialized view'
+                                OR EXISTS (SELECT FROM listener.adoption a WHERE a.view_id = t.id)
+                           THEN format('GRANT %I TO %I', pg_get_userbyid(t.relowner), t.owner_role)
+                           ELSE format('ALTER TABLE %s OWNER TO %I', t.target, t.owner_role) END
     FROM target t
     WHERE NOT pg_has_role(t.owner_role, t.relowner, 'USAGE')
 $function$;

@@ -1,11 +1,15 @@
 -- What adopting a materialized view is made of, each with what it refuses; and what it would do.
 
--- find_materialized_view(name, search_path): the materialized view of that name. Raises LSN02 where there is none.
+-- find_materialized_view(name, search_path): the materialized view of that name. Raises LSN02 where there is none, LSN03 where
+-- it is in a schema that may not be used.
 CREATE OR REPLACE FUNCTION listener.find_materialized_view(name text, search_path text) RETURNS regclass
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     found regclass;
     managed text;
+    hidden_owner name;
+    hidden_in name;
+    owner_role name := (SELECT i.owner_role FROM listener.installation i);
 BEGIN
     IF name IS NULL THEN
         RAISE EXCEPTION 'the name must be given' USING ERRCODE = 'LSN02';
@@ -17,10 +21,17 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         found := NULL;  -- it is no name at all
     END;
-    IF found IS NULL THEN
+    SELECT pg_get_userbyid(c.relowner), n.nspname INTO hidden_owner, hidden_in
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'm' AND NOT has_schema_privilege(n.oid, 'USAGE')
+      AND name IN (format('%I.%I', n.nspname, c.relname), format('%s.%s', n.nspname, c.relname));
+    IF found IS NULL AND hidden_owner IS NOT NULL THEN
+        RAISE EXCEPTION '% belongs to %, and role % may not use the schema %', name, hidden_owner, owner_role, hidden_in
+            USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', hidden_owner, owner_role);
+    ELSIF found IS NULL THEN
         RAISE EXCEPTION 'there is no materialized view %', name USING ERRCODE = 'LSN02',
             HINT = coalesce('There are: ' || (
-                SELECT string_agg(format('%I.%I', m.schemaname, m.matviewname), ', ' ORDER BY 1) FROM pg_matviews m) || '.',
+                SELECT string_agg(format('%I.%I', m.schemaname, m.matviewname), ', ' ORDER BY m.schemaname, m.matviewname) FROM pg_matviews m) || '.',
                 'There is none in this database.');
     END IF;
     SELECT v.name INTO managed FROM listener.managed_view v WHERE to_regclass(format('%I.%I', v.target_schema, v.target_name)) = found;

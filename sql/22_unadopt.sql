@@ -25,9 +25,23 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     CROSS JOIN LATERAL listener.carried(n.target, n.beside, 'm', '{}', adoption.indexes, g.all) s
 $function$;
 
+-- check_unread(view): raises LSN03 where other managed views read its target.
+CREATE OR REPLACE FUNCTION listener.check_unread(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    readers text := (SELECT string_agg(v.name, ', ' ORDER BY v.name)
+                     FROM listener.view_reads r JOIN listener.managed_view v ON v.id = r.view_id WHERE r.upstream_id = view.id);
+BEGIN
+    IF readers IS NOT NULL THEN
+        RAISE EXCEPTION '% is read by %', view.name, readers USING ERRCODE = 'LSN03',
+            HINT = 'A materialized view fires no trigger: drop these first, or turn them back.';
+    END IF;
+END
+$function$;
+
 -- begin_unadoption(view): makes the materialized view anew, beside the target and empty: the definition as it stands,
 -- owner, options, indexes with their uniqueness, grants and comments. Called again it starts over.
--- Raises LSN03 where something is tied to the target, and for a view that was not adopted.
+-- Raises LSN03 where other managed views read the target, or something is tied to it, and for a view that was not adopted.
 CREATE OR REPLACE FUNCTION listener.begin_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -54,7 +68,7 @@ BEGIN
         RAISE EXCEPTION '% is part of the publication %, and a materialized view cannot be', target, published USING ERRCODE = 'LSN03',
             HINT = format('ALTER PUBLICATION %I DROP TABLE %s;', published, target);
     END IF;
-    PERFORM listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target);
     PERFORM listener.drop_beside(managed);
     FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.unadopting(managed, adoption) s) LOOP
         EXECUTE statement;
@@ -106,7 +120,7 @@ BEGIN
         RAISE EXCEPTION 'the materialized view beside % is not filled', target USING ERRCODE = 'LSN03',
             HINT = 'SELECT listener.fill_unadoption(view) first.';
     END IF;
-    PERFORM listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target);
     PERFORM listener.carry_again(target, beside, managed.id, ARRAY(
         SELECT s FROM listener.unadopting(managed, adoption) WITH ORDINALITY AS u (s, ord) WHERE u.ord > 1 ORDER BY u.ord));
     locked := (listener.swap(target, beside));
@@ -126,7 +140,7 @@ DECLARE
     adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
     target regclass := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
 BEGIN
-    PERFORM listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target);
     RETURN QUERY
     SELECT 'name', target::text
     UNION ALL

@@ -70,7 +70,11 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     SELECT 'capture', 'error', v.name, r.relid::regclass::text,
            format('%s reads it, and its changes do not reach that view.', v.name),
-           'SELECT * FROM listener.changed_definitions();'
+           -- A table that was made anew, as in a restored copy, is known by its name.
+           CASE WHEN EXISTS (SELECT FROM listener.source s JOIN pg_class c ON c.relname = s.table_name
+                             JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = s.schema_name
+                             WHERE c.oid = r.relid AND s.relid <> r.relid)
+                THEN 'SELECT * FROM listener.repair_capture();' ELSE 'SELECT * FROM listener.changed_definitions();' END
     FROM listener.managed_view v
     CROSS JOIN LATERAL listener.reads(to_regclass('listener.definition_' || v.id)) r
     WHERE r.relkind IN ('r', 'p') AND NOT EXISTS (

@@ -144,6 +144,7 @@ DECLARE
     installed listener.installation;
     hiding text;
     hidden regclass;
+    home regnamespace := (SELECT c.relnamespace FROM pg_class c WHERE c.oid = relation);
     tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t);
 BEGIN
     SELECT i.* INTO installed FROM listener.installation i;
@@ -179,6 +180,9 @@ BEGIN
     END IF;
     IF NOT pg_has_role(installed.owner_role, (SELECT c.relowner FROM pg_class c WHERE c.oid = relation), 'USAGE') THEN
         mends := mends || (SELECT format('GRANT %I TO %I;', pg_get_userbyid(c.relowner), installed.owner_role) FROM pg_class c WHERE c.oid = relation);
+    END IF;
+    IF NOT has_schema_privilege(installed.service_role, home, 'USAGE') THEN
+        mends := mends || format('GRANT USAGE ON SCHEMA %s TO %I;', home, installed.service_role);
     END IF;
     mends := ARRAY(SELECT m.mend FROM unnest(mends) WITH ORDINALITY AS m (mend, ord) GROUP BY m.mend ORDER BY min(m.ord));
     IF tied IS NOT NULL THEN

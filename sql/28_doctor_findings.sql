@@ -5,9 +5,10 @@
 CREATE OR REPLACE FUNCTION listener.state_findings()
 RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
-    -- Cause, colon, statement.
-    SELECT 'view', 'error', t.view, coalesce(t.view, 'sources'), (s.parts)[1] || '.', (s.parts)[2]
-    FROM listener.view_troubles() t
+    -- Cause, colon, statement. What several views suffer from is one finding.
+    SELECT 'view', 'error', t.views, coalesce(t.views, 'sources'), (s.parts)[1] || '.', (s.parts)[2]
+    FROM (SELECT string_agg(v.view, ', ' ORDER BY v.view) AS views, v.trouble
+          FROM listener.view_troubles() v GROUP BY v.trouble) t
     CROSS JOIN LATERAL (SELECT coalesce(regexp_match(t.trouble, '^(.*?): ((?:ALTER|CREATE|TRUNCATE|GRANT|SELECT|make) .*)$'),
                                         regexp_match(t.trouble, '^(.*?): (.*)$'), ARRAY[t.trouble])) AS s (parts)
     UNION ALL

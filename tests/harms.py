@@ -171,7 +171,7 @@ TOO_MUCH = {
 ROW_SECURITY = {
     "no longer forced": Harm(
         "ALTER TABLE shop.orders NO FORCE ROW LEVEL SECURITY",
-        "view", "error", "sales", "not enabled and forced on shop.orders",
+        "view", "error", "balance, sales", "not enabled and forced on shop.orders",
     ),
     "no policy left": Harm(
         "DROP POLICY tenant ON shop.orders", "row security", "error", "shop.orders", "no policy lets listener_service"

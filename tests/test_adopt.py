@@ -52,6 +52,12 @@ def unadopt(database: Database, name: str, *options: str) -> subprocess.Complete
     return listener("unadopt", name, *options, url=database.url("listener_migrator"))
 
 
+def mends(database: Database) -> list[str]:
+    """What doctor would have done."""
+    ended = listener("doctor", "--json", url=database.url("listener_service"))
+    return [finding["mend"] for finding in json.loads(ended.stdout)["findings"] if finding["mend"]]
+
+
 def psql(database: Database, script: Path) -> subprocess.CompletedProcess[str]:
     """Runs a script as somebody who may change views, to its first error."""
     command = [database.server.psql, "-X", "-v", "ON_ERROR_STOP=1", "-f", str(script)]
@@ -217,6 +223,21 @@ async def test_rows_that_a_policy_hides_from_the_service_are_missed_before_the_s
 async def test_tenants_that_the_tenants_query_does_not_list_are_missed_before_the_swap(stranger: Database) -> None:
     refused = adopt(stranger, BY_TENANT, "--tenants-query", f"{TENANTS_QUERY} LIMIT 3", "--strategy", "tenant")
     assert f"computed alone, other rows come out for {TENANTS[3]}" in refused.stderr
+
+
+async def test_rows_without_a_tenant_are_named_so(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE TABLE billing.leads (tenant_id bigint);
+            INSERT INTO billing.leads VALUES (1), (NULL);
+            CREATE MATERIALIZED VIEW reporting.leads AS SELECT tenant_id, count(*) FROM billing.leads GROUP BY 1;
+            GRANT SELECT ON billing.leads TO listener_service;
+            """
+        )
+    refused = adopt(stranger, "reporting.leads", "--tenants-query", "SELECT 1::bigint", "--strategy", "tenant")
+    assert "computed alone, other rows come out for rows without a tenant" in refused.stderr
 
 
 @pytest.mark.parametrize("listed", ["SELECT DISTINCT tenant_id FROM billing.visits", "SELECT 1"])
@@ -429,3 +450,43 @@ async def test_adopted_and_unadopted_while_writes_and_reads_go_on_nothing_is_mis
         assert await rows(superuser, "SELECT last_error FROM listener.refresh_state WHERE failures > 0") == []
         assert await rows(superuser, "SELECT error_message FROM listener.dead_letter") == []
     assert failed == []
+
+
+async def test_what_another_managed_view_reads_is_not_turned_back(stranger: Database) -> None:
+    assert adopt(stranger, BY_TENANT, *LIST).returncode == 0
+    async with stranger.connect("listener_migrator") as migrator:
+        await migrator.execute(
+            """
+            SELECT listener.create_view('reporting.months',
+                'SELECT tenant_id, count(*) AS months FROM reporting.invoice_totals GROUP BY tenant_id', '{tenant_id}',
+                tenants_query => 'SELECT id FROM billing.tenants')
+            """
+        )
+    for dry in ([], ["--dry-run"]):
+        refused = unadopt(stranger, BY_TENANT, *dry)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "invoice_totals is read by months. A materialized view fires no trigger" in refused.stderr
+    async with stranger.connect() as superuser:
+        assert await rows(superuser, LEFTOVERS) == []
+
+
+async def test_an_owner_who_lets_listener_act_no_more_is_named_and_what_mends_it(stranger: Database) -> None:
+    assert adopt(stranger, BY_TENANT, *LIST).returncode == 0
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            "REVOKE acme_owner FROM listener_owner; REVOKE USAGE ON SCHEMA reporting FROM listener_service"
+        )
+        refused = adopt(stranger, NULLABLE_KEY, *LIST)
+        assert refused.returncode == 1
+        assert "belongs to acme_owner, and role listener_owner may not use the schema reporting" in refused.stderr
+        assert "GRANT acme_owner TO listener_owner;" in refused.stderr
+        assert 'GRANT USAGE ON SCHEMA "reporting" TO "listener_owner";' in mends(stranger)
+        await superuser.execute('GRANT USAGE ON SCHEMA "reporting" TO "listener_owner"')
+        # The adopted target stays its owner's.
+        told = mends(stranger)
+        assert "GRANT acme_owner TO listener_owner" in told
+        assert not [mend for mend in told if "OWNER TO" in mend]
+        await superuser.execute(
+            "GRANT acme_owner TO listener_owner; GRANT USAGE ON SCHEMA reporting TO listener_service"
+        )
+    assert adopt(stranger, NULLABLE_KEY, *LIST).returncode == 0

@@ -184,6 +184,9 @@ async def test_an_unknown_tenant_is_an_error_and_no_job(books: Database) -> None
     assert "the tenant is missing" in one_line("status", "--tenant", "", url=books.url())
     assert "the tenant is missing" in one_line("refresh", "mv_realtime_revenue", "--tenant", "", url=books.url())
     assert "'[/foo]' is no tenant" in one_line("explain", "mv_realtime_revenue", "--tenant", "[/foo]", url=books.url())
+    # Who looks leaves nothing behind.
+    assert "[/foo]" not in listener("dead-letters", "list", url=books.url()).stdout
+    assert "'[/foo]' is no tenant" in one_line("refresh", "mv_realtime_revenue", "--tenant", "[/foo]", url=books.url())
     letters = listener("dead-letters", "list", url=books.url()).stdout
     assert "mv_realtime_revenue of tenant [/foo]\n  validation_error: '[/foo]' is no" in letters
     spelled = f"{{{str(ANNA).upper()}}}"

@@ -178,6 +178,13 @@ async def test_what_the_service_lacks_is_named(billing: Database) -> None:
         "GRANT acme_owner TO listener_owner;",
         "GRANT USAGE ON SCHEMA billing TO listener_service; GRANT SELECT ON billing.payments TO listener_service;",
     } <= set(found["mends"])
+    async with billing.connect() as superuser:
+        await superuser.execute("REVOKE USAGE ON SCHEMA reporting FROM listener_service")
+    assert {view.get("error") for view in stock(billing).values()} == {
+        "permission denied for schema reporting: look as a member of its owner, or as an administrator"
+    }
+    seen = stock(billing, user="postgres")[stranger.TIED]
+    assert "GRANT USAGE ON SCHEMA reporting TO listener_service;" in seen["mends"]
 
 
 async def test_the_time_of_a_commit_is_told_where_it_is_kept() -> None:

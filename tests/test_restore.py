@@ -12,6 +12,7 @@ from psycopg import AsyncConnection, sql
 from structlog.testing import capture_logs
 
 from conftest import Database, eventually, install, server_of, start_embedded
+from diagnosis import mend, wrong
 from listener.embedded import EmbeddedServer
 from shop import (
     ANNA,
@@ -145,6 +146,13 @@ async def test_a_restored_copy_becomes_exact_says_so_once_and_goes_on_capturing(
                 await until_exact(superuser)
         assert [entry for entry in logs if entry["log_level"] == "warning"] == []
         assert await differing(superuser) == []
+
+
+async def test_what_doctor_prints_mends_the_capture_of_a_copy(copy: Database) -> None:
+    before = [finding for finding in await wrong(copy) if (finding.check, finding.level) == ("capture", "error")]
+    assert {finding.mend for finding in before} == {"SELECT * FROM listener.repair_capture();"}
+    await mend(copy, before)
+    assert [finding for finding in await wrong(copy) if (finding.check, finding.level) == ("capture", "error")] == []
 
 
 async def test_every_key_of_a_copy_is_refreshed_and_its_log_can_be_purged(copy: Database) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -15,6 +17,17 @@ from listener.cli.session import app
 from listener.version import commit
 
 __all__ = ["act", "adopting", "app", "doctor", "filling", "inventory", "letters", "look", "main", "setup", "views"]
+
+
+def _fold_help(*groups: typer.Typer) -> None:
+    """Help is folded to the terminal's width: typer would keep the lines of a docstring after its first paragraph."""
+    for group in groups:
+        for command in group.registered_commands:
+            told = inspect.getdoc(command.callback) if command.callback else None
+            command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", told or "")
+
+
+_fold_help(app, letters.letters_app, views.views_app)
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def explain(view: View, tenant: MaybeTenant = None, as_json: Json = False) -> No
     """
 
     async def act(connection: Connection) -> None:
-        facts = await operations.explain(connection, *await known_key(connection, view, tenant))
+        facts = await operations.explain(connection, *await known_key(connection, view, tenant, looking=True))
         lines = operations.reasons(facts)
         if as_json:
             console.print_json({**facts, "reasons": lines})

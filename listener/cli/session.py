@@ -89,13 +89,13 @@ def with_connection(act: Callable[[Connection], Awaitable[None]], *, as_owner: b
     anyio.run(go)
 
 
-async def known_key(connection: Connection, view: str, tenant: str | None) -> tuple[str, str]:
+async def known_key(connection: Connection, view: str, tenant: str | None, *, looking: bool = False) -> tuple[str, str]:
     """The names of a view and of one of its tenants. Raises SetupError where the view has no such tenant.
 
     None is for a view that has no tenants, and whose one key is ''.
 
-    A call that named no valid tenant is refused, and stands in the dead letters as validation_error; a view or tenant
-    that is merely not there is a slip of the hand, and does not.
+    A call that named no valid tenant is refused, and stands in the dead letters as validation_error, unless it is one
+    that is `looking` and writes nothing; a view or tenant that is merely not there is a slip of the hand, and does not.
     """
     if tenant is None:
         if await queries.has_tenants(connection, view):
@@ -105,7 +105,7 @@ async def known_key(connection: Connection, view: str, tenant: str | None) -> tu
         name, canonical, known = await queries.tenant_of_view(connection, view, tenant)
     except psycopg.Error as error:
         refused = errors.from_database(error)
-        if isinstance(refused, errors.RefusedError) and refused.is_validation:
+        if not looking and isinstance(refused, errors.RefusedError) and refused.is_validation:
             await dead_letters.record_refusal(connection, view, tenant, f"validation_error: {refused}")
         raise
     if not known:
