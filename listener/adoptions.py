@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from psycopg import AsyncConnection, sql
@@ -234,7 +233,9 @@ async def analyze(connection: AsyncConnection[Any], view: str) -> None:
 
 async def finish(connection: AsyncConnection[Any], view: str) -> float:
     """The swap; how many seconds readers were locked out."""
-    return float((await queries.first(connection, "SELECT listener.finish_adoption(%s)", view)).total_seconds())
+    return float(
+        await queries.first(connection, "SELECT extract(epoch FROM listener.finish_adoption(%s))::float8", view)
+    )
 
 
 async def begin_back(connection: AsyncConnection[Any], view: str) -> None:
@@ -249,7 +250,9 @@ async def fill_back(connection: AsyncConnection[Any], view: str) -> None:
 
 async def finish_back(connection: AsyncConnection[Any], view: str) -> float:
     """The swap back; how many seconds readers were locked out."""
-    return float((await queries.first(connection, "SELECT listener.finish_unadoption(%s)", view)).total_seconds())
+    return float(
+        await queries.first(connection, "SELECT extract(epoch FROM listener.finish_unadoption(%s))::float8", view)
+    )
 
 
 async def under_way(connection: AsyncConnection[Any], name: str) -> str | None:
@@ -267,11 +270,11 @@ async def under_way(connection: AsyncConnection[Any], name: str) -> str | None:
     )
 
 
-async def begun_at(connection: AsyncConnection[Any], view: str) -> tuple[int, datetime] | None:
+async def begun_at(connection: AsyncConnection[Any], view: str) -> tuple[int, str] | None:
     """Which adoption, or turning back, of this view is under way: the view's id and when that began."""
     cursor = await connection.execute(
         """
-        SELECT a.view_id, a.begun_at FROM listener.adoption a JOIN listener.managed_view v ON v.id = a.view_id
+        SELECT a.view_id, a.begun_at::text FROM listener.adoption a JOIN listener.managed_view v ON v.id = a.view_id
         WHERE v.name = %s
         """,
         (view,),

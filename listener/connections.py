@@ -38,6 +38,11 @@ def pinned() -> dict[str, str]:
         "search_path": "pg_catalog,pg_temp",
         # Queries of the catalog look dear enough to be compiled, which takes a hundred times as long as they do.
         "jit": "off",
+        # What is generated, compared and noted is text that the server writes.
+        "quote_all_identifiers": "off",
+        "standard_conforming_strings": "on",
+        "DateStyle": "ISO",
+        "IntervalStyle": "postgres",
         # Which release calls; listener.check_caller() refuses one that is too old for the schema.
         "listener.migration": head(),
     }

@@ -153,6 +153,8 @@ def _prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
     connection.execute("SET LOCAL client_min_messages = warning")
     # What the files of sql/ do not qualify is the server's own, whatever an application put into `public`.
     connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+    # What the files hold, and what is generated of the catalog's texts, is meant so.
+    connection.execute("SET LOCAL standard_conforming_strings = on; SET LOCAL quote_all_identifiers = off")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
     # Whoever writes a source waits behind a lock on the change log that is waited for.
     connection.execute("SET LOCAL lock_timeout = '1s'")

@@ -7,18 +7,30 @@
 --   LSN05  the transaction's isolation level is not READ COMMITTED
 --   LSN06  the caller's release is too old for this schema
 
--- find_view(view_name): the managed view of that name. A name without a schema is enough where it is unique.
+-- find_view(view_name): the managed view of that name, as it was registered or as SQL takes its target's name. One without
+-- a schema is enough where it is unique.
 -- Reads managed_view. Raises LSN01.
 CREATE OR REPLACE FUNCTION listener.find_view(view_name text) RETURNS listener.managed_view
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = auto AS $function$
 DECLARE
     found listener.managed_view;
+    parts text[];
 BEGIN
     SELECT v.* INTO found FROM listener.managed_view v WHERE v.name = view_name;
     IF found.id IS NULL THEN
         SELECT v.* INTO found FROM listener.managed_view v
         WHERE view_name IN (v.target_schema || '.' || v.target_name,
                             quote_ident(v.target_schema) || '.' || quote_ident(v.target_name), quote_ident(v.target_name));
+    END IF;
+    IF found.id IS NULL THEN
+        -- In quotes that it does not need, or in capital letters.
+        BEGIN
+            parts := parse_ident(view_name);
+        EXCEPTION WHEN OTHERS THEN
+            parts := NULL;  -- it is no name at all
+        END;
+        SELECT v.* INTO found FROM listener.managed_view v
+        WHERE parts IN (ARRAY[v.target_schema, v.target_name]::text[], ARRAY[v.target_name]::text[]);
     END IF;
     IF found.id IS NULL THEN
         RAISE EXCEPTION 'there is no managed view %', coalesce(quote_literal(view_name), 'NULL')

@@ -246,13 +246,17 @@ BEGIN
 END
 $function$;
 
--- drop_records(view): the same, but for the triggers.
+-- drop_records(view): the same, but for the triggers. What refers to it is deleted here: in a session that replicates, the
+-- foreign keys do nothing.
 CREATE OR REPLACE FUNCTION listener.drop_records(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || view.id);
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'definition_' || view.id);
     EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || view.id);
+    DELETE FROM listener.view_source w WHERE w.view_id = view.id;
+    DELETE FROM listener.adoption a WHERE a.view_id = view.id;
+    UPDATE listener.managed_view v SET replaces = NULL WHERE v.replaces = view.id;
     DELETE FROM listener.managed_view v WHERE v.id = view.id;
     DELETE FROM listener.dirty_key k WHERE k.view_id = view.id;
     DELETE FROM listener.refresh_state r WHERE r.view_id = view.id;

@@ -64,7 +64,7 @@ END
 $function$;
 
 -- check_drift(view, tenant_id): compares one key, and marks it dirty where it differs and nothing explains that.
---   outcome   'exact'; 'stale': a change is known that is not shown yet; 'drift': it is refreshed like any dirty key;
+--   outcome   'exact'; 'stale': a change is known that is not shown yet, or the time is one; 'drift': it is refreshed like any dirty key;
 --             'busy': somebody refreshes the key, or another replica compares one
 --   missing, extra: rows that only the definition, only the target has; example: one of them
 --   app_correlation_id: that of the refresh to come
@@ -90,6 +90,10 @@ BEGIN
     outcome := CASE WHEN missing + extra = 0 THEN 'exact'
                     -- A nested view that was replaced is noticed by the next sweep, which marks everybody.
                     WHEN is_stale OR listener.view_fingerprint(managed) IS DISTINCT FROM managed.fingerprint THEN 'stale'
+                    -- Its max_age has just passed, and the sweep refreshes it.
+                    WHEN managed.max_age IS NOT NULL AND EXISTS (
+                        SELECT FROM listener.time_dependence(to_regclass('listener.definition_' OPERATOR(pg_catalog.||) managed.id)) t
+                        WHERE t.dependence IN ('time', 'volatile')) THEN 'stale'
                     ELSE 'drift' END;
     IF outcome <> 'drift' THEN
         RETURN;

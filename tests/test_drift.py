@@ -141,6 +141,21 @@ async def test_every_key_comes_round_but_those_that_are_not_to_be_compared(
         assert len(await rows(service, "SELECT * FROM listener.next_keys(NULL, '', 99, '1 s')")) <= 6
 
 
+async def test_what_the_time_changes_is_no_drift_and_what_somebody_writes_is(
+    shop: Database, superuser: psycopg.AsyncConnection[Any], service: psycopg.AsyncConnection[Any]
+) -> None:
+    timed = "SELECT tenant_id, count(*) AS orders, max(now()) AS at FROM shop.orders GROUP BY 1"
+    await create_view(shop, "timed", timed, ["tenant_id"], max_age="1 hour")
+    await create_view(shop, "aged", SALES, ["product"], max_age="1 hour")
+    await settle(service)
+    await superuser.execute("UPDATE aged SET orders = 1000 WHERE tenant_id = %s", (ANNA,))
+    # Its age has passed, and no sweep has come by yet.
+    await superuser.execute("UPDATE listener.managed_view SET max_age = '1 ms' WHERE max_age IS NOT NULL")
+    outcome = "SELECT outcome FROM listener.check_drift(%s, %s::text)"
+    assert await one(service, outcome, "timed", ANNA) == "stale"
+    assert await one(service, outcome, "aged", ANNA) == "drift"
+
+
 async def test_off_means_off(shop: Database, superuser: psycopg.AsyncConnection[Any]) -> None:
     async with shop.service(verify_keys=0, sweep_interval="50ms") as running:
         await superuser.execute("UPDATE sales SET orders = 1000 WHERE tenant_id = %s", (ANNA,))

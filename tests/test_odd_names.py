@@ -182,6 +182,29 @@ async def test_odd_names_go_the_whole_way(odd: Database) -> None:
         assert await cursor.fetchone() == (True, True, True, True)
 
 
+async def test_a_view_is_found_however_sql_may_write_its_name(database: Database) -> None:
+    async with database.connect() as superuser:
+        await superuser.execute(
+            """
+            CREATE TABLE public.numbers (n int);
+            GRANT SELECT ON public.numbers TO listener_service;
+            ALTER TABLE public.numbers OWNER TO listener_owner
+            """
+        )
+        for name in ("public.plain", 'public."Odd.one"'):
+            await superuser.execute(
+                "SELECT listener.create_view(%s, 'SELECT n FROM public.numbers', tenant_column => NULL)", (name,)
+            )
+        found = "SELECT (listener.find_view(%s)).target_name::text"
+        for spelled in ("plain", "public.plain", '"public"."plain"', 'public."plain"', "PUBLIC.Plain", ' "plain" '):
+            assert await (await superuser.execute(found, (spelled,))).fetchone() == ("plain",)
+        for spelled in ("Odd.one", '"Odd.one"', 'public."Odd.one"', '"public"."Odd.one"', "public.Odd.one"):
+            assert await (await superuser.execute(found, (spelled,))).fetchone() == ("Odd.one",)
+        for spelled in ('"Plain"', "odd.one", '"plain', "public.", "", "a.b.c.d"):
+            with pytest.raises(psycopg.Error, match="there is no managed view"):
+                await superuser.execute(found, (spelled,))
+
+
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 async def test_odd_names_that_nothing_has_are_refused_in_one_line(odd: Database, name: str) -> None:
     assert "there is no managed view" in one_line("refresh", name, "--tenant", name, url=odd.url())

@@ -9,10 +9,11 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 from anyio import to_thread
+from psycopg import sql
 
 from command import listener
 from conftest import Database, eventually, server_of
-from likeness import likeness
+from likeness import LEFTOVERS, likeness
 from shop import one, rows, settle
 from stranger import BY_TENANT, NULLABLE_KEY, TENANTS, UNIQUE_WITHOUT_TENANT, billing_app, invoice, load_stranger
 from test_adopt import LIST, adopt, exact, unadopt
@@ -209,3 +210,35 @@ async def test_adopted_altered_dumped_restored_and_turned_back_it_is_exact_at_ea
             assert await one(superuser, "SELECT relkind FROM pg_class WHERE oid = %s::regclass", name) == "m"
         # What was altered stays so.
         assert await rows(superuser, "SELECT DISTINCT currency FROM reporting.invoice_totals") == [("EUR",)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "quote_all_identifiers = on",
+        "standard_conforming_strings = off",
+        "DateStyle = 'German'",
+        "IntervalStyle = 'iso_8601'",
+        "session_replication_role = replica",
+    ],
+)
+async def test_a_view_is_taken_over_and_given_back_whatever_the_database_is_set_to(
+    stranger: Database, setting: LiteralString
+) -> None:
+    async with stranger.connect() as superuser:
+        before = await likeness(superuser, BY_TENANT)
+        await superuser.execute(
+            sql.SQL("ALTER DATABASE {} SET {}").format(sql.Identifier(stranger.name), sql.SQL(setting))
+        )
+        url = stranger.url("listener_migrator")
+        altered = ("views", "alter", "invoice_totals", "--max-age", "2 hours", "--yes")
+        for done in (
+            await to_thread.run_sync(adopt, stranger, BY_TENANT, *LIST),
+            await to_thread.run_sync(lambda: listener(*altered, url=url)),
+            await to_thread.run_sync(lambda: listener("verify", url=stranger.url())),
+            await to_thread.run_sync(lambda: listener("migrate", url=url)),
+            await to_thread.run_sync(unadopt, stranger, BY_TENANT),
+        ):
+            assert done.returncode == 0, done.stderr
+        assert await likeness(superuser, BY_TENANT) == before
+        assert await rows(superuser, LEFTOVERS) == []
