@@ -77,7 +77,8 @@ async def adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, 
         if strategy == KEPT:
             return Adopted(await adoptions.keep(connection, request), KEPT)
         try:
-            return await _adopt(connection, request.by(strategy), tell, by, patience)
+            must_be_proven = strategy == BY_TENANT and not request.strategy
+            return await _adopt(connection, request.by(strategy), tell, by, patience, must_be_proven=must_be_proven)
         except _NotByTenantError as reason:
             if request.strategy:
                 raise SetupError(
@@ -94,12 +95,20 @@ async def adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, 
     raise AssertionError(strategies)
 
 
-async def _adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, by: By, patience: float) -> Adopted:
+async def _adopt(
+    connection: AsyncConnection[Any], request: Request, tell: Tell, by: By, patience: float, *, must_be_proven: bool
+) -> Adopted:
     plan = await adoptions.plan(connection, request)
     view = await adoptions.begin(connection, request)
     tell(f"SHARE ROW EXCLUSIVE on {', '.join(plan['source'])}, for a moment each: capture triggers")
     tell(f"key ({', '.join(plan['key']) or 'the whole row'}), time zone {request.timezone or plan['time zone'][0]}")
     async with _taken_back(connection, view):
+        # Equal rows are no proof: ranks of equal sums, or of no rows at all, are the same by chance.
+        if must_be_proven and not await adoptions.is_tenant_local(connection, view):
+            raise _NotByTenantError(
+                "it is not proven that a tenant's rows depend on its own alone; "
+                "--strategy tenant compares them as they are now"
+            )
         keys = await _fill(connection, view, by)
         await _check(connection, view, request, tell)
         await adoptions.analyze(connection, view)
@@ -180,13 +189,9 @@ async def _check(connection: AsyncConnection[Any], view: str, request: Request, 
         more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
         raise _NotByTenantError(f"computed alone, other rows come out for {named}{more}")
     same = "by tenant: each one's rows are the same computed alone and with all others"
-    if await adoptions.is_tenant_local(connection, view):
-        tell(same)
-    else:
-        # Ranks of equal sums, or of no rows at all, are the same by chance.
-        tell(
-            f"{same}, by the rows that there are now; it is not proven that they stay so. --strategy takes another way"
-        )
+    if not await adoptions.is_tenant_local(connection, view):
+        same += ", by the rows that there are now; it is not proven that they stay so"
+    tell(same)
 
 
 async def _swap(
