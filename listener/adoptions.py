@@ -197,6 +197,23 @@ async def is_proven(connection: AsyncConnection[Any], view: str) -> bool:
     return bool(await queries.first(connection, "SELECT listener.is_by_tenant(%s)", view))
 
 
+async def is_tenant_local(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the planner proves it of the query, leaving aside what row-level security shows to whom."""
+    return bool(
+        await queries.first(
+            connection,
+            """
+            SELECT coalesce(bool_and(s.proven), true)
+            FROM listener.managed_view v
+            CROSS JOIN LATERAL listener.tenant_scope(
+                to_regclass('listener.definition_' || v.id), v.tenant_column, v.tenant_type) s
+            WHERE v.name = %s
+            """,
+            view,
+        )
+    )
+
+
 async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list[str | None]:
     """The tenants that cannot be computed alone."""
     cursor = await connection.execute("SELECT d.tenant FROM listener.differing_tenants(%s) d", (view,))

@@ -114,6 +114,9 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
         hint = hint or (
             "Somebody cancelled it, or it ran into statement_timeout: the service's is LISTENER_STATEMENT_TIMEOUT."
         )
+    if error.sqlstate == "2BP01" and error.diag.message_detail:
+        # CASCADE, which the server proposes, would take away what is the user's.
+        hint = f"Drop these first: {one_line('; '.join(error.diag.message_detail.splitlines()))}."
     if error.sqlstate == "42501":
         # With a context it was raised inside a function that the role may call: the definition reads or writes what
         # the service's role may not.

@@ -207,7 +207,8 @@ BEGIN
         why := format('a tenant''s rows depend on that tenant''s rows alone, by %I', tenant_column);
         key_columns := CASE WHEN key_columns = '{}' OR tenant_column = ANY (key_columns) THEN key_columns ELSE tenant_column || key_columns END;
         IF hidden IS NOT NULL THEN
-            mends := mends || format('tenants_query: %s has row-level security, so a query is needed that lists the tenants', hidden);
+            mends := mends || format('tenants_query: %s has row-level security, so a query is needed that lists the tenants, and that %I may run',
+                                     hidden, installed.service_role);
         END IF;
     ELSE
         why := CASE WHEN tenant_column IS NULL THEN 'it has no tenant column'

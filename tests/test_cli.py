@@ -109,6 +109,16 @@ async def test_dead_letters_are_listed_shown_retried_and_discarded(books: Databa
     assert "no dead letters" in listener("dead-letters", "list", url=books.url()).stdout
 
 
+async def test_what_stands_on_a_target_is_named_and_not_dropped_with_it(books: Database) -> None:
+    async with books.connect() as superuser:
+        await superuser.execute("CREATE VIEW dashboard.on_top AS SELECT 1 AS one FROM dashboard.mv_realtime_revenue")
+    said = one_line("uninstall", "--yes", "--drop-targets", url=books.url("listener_migrator"))
+    assert "Drop these first: " in said
+    assert "view dashboard.on_top depends on table dashboard.mv_realtime_revenue" in said
+    assert "CASCADE" not in said
+    assert listener("status", url=books.url()).returncode == 0
+
+
 async def test_uninstall_leaves_targets_and_writes_alone(books: Database) -> None:
     assert listener("uninstall", "--yes", url=books.url("listener_migrator")).returncode == 0
     async with transaction(books) as application:
@@ -267,7 +277,10 @@ async def test_a_statement_that_ran_into_its_timeout_is_not_a_lost_connection(bo
     assert "statement timeout. Somebody cancelled it, or it ran into statement_timeout" in line
 
 
-COMMANDS = "demo roles migrate run status explain verify refresh sweep pause resume dead-letters uninstall"
+COMMANDS = (
+    "demo roles migrate doctor inventory adopt unadopt views fill run status explain verify refresh sweep pause resume "
+    "dead-letters forget uninstall"
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())
@@ -275,6 +288,12 @@ def test_help_teaches(command: str) -> None:
     ended = listener(command, "--help")
     assert ended.returncode == 0
     assert len(ended.stdout) > 200
+
+
+def test_help_is_folded_to_the_terminal_alone() -> None:
+    lines = [line.strip() for line in listener("adopt", "--help", COLUMNS="200").stdout.splitlines()]
+    (told,) = [line for line in lines if line.startswith("Its columns, indexes, grants")]
+    assert len(told) > 150
 
 
 def test_roles_are_printed_without_a_database() -> None:

@@ -35,7 +35,8 @@ def inventory(
 ) -> None:
     """Every materialized view and managed view: what it reads, who refreshes it, how stale it is, what adopt would do.
 
-    Changes nothing, and plans each query without running it; --compare runs them.
+    Changes nothing, and plans each query without running it; --compare runs them. Run it as an administrator, or as a
+    member of the views' owners: what a role may not see is not shown.
     """
 
     async def act(connection: Connection) -> None:

@@ -16,7 +16,7 @@ letters_app = typer.Typer(
 app.add_typer(letters_app, name="dead-letters")
 
 NONE = "no dead letters"
-OneLetter = Annotated[str | None, typer.Argument(metavar="[ID]", help="a letter's id")]
+OneLetter = Annotated[str | None, typer.Argument(metavar="[ID]", help="a letter's id, as list shows it")]
 OfView = Annotated[str | None, typer.Option("--view", help="letters of this view")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="letters of this tenant")]
 All = Annotated[bool, typer.Option("--all", help="every open letter")]
@@ -57,7 +57,10 @@ def _key(view: str | None, tenant: str | None) -> str:
 
 
 @letters_app.command()
-def show(letter_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+def show(
+    letter_id: Annotated[str, typer.Argument(metavar="ID", help="a letter's id, as list shows it")],
+    as_json: Json = False,
+) -> None:
     """One letter whole, with its traceback."""
 
     async def act(connection: Connection) -> None:

@@ -41,7 +41,9 @@ app = typer.Typer(
     help="Keeps per-tenant dashboards on PostgreSQL fresh, within a moment of the write that made them stale.\n\n"
     "See it work: [bold]listener demo[/]. On your own database: [bold]listener roles[/] (an administrator runs what "
     "it prints), [bold]listener migrate[/], SELECT listener.create_view(…), [bold]listener run[/].",
-    epilog="Settings are environment variables, LISTENER_DATABASE_URL first: see [bold]listener run --help[/].",
+    epilog="Settings are environment variables, LISTENER_DATABASE_URL first: see [bold]listener run --help[/]. It "
+    "names listener_service to run and to look; a member of listener_owner for migrate, adopt, unadopt, views, pause, "
+    "resume, forget and uninstall; an administrator for inventory.",
 )
 
 Connection = psycopg.AsyncConnection[Any]
