@@ -130,7 +130,7 @@ async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patie
             tell(f"filling {plan['name'][0]} beside its target")
             await adoptions.fill_back(connection, view)
             await adoptions.analyze(connection, view)
-        done = await _swap(connection, view, adoptions.finish_back, tell, patience)
+        done = await _swap(connection, view, adoptions.finish_back, tell, patience, is_read=True)
         locked, attempts = done.locked, done.attempts
     await adoptions.drop(connection, view)
     return Adopted(view, strategy, locks=locks, locked=locked, attempts=attempts)
@@ -200,11 +200,13 @@ async def _swap(
     finish: Callable[[AsyncConnection[Any], str], Awaitable[float]],
     tell: Tell,
     patience: float,
+    *,
+    is_read: bool = False,
 ) -> Swapped:
     """Where only the locks were not to be had, what was filled stays for the next run; else it is taken back."""
     begun = await adoptions.begun_at(connection, view)
     try:
-        return await swapped(connection, view, lambda: finish(connection, view), tell, patience)
+        return await swapped(connection, view, lambda: finish(connection, view), tell, patience, is_read=is_read)
     except psycopg.Error:
         with suppress(psycopg.Error):
             if await adoptions.begun_at(connection, view) == begun:

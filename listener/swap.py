@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, LiteralString
 
 import anyio
 import psycopg
+from psycopg import sql
 
 from listener import operations
 from listener.backoff import Backoff
@@ -35,21 +36,28 @@ async def swapped(
     finish: Callable[[], Awaitable[float]],
     tell: Tell,
     patience: float = PATIENCE,
+    *,
+    is_read: bool = False,
 ) -> Swapped:
     """Calls `finish` until it had its locks, for `patience` seconds; it returns how long readers were locked out.
 
-    `view` is the one whose target is to be put in place. Raises SetupError once patience is over, and what `finish`
-    raises otherwise: nothing was swapped then.
+    `view` is paused meanwhile, since a refresh that began before would find that its target has another name; not so
+    one that dashboards read (`is_read`), which would stay paused where this process is killed. Raises SetupError once
+    patience is over, and what `finish` raises otherwise: nothing was swapped then.
     """
+
+    async def switch(step: LiteralString) -> None:
+        if not is_read:
+            await connection.execute(sql.SQL("SELECT listener.{}(%s)").format(sql.Identifier(step)), (view,))
+
     backoff = Backoff(base=0.1, cap=5)
     deadline = anyio.current_time() + patience
     while True:
-        # A refresh that began before would find that its target has another name.
-        await connection.execute("SELECT listener.pause(%s)", (view,))
+        await switch("pause")
         try:
             return Swapped(await finish(), backoff.attempts + 1)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
-            await connection.execute("SELECT listener.resume(%s)", (view,))
+            await switch("resume")
             if anyio.current_time() > deadline:
                 raise SetupError(
                     f"no locks for the swap: {from_database(error)}", hint="Run it again: it goes on from here."
@@ -59,12 +67,11 @@ async def swapped(
             await anyio.sleep(delay)
         except psycopg.errors.ObjectNotInPrerequisiteState:
             # A tenant that was not there when the others were filled.
-            await connection.execute("SELECT listener.resume(%s)", (view,))
+            await switch("resume")
             cursor = await connection.execute("SELECT t FROM listener.unfilled(%s) t", (view,))
             for (tenant,) in await cursor.fetchall():
                 await operations.refresh_one(connection, view, tenant)
         except BaseException:
-            # Whatever ended it, a view must not stay paused that dashboards read.
             with anyio.CancelScope(shield=True), suppress(psycopg.Error):
-                await connection.execute("SELECT listener.resume(%s)", (view,))
+                await switch("resume")
             raise

@@ -216,7 +216,6 @@ BEGIN
     ELSE
         PERFORM listener.drop_beside(managed);
         UPDATE listener.adoption a SET state = 'adopted' WHERE a.view_id = managed.id;
-        PERFORM listener.resume(managed.name);
     END IF;
     PERFORM set_config('role', previous_role, true);
 END

@@ -161,6 +161,14 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM listener.managed_view v JOIN listener.managed_view o ON o.id = v.replaces
     WHERE v.created_at < clock_timestamp() - interval '1 hour'
     UNION ALL
+    -- Whoever altered the view that read it was killed before he took them off.
+    SELECT 'progress', 'warning', NULL, format('%I.%I', s.schema_name, s.table_name),
+           'it has capture triggers, and no view reads it any more: its writers pay for nothing.',
+           'SELECT listener.end_alter();'
+    FROM listener.source s
+    WHERE NOT s.explicit AND NOT EXISTS (SELECT FROM listener.view_source w WHERE w.source_id = s.id)
+      AND NOT EXISTS (SELECT FROM listener.source o WHERE o.through_id = s.id)
+    UNION ALL
     SELECT 'progress', 'warning', v.name, v.name,
            format('%s it was begun %s ago, and neither finished nor taken back.',
                   CASE a.state WHEN 'filling' THEN 'adopting' ELSE 'turning back' END,

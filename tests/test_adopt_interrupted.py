@@ -19,6 +19,9 @@ from psycopg import AsyncConnection, sql
 from command import ROOT, environment
 from conftest import DEADLINE, Database, eventually
 from likeness import LEFTOVERS, kind, likeness
+from listener import adoptions
+from listener.adopt import unadopt as take_back
+from listener.errors import SetupError
 from shop import one, rows, settle
 from stranger import BY_TENANT, TENANTS, TENANTS_QUERY, billing_app, invoice
 from test_adopt import LIST, adopt, as_the_owner_computes, exact, unadopt
@@ -311,3 +314,28 @@ async def test_of_two_who_adopt_the_same_with_other_options_the_one_who_began_la
         assert await kind(superuser, BY_TENANT) == "r"
         assert await one(superuser, "SELECT max_age::text FROM listener.managed_view") == "02:00:00"
         assert await rows(superuser, LEFTOVERS) == []
+
+
+async def test_unadopt_pauses_no_view_that_dashboards_read_and_lifts_no_pause(
+    stranger: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused = "SELECT paused_at IS NOT NULL FROM listener.managed_view"
+    seen = []
+    async with stranger.connect() as superuser, stranger.connect("listener_migrator") as migrator:
+        assert (await to_thread.run_sync(adopt, stranger, BY_TENANT, *LIST)).returncode == 0
+
+        async def gives_way(connection: AsyncConnection[Any], view: str) -> float:
+            # Killed here, it would leave it so.
+            seen.append(await one(superuser, paused))
+            raise psycopg.errors.LockNotAvailable
+
+        monkeypatch.setattr(adoptions, "finish_back", gives_way)
+        with pytest.raises(SetupError, match="no locks for the swap"):
+            await take_back(migrator, BY_TENANT, lambda _: None, patience=0)
+        await migrator.execute("SELECT listener.pause('invoice_totals')")
+        with pytest.raises(SetupError, match="no locks for the swap"):
+            await take_back(migrator, BY_TENANT, lambda _: None, patience=0)
+        assert await one(superuser, paused) is True
+        await migrator.execute("SELECT listener.abort_adoption('invoice_totals')")
+        assert await one(superuser, paused) is True
+    assert seen == [False, True]

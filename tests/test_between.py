@@ -293,3 +293,16 @@ async def test_a_target_that_is_made_again_while_it_is_turned_back_leaves_nothin
         assert back.returncode == 0, back.stderr
         assert await kind(superuser, BY_TENANT) == "m"
         assert await rows(superuser, LEFTOVERS) == []
+
+
+async def test_triggers_that_a_killed_alteration_left_are_named_with_what_takes_them_off(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    found = "SELECT mend FROM listener.progress_findings() WHERE object = 'shop.payments' AND problem ~ 'no view reads'"
+    await create_view(shop, "paid", BOTH, ["product"])
+    await call(shop, "SELECT listener.begin_alter('paid', %s)", SALES)
+    await settle(service)
+    await call(shop, "SELECT listener.finish_alter('paid')")
+    assert await rows(superuser, found) == [("SELECT listener.end_alter();",)]
+    await call(shop, "SELECT listener.end_alter()")
+    assert await rows(superuser, found) == []
