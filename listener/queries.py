@@ -432,7 +432,13 @@ async def scope_findings(connection: AsyncConnection[Any], left_out: list[str]) 
 
     Takes temporary tables, which are gone afterwards.
     """
-    return await _found(connection, "SELECT * FROM listener.scope_findings(%s)", left_out)
+    return await _found(
+        connection,
+        """
+        SELECT f.kind AS "check", f.level, f.view, f.object, f.problem, f.mend FROM listener.scope_findings(%s) f
+        """,
+        left_out,
+    )
 
 
 async def _found(connection: AsyncConnection[Any], query: LiteralString, *given: object) -> list[DictRow]:

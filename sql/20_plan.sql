@@ -42,11 +42,11 @@ DECLARE
     opened integer;
     started integer := 1;
     whole boolean := left(qual, 1) = '(';
-    members text[] := '{}';
+    members text[] := ARRAY[]::text[];
     found record;
 BEGIN
     FOR found IN
-        SELECT m.part[1] AS part, sum(length(m.part[1])) OVER (ORDER BY m.ord) AS ends
+        SELECT m.part[1] AS part, (sum(length(m.part[1])) OVER (ORDER BY m.ord))::integer AS ends
         FROM regexp_matches(qual, '[()]| (?:AND|OR) |[^() ]+| ', 'g') WITH ORDINALITY AS m (part, ord) ORDER BY m.ord
     LOOP
         IF found.part = '(' THEN

@@ -269,7 +269,7 @@ DECLARE
     plans record;
     scans jsonb;
     facts jsonb;
-    bound text[] := '{}';
+    bound text[] := ARRAY[]::text[];
     found text[];
 BEGIN
     RETURN QUERY

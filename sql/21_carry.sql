@@ -105,7 +105,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         CROSS JOIN LATERAL (
             SELECT format('SET STATISTICS %s', a.attstattarget) WHERE a.attstattarget >= 0
             UNION ALL
+            -- pg_*: what newer servers note there for themselves.
             SELECT format('SET (%s = %s)', o.option_name, o.option_value) FROM pg_options_to_table(a.attoptions) o
+            WHERE o.option_name NOT LIKE 'pg\_%'
             UNION ALL
             SELECT 'SET STORAGE ' || CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'e' THEN 'EXTERNAL'
                                                        WHEN 'x' THEN 'EXTENDED' ELSE 'MAIN' END

@@ -408,11 +408,12 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         WHERE a.privilege_type = 'SELECT' AND a.grantee <> t.relowner AND a.grantee <> to_regrole(quote_ident(i.service_role))) g
 $function$;
 
--- scope_findings(left_out): whether a refresh reads its tenant's rows alone and finds them by an index, as PostgreSQL plans
--- it; see tenant_scope(). Runs as its caller and plans each view, which takes some 50 ms: doctor asks, /health/ready does not.
+-- scope_findings(left_out): findings, with `kind` for `check`: whether a refresh reads its tenant's rows alone and finds them by
+-- an index, as PostgreSQL plans it; see tenant_scope(). Runs as its caller and plans each view, which takes some 50 ms: doctor
+-- asks, /health/ready does not.
 --   left_out: views whose rights or policies are not as they should be, which says more than a plan made under them
 CREATE OR REPLACE FUNCTION listener.scope_findings(left_out text[] DEFAULT '{}')
-RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
+RETURNS TABLE (kind text, level text, view text, object text, problem text, mend text)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE

@@ -22,11 +22,11 @@ BEGIN
         WHERE NOT g.tgisinternal AND g.tgfoid::regprocedure::text = ANY (routines) ORDER BY 1;
     IF EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'cron' AND c.relname = 'job') THEN
         BEGIN
-            RETURN QUERY EXECUTE
-                'SELECT format(''the job %s of pg_cron, at %s'', j.jobid, j.schedule) FROM cron.job j
+            RETURN QUERY EXECUTE format(
+                'SELECT concat(''the job '', j.jobid, '' of pg_cron, at '', j.schedule) FROM %I.%I j
                  WHERE (j.command ~* $1 AND j.command ~* $2)
                     OR EXISTS (SELECT FROM unnest($3) r (name) WHERE strpos(j.command, split_part(r.name, ''('', 1)) > 0)
-                 ORDER BY j.jobid'
+                 ORDER BY j.jobid', 'cron', 'job')
             USING refreshing, names, routines;
         EXCEPTION WHEN insufficient_privilege OR undefined_column OR undefined_function THEN
             NULL;  -- not ours to read

@@ -49,7 +49,8 @@ DRESSED: LiteralString = """
     ALTER DEFAULT PRIVILEGES FOR ROLE listener_owner GRANT ALL ON TABLES TO acme_app, listener_reader;
 """
 STORAGE: LiteralString = """
-    SELECT (SELECT array_agg(a.attname || a.attstorage::text || coalesce(a.attoptions::text, '') ORDER BY a.attnum)
+    SELECT (SELECT array_agg(a.attname || a.attstorage::text || ARRAY(
+                SELECT o FROM unnest(a.attoptions) o WHERE NOT starts_with(o, 'pg_'))::text ORDER BY a.attnum)
             FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0),
            (SELECT t.reloptions FROM pg_class t WHERE t.oid = c.reltoastrelid),
            (SELECT array_agg(pg_get_statisticsobjdef(e.oid) || e.stxowner::regrole::text)
