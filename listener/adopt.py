@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from listener import adoptions, operations, queries
+from listener import adoptions, operations, view_queries
 from listener.adoptions import Request
 from listener.dead_letters import RetryPolicy
 from listener.errors import SetupError
@@ -168,7 +168,7 @@ async def _fill(connection: AsyncConnection[Any], view: str, by: By) -> int:
             by.progress(step.done, step.done + unfilled)
             if not unfilled:
                 break
-    return len(await queries.tenants(connection, view))
+    return len(await view_queries.tenants(connection, view))
 
 
 async def _check(connection: AsyncConnection[Any], view: str, request: Request, tell: Tell) -> None:

@@ -17,7 +17,7 @@ from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
 from listener import fill as filling
-from listener import queries
+from listener import queries, view_queries
 from listener.dead_letters import RetryPolicy
 from listener.errors import SetupError, from_database
 from listener.fill import Progress
@@ -130,7 +130,9 @@ async def compare(
     connection: AsyncConnection[Any], view: str, beside: Beside
 ) -> AsyncIterator[tuple[int, int, TenantChange | None]]:
     """What changes, tenant by tenant; keys done, and all, and the last one's change."""
-    tenants = sorted({*await queries.tenants(connection, view), *await queries.tenants(connection, beside.name)})
+    tenants = sorted(
+        {*await view_queries.tenants(connection, view), *await view_queries.tenants(connection, beside.name)}
+    )
     yield 0, len(tenants), None
     for done, tenant in enumerate(tenants, start=1):
         cursor = await connection.execute(

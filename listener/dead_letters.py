@@ -14,7 +14,7 @@ import psycopg
 from psycopg.rows import DictRow, dict_row
 
 from listener.errors import INVALID, one_line, without_secrets
-from listener.queries import spellings
+from listener.view_queries import spellings
 
 if TYPE_CHECKING:
     from datetime import timedelta

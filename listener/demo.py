@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.status import Status
 from rich.text import Text
 
-from listener import console, logs, operations, queries
+from listener import console, logs, operations, view_queries
 from listener.embedded import EmbeddedServer
 from listener.load import LoadCounters, write_load
 from listener.migrate import roles_script, upgrade
@@ -163,7 +163,7 @@ class Demo:
         """Until no change is unconsumed or dirty, or Ctrl-C."""
         async with await psycopg.AsyncConnection.connect(self._url("postgres"), autocommit=True) as connection:
             while True:
-                if self.interrupted or await queries.all_fresh(connection):
+                if self.interrupted or await view_queries.all_fresh(connection):
                     return
                 await anyio.sleep(0.1)
 
@@ -179,7 +179,7 @@ class Demo:
     async def picture(self, connection: psycopg.AsyncConnection[Any]) -> list[RenderableType]:
         """The table per view, under a line that says what is being written."""
         now = anyio.current_time()
-        sizes = {row["view"]: row for row in await queries.target_sizes(connection)}
+        sizes = {row["view"]: row for row in await view_queries.target_sizes(connection)}
         rows = []
         for view, size in sizes.items():
             seen = self.seen.get(view, Seen())
@@ -223,7 +223,7 @@ class Demo:
             if self.interrupted:
                 console.out.print("interrupted: not verified")
                 return self.options.seconds is None and self.ledger is None
-            names = [row["view"] for row in await queries.views(connection)]
+            names = [row["view"] for row in await view_queries.views(connection)]
             async for done, _, difference in operations.verify(connection, names):
                 compared = done
                 if difference is not None:

@@ -19,7 +19,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from listener import connections, pooler, queries, startup
+from listener import connections, pooler, queries, server_queries, startup
 from listener.database_url import describe, libpq_url
 from listener.errors import SetupError, from_database
 from listener.settings import Settings
@@ -60,7 +60,7 @@ async def _examined(settings: Settings) -> AsyncIterator[Finding]:
             broken = await _schema(connection, url, settings)
             yield broken or _well("schema", "schema listener", "it is of this release")
             asked_at = time.time()
-            server = await queries.server_time(connection)
+            server = await server_queries.server_time(connection)
             yield clock(server - (asked_at + time.time()) / 2)
             if reads_only is None:
                 async for finding in _listening(connection, settings):
@@ -140,7 +140,7 @@ def clock(skew: float) -> Finding:
 
 async def _only_reads(connection: Connection, url: str) -> Finding | None:
     """What keeps this connection from writing, None where nothing does."""
-    is_standby, told_by = await queries.read_only_reason(connection)
+    is_standby, told_by = await server_queries.read_only_reason(connection)
     if is_standby:
         wanted = f"{describe(url)}?target_session_attrs=read-write"
         mend = f"export LISTENER_DATABASE_URL={shlex.quote(wanted)}"
@@ -153,7 +153,7 @@ async def _only_reads(connection: Connection, url: str) -> Finding | None:
 
 async def _schema(connection: Connection, url: str, settings: Settings) -> Finding | None:
     """Why the schema cannot be used by this role and release, None where it can."""
-    missing = await queries.missing_roles(connection, [settings.owner_role, settings.service_role])
+    missing = await server_queries.missing_roles(connection, [settings.owner_role, settings.service_role])
     try:
         await startup.schema_facts(connection, url, settings)
     except (SetupError, psycopg.Error) as error:
@@ -166,7 +166,7 @@ async def _listening(connection: Connection, settings: Settings) -> AsyncIterato
     name, url = startup.listen_url(settings)
     try:
         async with await connections.direct(url, "listener doctor") as listening:
-            if await queries.database_identity(listening) != await queries.database_identity(connection):
+            if await server_queries.database_identity(listening) != await server_queries.database_identity(connection):
                 problem = f"{name} leads to another database than LISTENER_DATABASE_URL."
                 yield Finding("connection", "error", None, describe(url), problem, f"unset {name}")
                 return
@@ -177,7 +177,7 @@ async def _listening(connection: Connection, settings: Settings) -> AsyncIterato
                     if await pooler.is_pooled(listening)
                     else f"a notification did not arrive within {patience:g} s."
                 )
-                direct = await queries.direct_address(listening)
+                direct = await server_queries.direct_address(listening)
                 mend = f"export LISTENER_LISTEN_DATABASE_URL={shlex.quote(direct)}"
                 yield Finding("connection", "error", None, describe(url), problem, mend)
                 return

@@ -12,7 +12,7 @@ import anyio
 import psycopg
 import structlog
 
-from listener import queries
+from listener import view_queries
 from listener.errors import is_lost, reason
 from listener.metrics import Metrics
 
@@ -59,16 +59,16 @@ class Rounds:
         return marked
 
     async def _next(self, connection: AsyncConnection[Any], wanted: int) -> list[tuple[int, str, str]]:
-        keys = await queries.next_keys(connection, *self._after, wanted, SLOWEST_REFRESH)
+        keys = await view_queries.next_keys(connection, *self._after, wanted, SLOWEST_REFRESH)
         if not keys:
             # The end of a round, or nothing is refreshed yet.
             self._after = (0, "")
-            keys = await queries.next_keys(connection, *self._after, wanted, SLOWEST_REFRESH)
+            keys = await view_queries.next_keys(connection, *self._after, wanted, SLOWEST_REFRESH)
         return keys
 
     async def _compare(self, connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
         try:
-            found = await queries.check_drift(connection, view, tenant, TIMEOUT)
+            found = await view_queries.check_drift(connection, view, tenant, TIMEOUT)
         except psycopg.Error as error:
             if connection.broken or connection.closed or is_lost(error):
                 raise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import psycopg
 
-from listener import changes, dead_letters, queries
+from listener import changes, dead_letters, queries, view_queries
 from listener.dead_letters import RetryPolicy
 from listener.errors import UNKNOWN_VIEW, is_lost
 from listener.operations import drain_all
@@ -103,7 +103,7 @@ async def fill(
     """
     async with AsyncExitStack() as opened:
         first = await opened.enter_async_context(connect())
-        name = await queries.view_name(first, view)
+        name = await view_queries.view_name(first, view)
         run = _Run(name, 1 / max_rate if max_rate else 0.0, policy, anyio.current_time())
         connections = [first]
         while True:
@@ -111,7 +111,7 @@ async def fill(
             run.todo = deque(await _dirty(first, name, run.failed))
             if not run.todo:
                 # The keys of a paused view are not handed out.
-                run.paused = await queries.is_paused(first, name)
+                run.paused = await view_queries.is_paused(first, name)
                 yield run.progress(0)
                 return
             # No more than there is work for.
@@ -135,7 +135,7 @@ async def fill(
 async def _see_marks(connection: AsyncConnection[Any], view: str) -> None:
     """Until what is logged of the view is drained: by the service, where one runs, since it must hear of all keys."""
     deadline = None
-    while await queries.has_undrained(connection, view):
+    while await view_queries.has_undrained(connection, view):
         if deadline is None:
             served = await queries.is_listened_to(connection)
             deadline = anyio.current_time() + (DRAIN_PATIENCE if served else 0)

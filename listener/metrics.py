@@ -86,7 +86,7 @@ class Metrics:
         )
 
     def show(self, views: Iterable[Mapping[str, Any]]) -> None:
-        """Takes queries.view_gauges over; a view that was dropped is no longer shown."""
+        """Takes view_queries.view_gauges over; a view that was dropped is no longer shown."""
         gauges = (self.dirty_keys, self.oldest_dirty_age, self.dead_letters, self.paused)
         for gauge in gauges:
             gauge.clear()

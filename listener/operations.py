@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import psycopg
 
-from listener import backends, changes, dead_letters, queries
+from listener import backends, changes, dead_letters, view_queries
 from listener.dead_letters import RetryPolicy
 from listener.errors import UNKNOWN_VIEW, from_database, is_lost, one_line
 from listener.refresh import Outcome, refresh, refresh_now
@@ -93,7 +93,7 @@ async def refresh_all(
     connection: AsyncConnection[Any], view: str
 ) -> AsyncIterator[tuple[int, int, Outcome | Failed | None]]:
     """Refreshes every tenant of a view; yields done, total and what came of the last. One that fails stops no other."""
-    everyone = await queries.tenants(connection, view)
+    everyone = await view_queries.tenants(connection, view)
     yield 0, len(everyone), None
     for done, tenant in enumerate(everyone, start=1):
         result: Outcome | Failed
@@ -162,7 +162,7 @@ async def verify(
     unlisted: list[Difference] = []
     for name in names:
         try:
-            keys += [(name, tenant) for tenant in await queries.tenants(connection, name)]
+            keys += [(name, tenant) for tenant in await view_queries.tenants(connection, name)]
         except psycopg.Error as error:
             if _ends_it_all(connection, error):
                 raise
@@ -176,7 +176,7 @@ async def verify(
 
 async def _compare(connection: AsyncConnection[Any], view: str, tenant: str) -> Difference | None:
     try:
-        found = await queries.compare(connection, view, tenant)
+        found = await view_queries.compare(connection, view, tenant)
     except psycopg.Error as error:
         if _ends_it_all(connection, error):
             raise
@@ -192,17 +192,17 @@ def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool
 
 
 async def explain(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:
-    """What is known of a key: queries.explain_key, `troubles` of its view's tables, `waits_for` of who refreshes it.
+    """What is known of a key: listener.explain_key(), `troubles` of its view's tables, `waits_for` of who refreshes it.
 
     `upstream` has the keys of other managed views whose change it has yet to see.
     """
-    facts = await queries.explain_key(connection, view, tenant)
+    facts = await view_queries.explain_key(connection, view, tenant)
     holder = facts["lock_holder"]
     waits_for = [] if holder is None else await backends.in_the_way_of(connection, holder)
     return facts | {
-        "troubles": await queries.view_troubles(connection, facts["view_name"]),
+        "troubles": await view_queries.view_troubles(connection, facts["view_name"]),
         "waits_for": waits_for,
-        "upstream": await queries.explain_upstream(connection, facts["view_name"], facts["tenant"]),
+        "upstream": await view_queries.explain_upstream(connection, facts["view_name"], facts["tenant"]),
     }
 
 

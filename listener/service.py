@@ -22,7 +22,19 @@ import anyio
 import psycopg
 import structlog
 
-from listener import backends, changes, connections, dead_letters, drift, queries, startup, sweep, web
+from listener import (
+    backends,
+    changes,
+    connections,
+    dead_letters,
+    drift,
+    queries,
+    server_queries,
+    startup,
+    sweep,
+    view_queries,
+    web,
+)
 from listener.debounce import Debouncer
 from listener.errors import DATABASE_TROUBLE, SetupError, is_lost, public_reason, reason
 from listener.metrics import Metrics
@@ -267,7 +279,7 @@ class Service:
         return missed
 
     async def _look_after(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        schema = await queries.schema_revision(connection)
+        schema = await server_queries.schema_revision(connection)
         if schema is not None and schema != self._schema:
             self._schema = schema
             log.warning("the schema is newer than this service, and serves it", schema=schema, service=head())
@@ -314,7 +326,7 @@ class Service:
 
     async def _unbound(self, connection: psycopg.AsyncConnection[Any]) -> list[str]:
         """A role that row-level security bound at the start may have been given more since."""
-        computing = None if self.settings.allow_superuser else await queries.computing_role(connection)
+        computing = None if self.settings.allow_superuser else await server_queries.computing_role(connection)
         if computing is None or not computing[1]:
             return []
         return [f"role {computing[0]} is a superuser or has BYPASSRLS: row-level security does not bind it"]
@@ -327,7 +339,7 @@ class Service:
         try:
             with anyio.fail_after(2):
                 async with self._connection(within=2, pool=self.http_pool) as connection:
-                    rows = await queries.view_gauges(connection)
+                    rows = await view_queries.view_gauges(connection)
                     database = await queries.database_gauges(connection)
         except (TimeoutError, *DATABASE_TROUBLE):
             return  # the reasons say so; the last values stand

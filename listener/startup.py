@@ -15,7 +15,7 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from listener import __version__, connections, pooler, queries
+from listener import __version__, connections, pooler, queries, server_queries
 from listener.backoff import Backoff
 from listener.database_url import describe, libpq_url
 from listener.errors import SetupError, UnavailableError, from_database, passes, reason
@@ -36,9 +36,11 @@ def refuse_old_server(version: int) -> None:
         raise SetupError(f"PostgreSQL {version // 10000} is too old: 15 or newer is needed.")
 
 
-async def schema_facts(connection: psycopg.AsyncConnection[Any], url: str, settings: Settings) -> queries.ServerFacts:
+async def schema_facts(
+    connection: psycopg.AsyncConnection[Any], url: str, settings: Settings
+) -> server_queries.ServerFacts:
     """What the server says of itself. Raises SetupError where the role cannot use a schema of this release."""
-    facts = await queries.server_facts(connection)
+    facts = await server_queries.server_facts(connection)
     refuse_old_server(facts.server_version_num)
     if facts.schema_owner is None:
         raise SetupError(
@@ -62,13 +64,13 @@ async def schema_facts(connection: psycopg.AsyncConnection[Any], url: str, setti
 
 async def _check_revision(connection: psycopg.AsyncConnection[Any]) -> None:
     """Raises SetupError for a schema that is older than this release, and for a newer one that does not serve it."""
-    revision = await queries.schema_revision(connection)
+    revision = await server_queries.schema_revision(connection)
     if revision is None or (revision in known() and revision != head()):
         raise SetupError(
             f"the schema is at migration {revision or 'none'}, older than this release, which needs {head()}.",
             hint="Run: listener migrate",
         )
-    if revision != head() and not await queries.serves(connection, head()):
+    if revision != head() and not await server_queries.serves(connection, head()):
         raise SetupError(
             f"the schema is at migration {revision} and no longer serves this release, which is of {head()}.",
             hint="Upgrade this service: use the release that migrated the schema, or a newer one.",
@@ -121,10 +123,10 @@ async def check(url: str, settings: Settings) -> bool:
     try:
         async with await connections.direct(url) as connection:
             # A standby may lag behind: only what can be written to has the schema that counts.
-            if await queries.only_reads(connection):
+            if await server_queries.only_reads(connection):
                 raise UnavailableError(f"{describe(url)} is a standby, or read-only, and cannot be written to.")
             facts = await schema_facts(connection, url, settings)
-            computing = await queries.computing_role(connection)
+            computing = await server_queries.computing_role(connection)
             if computing is None:
                 raise SetupError(
                     f"{describe(url)} has no schema listener that is whole: listener.refresh is not there.",
@@ -173,9 +175,9 @@ async def _check_listening(connection: psycopg.AsyncConnection[Any], settings: S
     name, url = listen_url(settings)
     patience = settings.probe_timeout.total_seconds()
     async with await connections.direct(url) as listening:
-        if settings.listen_database_url is not None and await queries.database_identity(
+        if settings.listen_database_url is not None and await server_queries.database_identity(
             listening
-        ) != await queries.database_identity(connection):
+        ) != await server_queries.database_identity(connection):
             raise SetupError(
                 f"{name} reaches {describe(url)}, which is not the database of LISTENER_DATABASE_URL.",
                 hint="Both must lead to one database, this one without a pooler between.",

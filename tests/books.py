@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 
 from conftest import Database, RunningService
-from listener import queries
+from listener import view_queries
 
 ANNA = uuid.UUID("11111111-1111-4111-8111-111111111111")
 BEN = uuid.UUID("22222222-2222-4222-8222-222222222222")
@@ -48,7 +48,7 @@ async def settled(sample: Database, running: RunningService) -> None:
 
     async def is_fresh() -> bool:
         async with sample.connect() as superuser:
-            return await queries.all_fresh(superuser)
+            return await view_queries.all_fresh(superuser)
 
     await running.until(is_fresh)
 

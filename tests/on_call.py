@@ -10,7 +10,7 @@ from typing import Any
 from psycopg import AsyncConnection
 
 from conftest import Database
-from listener import operations, queries
+from listener import operations, view_queries
 from listener.cli.session import known_key
 
 
@@ -35,13 +35,13 @@ async def pauses_and_resumes(database: Database, view: str, tenant: object) -> N
 async def is_exact(database: Database, *views: str) -> bool:
     """Whether nothing is dirty, and each target equals its definition for every tenant."""
     async with database.connect() as superuser:
-        return await queries.all_fresh(superuser) and await differences(database, *views) == []
+        return await view_queries.all_fresh(superuser) and await differences(database, *views) == []
 
 
 async def differences(database: Database, *views: str) -> list[operations.Difference]:
     """Every key whose target does not equal its definition, of these views or of all."""
     async with database.connect("listener_service") as service:
-        names = list(views) or [row["view"] for row in await queries.views(service)]
+        names = list(views) or [row["view"] for row in await view_queries.views(service)]
         return [found async for _, _, found in operations.verify(service, names) if found is not None]
 
 

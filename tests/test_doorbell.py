@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from psycopg import AsyncConnection, sql
 
 from conftest import DEADLINE, Database, RunningService, eventually
-from listener import queries
+from listener import queries, view_queries
 from listener.doorbell import (
     BUSY_WITHIN,
     CLOSING_PAUSES,
@@ -297,7 +297,7 @@ async def at_rest(shop: Database, running: RunningService) -> None:
                 drainer.doorbell.state == "resting"
                 and not drainer.bell.is_rung
                 and running.service.listening.probe_answered
-                and await queries.all_fresh(superuser)
+                and await view_queries.all_fresh(superuser)
             )
 
         await eventually(is_at_rest)

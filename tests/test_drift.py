@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from command import listener
 from conftest import Database, RunningService, eventually
-from listener import queries
+from listener import view_queries
 from shop import ANNA, BERT, CLEO, SALES, TENANTS, create_view, define, differences, one, order, rows, settle
 
 pytestmark = pytest.mark.anyio
@@ -181,8 +181,8 @@ async def test_a_comparison_that_takes_too_long_ends_and_holds_nothing_up(
     async with shop.connect(autocommit=False) as other:
         await other.execute("LOCK TABLE shop.orders IN ACCESS EXCLUSIVE MODE")
         with pytest.raises(psycopg.errors.QueryCanceled):
-            await queries.check_drift(service, "sales", ANNA, 0.2)
-    found = await queries.check_drift(service, "sales", ANNA, 5)
+            await view_queries.check_drift(service, "sales", ANNA, 0.2)
+    found = await view_queries.check_drift(service, "sales", ANNA, 5)
     assert found["outcome"] == "exact"
     assert await one(service, "SHOW statement_timeout") == "0"
 

@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, sql
 from books import value
 from captured import after_rename, at_home, emptied, logged, reaches, repaired, statement, triggers_on
 from conftest import Database, eventually
-from listener import queries
+from listener import view_queries
 from shop import ANNA, BERT, SALES, application, create_view, define, differences, one, open_shop, order, rows, settle
 from web_client import is_ready
 
@@ -484,7 +484,7 @@ async def test_a_repair_of_two_sources_never_makes_a_writer_of_both_the_victim_o
 
 
 async def all_shown(superuser: AsyncConnection[Any], view: str) -> bool:
-    return await queries.all_fresh(superuser) and not await differences(superuser, view)
+    return await view_queries.all_fresh(superuser) and not await differences(superuser, view)
 
 
 async def test_the_service_repairs_a_disabled_trigger_within_a_sweep_and_counts_it(

@@ -9,7 +9,7 @@ import pytest
 from psycopg import sql
 
 from conftest import Database, eventually
-from listener import operations, queries
+from listener import operations, view_queries
 from listener.replay import read_ledger, replay
 
 pytestmark = [pytest.mark.anyio, pytest.mark.ledger]
@@ -22,10 +22,10 @@ async def test_after_the_replay_every_view_has_rows_and_is_exact_for_all_tenants
         with anyio.fail_after(600):
             summary = await replay(read_ledger(recorded_ledger), sample.url("listener_app"))
         assert (summary.invoices, summary.tenants) == (25_900, 38)
-        await eventually(lambda: queries.all_fresh(superuser))
+        await eventually(lambda: view_queries.all_fresh(superuser))
         assert running.outcomes
     async with sample.connect("listener_service") as service:
-        views = [row["view"] for row in await queries.views(service)]
+        views = [row["view"] for row in await view_queries.views(service)]
         found = [(done, difference) async for done, _, difference in operations.verify(service, views)]
     assert found[-1][0] == 38 * len(views) == 190
     assert [difference for _, difference in found if difference is not None] == []

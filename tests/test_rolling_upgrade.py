@@ -18,7 +18,7 @@ import pytest
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, transaction
 from command import PATIENCE, ROOT, environment, listener
 from conftest import Database, eventually
-from listener import queries
+from listener import view_queries
 from listener.revisions import head
 from process import service_process
 
@@ -113,7 +113,7 @@ async def load(books: Database) -> AsyncIterator[None]:
 async def all_is_shown(books: Database) -> None:
     """Until the log is consumed and nothing is dirty; then every target equals its definition."""
     async with books.connect() as superuser:
-        await eventually(lambda: queries.all_fresh(superuser))
+        await eventually(lambda: view_queries.all_fresh(superuser))
     verified = await anyio.to_thread.run_sync(lambda: listener("verify", url=books.url()))
     assert verified.returncode == 0, verified.stdout
     async with books.connect() as superuser:
@@ -207,7 +207,7 @@ async def test_a_service_that_the_new_schema_does_not_serve_stops_refreshing_and
         # What was left of either release's time.
         await other.until("refreshed", view=LEDGER_VIEW, tenant_id=str(ANNA))
         async with books.connect() as superuser:
-            await eventually(lambda: queries.all_fresh(superuser))
+            await eventually(lambda: view_queries.all_fresh(superuser))
         verified = await run(following, books.url(), "verify")
         assert verified.returncode == 0, verified.stdout
         async with books.connect() as superuser:

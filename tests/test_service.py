@@ -13,7 +13,7 @@ from psycopg import sql
 
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, transaction, value
 from conftest import DEADLINE, Database, eventually, settings_for
-from listener import queries
+from listener import view_queries
 from listener.connections import pool_options
 from listener.errors import SetupError
 from listener.refresh import Outcome
@@ -197,7 +197,7 @@ async def test_two_replicas_share_the_work_and_every_target_is_exact(books: Data
                             await book(app, tenant, 1)
                     if both_worked():
                         break
-            await eventually(lambda: queries.all_fresh(superuser))
+            await eventually(lambda: view_queries.all_fresh(superuser))
         refreshed = await (await superuser.execute("SELECT count(DISTINCT tenant) FROM refreshed")).fetchone()
         assert refreshed == (len(tenants) + 2,)
         assert await wrong_refreshes(superuser) == []

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from listener import console, errors, operations, queries
+from listener import console, errors, operations, view_queries
 from listener.cli.session import AnyView, Connection, Json, Tenant, View, app, known_key, retry_policy, with_connection
 from listener.operations import Failed
 from listener.refresh import Outcome
@@ -27,14 +27,14 @@ def refresh(
 
     async def act(connection: Connection) -> None:
         if tenant is None and not all_tenants:
-            if await queries.has_tenants(connection, view):
+            if await view_queries.has_tenants(connection, view):
                 raise errors.SetupError("give either --tenant ID or --all-tenants.")
             await _refresh_one(connection, view, None, as_json=as_json)
             return
         if tenant is not None:
             await _refresh_one(connection, view, tenant, as_json=as_json)
             return
-        name = await queries.view_name(connection, view)
+        name = await view_queries.view_name(connection, view)
         tally = await _shown(name, operations.refresh_all(connection, name), as_json=as_json)
         tenants = tally.outcomes.total()
         if as_json:
@@ -173,7 +173,7 @@ def forget(
     """
 
     async def act(connection: Connection) -> None:
-        rows = await queries.forget(connection, tenant, view)
+        rows = await view_queries.forget(connection, tenant, view)
         if as_json:
             console.print_json({"tenant_id": tenant, "forgotten": rows})
             return

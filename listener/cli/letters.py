@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import psycopg
 import typer
 
-from listener import console, dead_letters, errors, operations, queries
+from listener import console, dead_letters, errors, operations, view_queries
 from listener.cli.session import Connection, Json, app, with_connection
 
 letters_app = typer.Typer(
@@ -135,7 +135,7 @@ async def _of(
     found = await dead_letters.letters(connection, view=view, tenant=tenant, status=status)
     if not found and view is not None and not await dead_letters.letters(connection, view=view, status=None):
         # One that was dropped has letters, too; one that has none must be there.
-        name = await queries.view_name(connection, view)
+        name = await view_queries.view_name(connection, view)
         found = await dead_letters.letters(connection, view=name, tenant=tenant, status=status)
     return found
 

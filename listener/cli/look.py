@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from listener import console, errors, operations, queries
+from listener import console, errors, operations, queries, view_queries
 from listener.cli.session import AnyView, Connection, Json, MaybeTenant, View, app, known_key, with_connection
 
 
@@ -23,9 +23,9 @@ def status(
     """What is fresh: a line per view, or per key of one tenant."""
 
     async def act(connection: Connection) -> None:
-        rows = await queries.views(connection) if tenant is None else await _keys(connection, tenant)
+        rows = await view_queries.views(connection) if tenant is None else await _keys(connection, tenant)
         undrained, oldest = await queries.undrained(connection)
-        filling = await queries.filling(connection) if tenant is None else []
+        filling = await view_queries.filling(connection) if tenant is None else []
         if as_json:
             what = "views" if tenant is None else "keys"
             more = {"filling": filling} if tenant is None else {}
@@ -101,8 +101,8 @@ def _needs_care(row: dict[str, Any]) -> bool:
 async def _keys(connection: Connection, tenant: str) -> list[dict[str, Any]]:
     if not tenant:
         raise errors.SetupError("the tenant is missing.", hint="Give one: --tenant ID")
-    rows = await queries.freshness(connection, tenant)
-    if not rows and not await queries.is_tenant_of_any_view(connection, tenant):
+    rows = await view_queries.freshness(connection, tenant)
+    if not rows and not await view_queries.is_tenant_of_any_view(connection, tenant):
         raise errors.SetupError(f"no view has a tenant {tenant!r}.")
     return rows
 
@@ -140,9 +140,9 @@ def verify(view: AnyView = None, as_json: Json = False) -> None:
 
     async def act(connection: Connection) -> None:
         if view is not None:
-            names = [await queries.view_name(connection, view)]
+            names = [await view_queries.view_name(connection, view)]
         else:
-            names = [row["view"] for row in await queries.views(connection)]
+            names = [row["view"] for row in await view_queries.views(connection)]
         found: list[operations.Difference] = []
         done = 0
         with console.progress(quiet=as_json) as bar:

@@ -11,7 +11,7 @@ import psycopg
 import typer
 from typer.core import TyperGroup
 
-from listener import connections, dead_letters, errors, queries
+from listener import connections, dead_letters, errors, view_queries
 from listener.dead_letters import RetryPolicy
 from listener.settings import Settings, load
 from listener.startup import schema_facts
@@ -100,11 +100,11 @@ async def known_key(connection: Connection, view: str, tenant: str | None, *, lo
     that is `looking` and writes nothing; a view or tenant that is merely not there is a slip of the hand, and does not.
     """
     if tenant is None:
-        if await queries.has_tenants(connection, view):
+        if await view_queries.has_tenants(connection, view):
             raise errors.SetupError(f"{view} has tenants: give --tenant ID.")
         tenant = EVERYBODY
     try:
-        name, canonical, known = await queries.tenant_of_view(connection, view, tenant)
+        name, canonical, known = await view_queries.tenant_of_view(connection, view, tenant)
     except psycopg.Error as error:
         refused = errors.from_database(error)
         if not looking and isinstance(refused, errors.RefusedError) and refused.is_validation:

@@ -10,7 +10,7 @@ import psycopg
 import typer
 from rich.progress import Progress
 
-from listener import alter, console, definitions, errors, queries, view_files
+from listener import alter, console, definitions, errors, view_files, view_queries
 from listener.cli.session import Connection, Json, View, app, connected, retry_policy, with_connection
 from listener.definitions import Step
 from listener.settings import load
@@ -56,7 +56,7 @@ def alter_view(
 
     async def act(connection: Connection) -> None:
         _tell_notices(connection)
-        name = await queries.view_name(connection, view)
+        name = await view_queries.view_name(connection, view)
         await _alter(connection, name, arguments, yes=yes, dry_run=dry_run, as_json=as_json)
 
     with_connection(act, as_owner=True)

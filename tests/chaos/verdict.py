@@ -10,7 +10,7 @@ from psycopg import AsyncConnection
 
 from chaos.report import Held, Report
 from chaos.world import World, until
-from listener import operations, queries
+from listener import operations, queries, view_queries
 
 PATIENCE = 120.0
 
@@ -19,7 +19,7 @@ async def calm(world: World) -> None:
     """Until nothing is dirty any more; where that never comes the verdict says so."""
     with anyio.move_on_after(PATIENCE):
         async with world.superuser() as superuser:
-            await until(partial(queries.all_fresh, superuser), 0.1)
+            await until(partial(view_queries.all_fresh, superuser), 0.1)
 
 
 async def counted(world: World) -> Held:
@@ -35,7 +35,7 @@ async def counted(world: World) -> Held:
 async def verdict(world: World, report: Report) -> None:
     """Compares every target with its definition, and looks for what was left behind."""
     async with world.superuser() as superuser:
-        names = [row["view"] for row in await queries.views(superuser)]
+        names = [row["view"] for row in await view_queries.views(superuser)]
         async for done, _, difference in operations.verify(superuser, names):
             report.compared = done
             if difference is not None:

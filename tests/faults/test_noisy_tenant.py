@@ -9,7 +9,7 @@ from psycopg import AsyncConnection, sql
 
 from conftest import Database, RunningService, eventually
 from gates import FIRST, GATE, close, open_gate
-from listener import queries
+from listener import view_queries
 from shop import ANNA, BERT, CLEO, application, create_view, define, one, open_shop, order
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +44,7 @@ async def test_others_are_refreshed_while_more_keys_of_one_tenant_hang_than_ther
     shop: Database, workers: int
 ) -> None:
     async with shop.connect() as holder, shop.service(workers=workers, sweep_interval="200ms") as running:
-        await running.until(lambda: queries.all_fresh(holder))
+        await running.until(lambda: view_queries.all_fresh(holder))
         await close(holder, FIRST)
         async with application(shop, ANNA) as app:
             await order(app, ANNA, "a")

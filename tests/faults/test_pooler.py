@@ -14,7 +14,7 @@ from psycopg import sql
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, settled, transaction
 from command import listener
 from conftest import DEADLINE, Database, eventually, settings_for
-from listener import operations, queries
+from listener import operations, view_queries
 from listener.doctor import examine
 from listener.errors import SetupError
 from listener.service import Service
@@ -72,7 +72,7 @@ async def test_all_of_it_works_through_a_transaction_pooler_with_a_direct_way_to
     assert [line for line in said if line["log_level"] != "info"] == []
     assert await revenue(books) == 210
     async with books.connect("listener_service") as service:
-        names = [row["view"] for row in await queries.views(service) if row["view"] != "sessions"]
+        names = [row["view"] for row in await view_queries.views(service) if row["view"] != "sessions"]
         assert [d async for _, _, d in operations.verify(service, names) if d is not None] == []
     async with books.connect() as superuser:
         cursor = await superuser.execute("SELECT DISTINCT isolation, longest, durable, idle, looks FROM sessions")

@@ -19,7 +19,7 @@ from psycopg import sql
 from books import ANNA, BEN, LEDGER_VIEW, book, open_books, revenue, transaction
 from conftest import Database, eventually
 from gates import FIRST, close, create_slow_view, open_gate
-from listener import queries
+from listener import view_queries
 from on_call import differences, open_letters
 from overlaps import record_refreshes, wrong_refreshes
 from process import ServiceProcess, service_process
@@ -129,7 +129,7 @@ async def until_shown(superuser: psycopg.AsyncConnection[Any], cents: int, tenan
 
 async def all_is_well(sample: Database, superuser: psycopg.AsyncConnection[Any]) -> None:
     """Everything is shown, every target is exact, and nothing was done twice at once or taken back."""
-    await eventually(lambda: queries.all_fresh(superuser))
+    await eventually(lambda: view_queries.all_fresh(superuser))
     assert await differences(sample) == []
     assert await wrong_refreshes(superuser) == []
     assert await open_letters(superuser) == []
@@ -140,7 +140,7 @@ async def test_a_key_whose_replica_is_killed_in_mid_refresh_is_finished_by_anoth
 ) -> None:
     await define_slow(superuser)
     async with replicas(sample) as running, sample.connect() as holder:
-        await eventually(lambda: queries.all_fresh(superuser))
+        await eventually(lambda: view_queries.all_fresh(superuser))
         await close(holder, FIRST)
         await write(sample, BEN, 300)
         killed, _ = await until_waiting_in(superuser, "listener.refresh")
@@ -158,7 +158,7 @@ async def test_a_key_whose_replica_is_stopped_in_mid_refresh_is_finished_by_anot
     await define_slow(superuser)
     # Time enough to stop it, and to do it soon.
     async with replicas(sample, statement_timeout="2s") as running, sample.connect() as holder:
-        await eventually(lambda: queries.all_fresh(superuser))
+        await eventually(lambda: view_queries.all_fresh(superuser))
         await close(holder, FIRST)
         await write(sample, BEN, 300)
         stopped, _ = await until_waiting_in(superuser, "listener.refresh")
@@ -180,7 +180,7 @@ async def test_a_replica_that_wakes_with_an_old_version_of_a_key_leaves_it_as_it
 ) -> None:
     await superuser.execute("SELECT listener.set_window(%s, '2 s', '2 s', 'trailing')", (LEDGER_VIEW,))
     async with replicas(sample) as running:
-        await eventually(lambda: queries.all_fresh(superuser))
+        await eventually(lambda: view_queries.all_fresh(superuser))
         known = {role: len(replica.log) for role, replica in running.items()}
         drainers: list[str] = []
         await write(sample, ANNA, 100)
@@ -217,7 +217,7 @@ async def test_a_drain_whose_replica_is_killed_is_done_by_another(
     sample: Database, superuser: psycopg.AsyncConnection[Any]
 ) -> None:
     async with replicas(sample) as running, sample.connect(autocommit=False) as in_the_way:
-        await eventually(lambda: queries.all_fresh(superuser))
+        await eventually(lambda: view_queries.all_fresh(superuser))
         await in_the_way.execute("LOCK TABLE listener.dirty_key IN SHARE MODE")
         await write(sample, BEN, 300)
         killed, _ = await until_waiting_in(superuser, "listener.drain()")
