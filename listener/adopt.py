@@ -164,7 +164,7 @@ async def _fill(connection: AsyncConnection[Any], view: str, by: By) -> int:
                 raise failed[0]
             if step.paused:
                 raise SetupError(f"{view} was paused while it was filled.", hint="Run it again: it goes on.")
-            unfilled = len(await adoptions.unfilled(connection, view))
+            unfilled = len(await view_queries.unfilled(connection, view))
             by.progress(step.done, step.done + unfilled)
             if not unfilled:
                 break

@@ -13,9 +13,6 @@ from listener import queries
 # What would be done, by part: see listener.plan_adoption().
 Plan = dict[str, list[str]]
 
-# The path of a session of this role that says nothing of its own; that of the commands' own statements is pinned.
-CALLERS_PATH = sql.SQL("(SELECT reset_val FROM pg_settings WHERE name = 'search_path')")
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -76,7 +73,7 @@ async def _plan(connection: AsyncConnection[Any], query: Any, *given: Any) -> Pl
 
 async def begin(connection: AsyncConnection[Any], request: Request) -> str:
     """The name of the managed view that stands beside the materialized view now."""
-    return str(await queries.first(connection, begin_statement(request, path=CALLERS_PATH)))
+    return str(await queries.first(connection, begin_statement(request, path=queries.ROLES_PATH)))
 
 
 async def plan(connection: AsyncConnection[Any], request: Request) -> Plan:
@@ -84,7 +81,7 @@ async def plan(connection: AsyncConnection[Any], request: Request) -> Plan:
     keys = None if request.key_columns is None else list(request.key_columns)
     return await _plan(
         connection,
-        sql.SQL("SELECT * FROM listener.plan_adoption(%s, %s::name[], %s::name, {})").format(CALLERS_PATH),
+        sql.SQL("SELECT * FROM listener.plan_adoption(%s, %s::name[], %s::name, {})").format(queries.ROLES_PATH),
         request.name,
         keys,
         request.tenant_column,
@@ -107,7 +104,7 @@ async def has_column(connection: AsyncConnection[Any], name: str, column: str | 
                                WHERE a.attrelid = listener.find_materialized_view(%s, {})
                                  AND a.attname = %s AND a.attnum > 0 AND NOT a.attisdropped)
                 """
-            ).format(CALLERS_PATH),
+            ).format(queries.ROLES_PATH),
             name,
             column,
         )
@@ -120,7 +117,7 @@ async def tied(connection: AsyncConnection[Any], name: str) -> bool:
         await queries.first(
             connection,
             sql.SQL("SELECT EXISTS (SELECT listener.tied_to(listener.find_materialized_view(%s, {})))").format(
-                CALLERS_PATH
+                queries.ROLES_PATH
             ),
             name,
         )
@@ -149,7 +146,7 @@ async def keep(connection: AsyncConnection[Any], request: Request) -> str:
     depends_on = None if request.depends_on is None else list(request.depends_on)
     relation = await queries.first(
         connection,
-        sql.SQL("SELECT listener.find_materialized_view(%s, {})::text").format(CALLERS_PATH),
+        sql.SQL("SELECT listener.find_materialized_view(%s, {})::text").format(queries.ROLES_PATH),
         request.name,
     )
     await connection.execute(
@@ -220,12 +217,6 @@ async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list
     return [row[0] for row in await cursor.fetchall()]
 
 
-async def unfilled(connection: AsyncConnection[Any], view: str) -> list[str]:
-    """The keys that no refresh has filled yet."""
-    cursor = await connection.execute("SELECT u FROM listener.unfilled(%s) u", (view,))
-    return [row[0] for row in await cursor.fetchall()]
-
-
 async def analyze(connection: AsyncConnection[Any], view: str) -> None:
     """Statistics for what is to be put in place."""
     await connection.execute("SELECT listener.analyze_replacement(%s)", (view,))
@@ -257,7 +248,7 @@ async def finish_back(connection: AsyncConnection[Any], view: str) -> float:
 
 async def under_way(connection: AsyncConnection[Any], name: str) -> str | None:
     """The managed view of an adoption that was begun for this materialized view; None where none was."""
-    return await queries.first(  # type: ignore[no-any-return]
+    found = await queries.first(
         connection,
         sql.SQL(
             """
@@ -265,9 +256,10 @@ async def under_way(connection: AsyncConnection[Any], name: str) -> str | None:
             WHERE a.state = 'filling' AND to_regclass(format('%%I.%%I', a.schema_name, a.relation_name))
                                           = listener.find_materialized_view(%s, {})
             """
-        ).format(CALLERS_PATH),
+        ).format(queries.ROLES_PATH),
         name,
     )
+    return None if found is None else str(found)
 
 
 async def begun_at(connection: AsyncConnection[Any], view: str) -> tuple[int, str] | None:

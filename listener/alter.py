@@ -155,6 +155,8 @@ async def finish(
         locked = await queries.first(connection, "SELECT extract(epoch FROM listener.finish_alter(%s))::float8", view)
         return float(locked)
 
+    # Else its readers would be planned for an empty table until autovacuum comes by.
+    await connection.execute("SELECT listener.analyze_replacement(%s)", (beside.name,))
     done = await swapped(connection, beside.name, once, tell, patience)
     try:
         await connection.execute("SELECT listener.end_alter()")

@@ -23,8 +23,6 @@ Action = Literal["create", "alter", "set", "none", "not in files"]
 DEFAULTS: dict[str, Any] = {"tenant_column": "tenant_id", "timezone": "UTC", "target_rls": False, "key_columns": []}
 WINDOW = ("quiet_period", "max_wait", "edge", "max_age")
 WINDOW_DEFAULTS = {"quiet_period": "00:00:00.25", "max_wait": "00:00:02", "edge": "leading"}
-# The path of a session of this role that says nothing of its own; that of the commands' own statements is pinned.
-ROLES_PATH = sql.SQL("(SELECT s.reset_val FROM pg_settings s WHERE s.name = 'search_path')")
 
 
 @dataclass(slots=True)
@@ -193,7 +191,7 @@ async def create(connection: AsyncConnection[Any], file: ViewFile) -> None:
         else sql.SQL("{} => {}").format(sql.SQL(name), sql.Literal(value))
         for name, value in given.items()
     )
-    path = sql.Literal(file.options["search_path"]) if "search_path" in file.options else ROLES_PATH
+    path = sql.Literal(file.options["search_path"]) if "search_path" in file.options else queries.ROLES_PATH
     await connection.execute(
         sql.SQL(
             "WITH path AS MATERIALIZED (SELECT set_config('search_path', {}, true))"

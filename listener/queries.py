@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, LiteralString, NamedTuple
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 from psycopg.rows import DictRow, class_row, dict_row
 
 # Log rows deleted in one transaction: seconds, not minutes.
 PURGE_BATCH = 200_000
+
+
+# The path of a session of this role that says nothing of its own; that of our own statements is pinned.
+ROLES_PATH = sql.SQL("(SELECT s.reset_val FROM pg_settings s WHERE s.name = 'search_path')")
 
 
 async def first(connection: AsyncConnection[Any], query: Any, *given: Any) -> Any:

@@ -11,7 +11,7 @@ import anyio
 import psycopg
 from psycopg import sql
 
-from listener import operations
+from listener import operations, view_queries
 from listener.backoff import Backoff
 from listener.errors import SetupError, from_database
 
@@ -68,8 +68,7 @@ async def swapped(
         except psycopg.errors.ObjectNotInPrerequisiteState:
             # A tenant that was not there when the others were filled.
             await switch("resume")
-            cursor = await connection.execute("SELECT t FROM listener.unfilled(%s) t", (view,))
-            for (tenant,) in await cursor.fetchall():
+            for tenant in await view_queries.unfilled(connection, view):
                 await operations.refresh_one(connection, view, tenant)
         except BaseException:
             with anyio.CancelScope(shield=True), suppress(psycopg.Error):

@@ -254,3 +254,9 @@ async def target_sizes(connection: AsyncConnection[Any]) -> list[DictRow]:
         counted = await (await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(target))).fetchone()
         row["rows"] = counted[0] if counted else 0
     return rows
+
+
+async def unfilled(connection: AsyncConnection[Any], view: str) -> list[str]:
+    """The keys that no refresh has filled yet."""
+    cursor = await connection.execute("SELECT u FROM listener.unfilled(%s) u", (view,))
+    return [row[0] for row in await cursor.fetchall()]

@@ -49,22 +49,26 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHERE c.oid = policy.polrelid)
 $function$;
 
--- hidden_source(relation): a table that the view reads and whose rows row-level security hides from the service as long as it
--- names no tenant: no permissive policy lets it read them all, or a restrictive one takes some away. NULL: there is none.
+-- hides_rows(relation): whether row-level security hides rows of a table from the service as long as it names no tenant: no
+-- permissive policy lets it read them all, or a restrictive one takes some away.
+CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT EXISTS (
+        SELECT FROM listener.installation i
+        JOIN pg_roles o ON o.rolname = i.service_role AND NOT o.rolbypassrls AND NOT o.rolsuper
+        JOIN pg_class c ON c.oid = relation AND c.relrowsecurity
+        WHERE NOT EXISTS (SELECT FROM pg_policy p
+                          WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
+                            AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
+                            AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
+                                        WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE')))
+           OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
+$function$;
+
+-- hidden_source(relation): a table that the view reads and that hides rows from the service. NULL: there is none.
 CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass) RETURNS regclass
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT c.oid::regclass
-    FROM listener.installation i
-    JOIN pg_roles o ON o.rolname = i.service_role AND NOT o.rolbypassrls AND NOT o.rolsuper
-    CROSS JOIN listener.reads(relation) r JOIN pg_class c ON c.oid = r.relid
-    WHERE c.relrowsecurity
-      AND (NOT EXISTS (SELECT FROM pg_policy p
-                       WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
-                         AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
-                         AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
-                                     WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE')))
-           OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
-    ORDER BY c.oid LIMIT 1
+    SELECT r.relid::regclass FROM listener.reads(relation) r WHERE listener.hides_rows(r.relid) ORDER BY r.relid LIMIT 1
 $function$;
 
 -- check_listable(view_id): raises LSN03 where row-level security would hide tenants from the service, which lists them

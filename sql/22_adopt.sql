@@ -41,7 +41,7 @@ DECLARE
 BEGIN
     PERFORM listener.lock_registration();
     PERFORM listener.check_swappable(old), listener.check_sources(old);
-    SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner, c.relispopulated, c.reloptions INTO class
+    SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old;
     query := pg_get_viewdef(old);
     SELECT a.* INTO before FROM listener.adoption a
@@ -76,10 +76,10 @@ BEGIN
     LOOP
         EXECUTE statement;
     END LOOP;
-    INSERT INTO listener.adoption (view_id, state, schema_name, relation_name, relid, owner_role, definition, populated,
-                                   options, indexes, grants, request)
-    VALUES (managed.id, 'filling', class.nspname, class.relname, old, class.owner, query, class.relispopulated,
-            class.reloptions, listener.noted_indexes(old), listener.grants_of(old), request);
+    INSERT INTO listener.adoption (view_id, state, schema_name, relation_name, relid, owner_role, definition, indexes,
+                                   grants, request)
+    VALUES (managed.id, 'filling', class.nspname, class.relname, old, class.owner, query, listener.noted_indexes(old),
+            listener.grants_of(old), request);
     IF age IS DISTINCT FROM max_age THEN
         RAISE NOTICE '% depends on the time: each key is refreshed once an hour at least; max_age says how often', old;
     END IF;
@@ -127,16 +127,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT 'listener_back_' || view.id
 $function$;
 
--- analyze_replacement(view): gathers statistics of the relation that is to be put in place, whose name has none yet.
+-- analyze_replacement(view): gathers statistics of the relation that an adoption, or an alteration, is to put in place.
 CREATE OR REPLACE FUNCTION listener.analyze_replacement(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
-    adoption listener.adoption := listener.find_adoption(view, '{filling,turning back}');
 BEGIN
-    EXECUTE format('ANALYZE %I.%I', adoption.schema_name, CASE adoption.state WHEN 'filling' THEN managed.target_name
-                                                              ELSE listener.name_beside(managed) END);
+    EXECUTE format('ANALYZE %I.%I', managed.target_schema,
+                   CASE WHEN managed.replaces IS NULL
+                             AND (listener.find_adoption(view, '{filling,turning back}')).state = 'turning back'
+                        THEN listener.name_beside(managed) ELSE managed.target_name END);
     PERFORM set_config('role', previous_role, true);
 END
 $function$;

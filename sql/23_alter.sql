@@ -1,7 +1,7 @@
 -- A definition changes: the new one is made beside the old, filled while writes and readers go on, compared, and put in
 -- its place; or taken back. Each step is a transaction of its own:
 --   begin_alter(view, query, …) → the service fills, or refresh() does → compare_alter(view, tenant) →
---   finish_alter(view) → end_alter(), or abort_alter(view)
+--   analyze_replacement(the new view) → finish_alter(view) → end_alter(), or abort_alter(view)
 
 -- altered(view): the view that is to take this one's place, as begin_alter() made it. Raises LSN03 where there is none.
 CREATE OR REPLACE FUNCTION listener.altered(view listener.managed_view) RETURNS listener.managed_view
@@ -57,7 +57,7 @@ BEGIN
         RAISE EXCEPTION '% is %', managed.name, adoption_state USING ERRCODE = 'LSN03',
             HINT = 'Finish that first, or take it back: listener.abort_adoption(view).';
     END IF;
-    PERFORM listener.check_alterable(managed.id, old);
+    PERFORM listener.check_alterable(old);
     PERFORM listener.drop_view(v.name) FROM listener.managed_view v WHERE v.replaces = managed.id;
     PERFORM set_config('search_path', managed.search_path, true);
     PERFORM listener.create_view(
@@ -86,9 +86,9 @@ BEGIN
 END
 $function$;
 
--- check_alterable(view_id, target): check_swappable(), apart from what is ours: what other managed views have of the target as
+-- check_alterable(target): check_swappable(), apart from what is ours: what other managed views have of the target as
 -- their source is made anew when the new one is in place.
-CREATE OR REPLACE FUNCTION listener.check_alterable(view_id integer, target regclass) RETURNS void
+CREATE OR REPLACE FUNCTION listener.check_alterable(target regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     IF NOT EXISTS (SELECT FROM listener.source s WHERE s.relid = target) OR EXISTS (
@@ -107,7 +107,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(n.attname, o.attname),
            CASE WHEN o.attname IS NULL THEN 'added' WHEN n.attname IS NULL THEN 'removed' ELSE 'retyped' END,
            format_type(o.atttypid, o.atttypmod), format_type(n.atttypid, n.atttypmod)
-    FROM (SELECT v.id, (listener.altered(v)).id AS new_id FROM listener.find_view(view) v) AS v
+    FROM (SELECT v.id FROM listener.find_view(view) v) AS v
     CROSS JOIN LATERAL (SELECT a.* FROM pg_attribute a
                         WHERE a.attrelid = to_regclass('listener.definition_' || v.id) AND a.attnum > 0) o
     FULL JOIN (SELECT a.* FROM listener.find_view(view) f
@@ -228,7 +228,7 @@ BEGIN
         RAISE EXCEPTION '% of %: not filled yet', CASE unfilled WHEN 1 THEN 'a key' ELSE unfilled || ' keys' END, beside.name
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
     END IF;
-    PERFORM listener.check_alterable(managed.id, old), listener.check_readers(managed, old, new);
+    PERFORM listener.check_alterable(old), listener.check_readers(managed, old, new);
     PERFORM listener.carry_again(old, new, beside.id, ARRAY(
         SELECT s FROM listener.carried(old, new::text, 'r', beside.key_columns, '{}', listener.grants_of(old)) s));
     -- Before what capture has of the old target is touched, which readers would wait for, too. Its definition goes: a

@@ -196,20 +196,6 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM unnest(ARRAY[date_trunc('year', now()), date_trunc('year', now()) + interval '6 months']) m
 $function$;
 
--- zone_functions(relation): the functions and operators of PostgreSQL's own that a view calls, through nested views too,
--- and whose answer depends on the session's time zone. The catalog's dependencies leave the system's out, so the stored
--- query is searched.
-CREATE OR REPLACE FUNCTION listener.zone_functions(relation regclass) RETURNS SETOF text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT DISTINCT p.proname::text
-    FROM (SELECT relation::oid AS relid UNION SELECT r.relid FROM listener.reads(relation) r WHERE r.relkind = 'v') v
-    JOIN pg_rewrite w ON w.ev_class = v.relid
-    CROSS JOIN LATERAL regexp_matches(w.ev_action::text, ':(?:funcid|opfuncid) (\d+)', 'g') m
-    JOIN pg_proc p ON p.oid = m[1]::oid
-    WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.provolatile = 's' AND p.pronargs > 0
-      AND 'timestamptz'::regtype IN (SELECT p.prorettype UNION SELECT unnest(p.proargtypes::oid[]))
-$function$;
-
 -- server_findings(replica_connections, old): the server's settings, transactions that have been open for longer than
 -- `old`, the time zone. Runs as its caller, who may see other sessions.
 CREATE OR REPLACE FUNCTION listener.server_findings(replica_connections integer, old interval DEFAULT '15 min')
@@ -308,8 +294,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $func
                   z.of_database, f.functions),
            format('ALTER DATABASE %I SET timezone = %L;', current_database(), v.time_zone)
     FROM zone z CROSS JOIN listener.managed_view v
-    CROSS JOIN LATERAL (SELECT string_agg(f, ', ' ORDER BY f)
-                        FROM listener.zone_functions(to_regclass('listener.definition_' || v.id)) f) AS f (functions)
+    CROSS JOIN LATERAL (SELECT string_agg(d.what, ', ' ORDER BY d.what)
+                        FROM listener.time_dependence(to_regclass('listener.definition_' || v.id)) d
+                        WHERE d.dependence = 'time zone') AS f (functions)
     WHERE f.functions IS NOT NULL AND listener.zone_differs(v.time_zone, z.of_database)
     UNION ALL
     SELECT 'time zone', 'ok', NULL, z.of_database, 'the database''s; each view is computed in its own', NULL FROM zone z

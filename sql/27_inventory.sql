@@ -193,15 +193,7 @@ BEGIN
     END IF;
     key_columns := coalesce(unique_key, '{}');
     -- From the service's role, with no tenant set.
-    hidden := (
-        SELECT min(c.oid)::regclass FROM listener.tenant_inputs(relation, NULL) i JOIN pg_class c ON c.oid = i.relid
-        WHERE c.relrowsecurity AND NOT (SELECT r.rolbypassrls OR r.rolsuper FROM pg_roles r WHERE r.rolname = installed.service_role)
-          AND (NOT EXISTS (SELECT FROM pg_policy p
-                           WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
-                             AND pg_get_expr(p.polqual, p.polrelid) = 'true'
-                             AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
-                                         WHERE o.role = 0 OR pg_has_role(installed.service_role, o.role, 'USAGE')))
-               OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*'))));
+    hidden := (SELECT min(i.relid)::regclass FROM listener.tenant_inputs(relation, NULL) i WHERE listener.hides_rows(i.relid));
     IF separable THEN
         strategy := 'tenant';
         why := format('a tenant''s rows depend on that tenant''s rows alone, by %I', tenant_column);

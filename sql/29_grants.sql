@@ -56,6 +56,8 @@ BEGIN
         'listener.fold_restored_log()',
         'listener.forget_rows(text, text)',
         'listener.hiding_functions(regclass)',
+        'listener.hides_rows(oid)',
+        'listener.lists_target(pg_policy)',
         'listener.hold_lease()',
         'listener.images(regclass, regclass)',
         'listener.implied(jsonb, text)',
@@ -130,8 +132,7 @@ BEGIN
         'listener.view_fingerprint(listener.managed_view)',
         'listener.view_text(oid, text)',
         'listener.view_troubles()',
-        'listener.zone_differs(text, text)',
-        'listener.zone_functions(regclass)']::regprocedure[]
+        'listener.zone_differs(text, text)']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;

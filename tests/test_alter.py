@@ -97,6 +97,7 @@ async def test_columns_come_and_go_and_everything_else_is_carried_over(
     assert "0 rows added, 2 rows removed, 0 rows changed, in 2 of 3 keys" in done.stdout
     assert "sales is altered: readers were locked out for" in done.stdout
     assert await differences(superuser, "sales") == []
+    assert await one(superuser, "SELECT reltuples FROM pg_class WHERE oid = 'sales'::regclass") == 2
     assert await rows(superuser, "SELECT name, target_name::text FROM listener.managed_view") == [("sales", "sales")]
     columns = "SELECT attname::text FROM pg_attribute WHERE attrelid = 'sales'::regclass AND attnum > 0 ORDER BY attnum"
     assert [name for (name,) in await rows(superuser, columns)] == ["tenant_id", "product", "orders", "largest"]
@@ -324,10 +325,19 @@ async def test_a_tenant_that_comes_after_the_fill_is_filled_before_the_swap(
 
 async def test_whoever_is_cancelled_leaves_nothing_beside(shop: Database, superuser: AsyncConnection[Any]) -> None:
     before = await traces(superuser)
-    async with shop.connect("listener_migrator") as migrator:
+
+    async def let_it_go() -> None:
+        # Only once it is waited for: until then nothing could have been taken back.
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%abort_alter%'"
+        await eventually(lambda: one(superuser, waiting))
+        await superuser.execute("SELECT pg_advisory_unlock(listener.lock_key(0, 'registration'))")
+
+    async with shop.connect("listener_migrator") as migrator, anyio.create_task_group() as tasks:
         with anyio.CancelScope() as scope:
             async with alter.begun(migrator, "sales", {"query": CHANGED}):
                 assert await one(superuser, "SELECT count(*) FROM listener.managed_view") == 2
+                await superuser.execute("SELECT pg_advisory_lock(listener.lock_key(0, 'registration'))")
+                tasks.start_soon(let_it_go)
                 scope.cancel()
                 await anyio.sleep_forever()
     assert await traces(superuser) == before

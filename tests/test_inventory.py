@@ -83,6 +83,18 @@ async def test_what_adopt_would_refuse_is_proposed_to_nobody(billing: Database) 
     assert "function reporting.balances_of(uuid)" in refused.stderr
 
 
+async def test_a_target_that_the_service_lists_whole_hides_nothing_from_it(billing: Database) -> None:
+    async with billing.connect() as superuser:
+        await superuser.execute("SET ROLE listener_owner")
+        await superuser.execute(
+            "SELECT listener.create_view('sums', 'SELECT tenant_id, sum(amount) AS s FROM billing.payments GROUP BY 1',"
+            " tenants_query => %s, target_rls => true)",
+            (TENANTS_QUERY,),
+        )
+        await superuser.execute("CREATE MATERIALIZED VIEW public.how_many AS SELECT count(*) AS n FROM public.sums")
+    assert stock(billing)["public.how_many"]["proposed"] == "whole"
+
+
 async def test_a_managed_view_is_listed_with_how_fresh_it_is(billing: Database) -> None:
     async with billing.connect() as superuser:
         await superuser.execute("SET ROLE listener_owner")

@@ -26,8 +26,6 @@ CREATE TABLE listener.adoption (
     relid oid NOT NULL,
     owner_role name NOT NULL,
     definition text NOT NULL,
-    populated boolean NOT NULL,
-    options text[],
     -- name -> {"unique": …, "rest": what follows USING}
     indexes jsonb NOT NULL,
     -- as listener.grants_of() gives them
