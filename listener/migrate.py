@@ -233,13 +233,17 @@ def _apply_functions(connection: psycopg.Connection[Any], settings: Settings) ->
         connection.execute("SELECT listener.lock_registration()")
     connection.execute(
         """
-        INSERT INTO listener.installation AS i (owner_role, service_role)
-        SELECT current_user, coalesce((SELECT r.rolname FROM pg_roles r WHERE r.rolname = %(service)s
-                                       AND pg_has_role(current_user, r.oid, 'MEMBER')), current_user)
-        ON CONFLICT (only_row) DO UPDATE SET owner_role = excluded.owner_role, service_role = excluded.service_role
-        WHERE (i.owner_role, i.service_role) <> (excluded.owner_role, excluded.service_role)
+        INSERT INTO listener.installation AS i (owner_role, service_role, compute_role)
+        SELECT current_user, s.role, coalesce((SELECT r.rolname FROM pg_roles r WHERE r.rolname = %(compute)s
+                                               AND pg_has_role(current_user, r.oid, 'MEMBER')), s.role)
+        FROM (SELECT coalesce((SELECT r.rolname FROM pg_roles r WHERE r.rolname = %(service)s
+                               AND pg_has_role(current_user, r.oid, 'MEMBER')), current_user) AS role) s
+        ON CONFLICT (only_row) DO UPDATE SET owner_role = excluded.owner_role, service_role = excluded.service_role,
+                                             compute_role = excluded.compute_role
+        WHERE (i.owner_role, i.service_role, i.compute_role)
+              <> (excluded.owner_role, excluded.service_role, excluded.compute_role)
         """,
-        {"service": settings.service_role},
+        {"service": settings.service_role, "compute": settings.compute_role},
     )
     for file in sorted(sql_directory().glob("*.sql")):
         connection.execute(file.read_bytes())
@@ -254,5 +258,7 @@ def roles_script(settings: Settings, database: str) -> str:
         owner_name=sql.Literal(settings.owner_role),
         service=sql.Identifier(settings.service_role),
         service_name=sql.Literal(settings.service_role),
+        compute=sql.Identifier(settings.compute_role),
+        compute_name=sql.Literal(settings.compute_role),
         database=sql.Identifier(database),
     ).as_string(None)

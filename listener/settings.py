@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
@@ -70,6 +70,12 @@ def _set_or_none(value: object) -> object:
 Name = Annotated[str, Field(min_length=1, max_length=63)]
 
 
+def compute_role_of(given: dict[str, Any]) -> str:
+    """The compute role that goes with these roles where none is named: `listener_compute` for `listener_service`."""
+    owner, service = str(given.get("owner_role")), str(given.get("service_role"))
+    return owner if owner == service else service.removesuffix("_service")[: 63 - len("_compute")] + "_compute"
+
+
 class Settings(BaseSettings):
     """What `listener run` and the commands need; see `listener run --help` for each."""
 
@@ -84,6 +90,11 @@ class Settings(BaseSettings):
     )
     owner_role: Name = Field(default="listener_owner", description="owns the schema, definitions and targets")
     service_role: Name = Field(default="listener_service", description="the role that drains and refreshes")
+    compute_role: Name = Field(
+        default_factory=lambda given: compute_role_of(given),
+        description="the role that definitions are computed as; it cannot log in. Default: the service's name with"
+        " _compute for _service; the owner where owner and service are one role",
+    )
     allow_superuser: bool = Field(
         default=False, description="run as a superuser, whom row-level security does not bind"
     )

@@ -133,6 +133,7 @@ BEGIN
     PERFORM listener.generate_difference(view);
     view.fingerprint := listener.view_fingerprint(view);
     view.created_at := clock_timestamp();
+    view.settings := coalesce(view.settings, '{}');
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
     INSERT INTO listener.view_source
     SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM unnest(source_ids) s;

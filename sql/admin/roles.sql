@@ -2,6 +2,7 @@
 --
 --   owner     owns the schema listener, the definitions and the targets; cannot log in; whoever migrates is a member
 --   service   what `listener run` logs in as: reads the sources under row-level security, writes only the targets
+--   compute   what definitions are computed as: has the service's rights and cannot log in
 --   reader    reads targets
 -- No password is set here. Set one by \password in psql, or let pg_hba.conf authenticate the service another way.
 DO $roles$
@@ -12,17 +13,24 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {service_name}) THEN
         CREATE ROLE {service} LOGIN;
     END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {compute_name}) THEN
+        CREATE ROLE {compute} NOLOGIN;
+    END IF;
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'listener_reader') THEN
         CREATE ROLE listener_reader NOLOGIN;
     END IF;
 END
 $roles$;
--- So that the owner can hand the refreshing functions to the service's role, which they run as; and so that you, who run
+-- So that the owner can hand the computing functions to the compute role, which they run as; and so that you, who run
 -- this, may migrate. From PostgreSQL 16 on, whoever grants a role must have made it, or have its ADMIN option.
 DO $members$
 BEGIN
     IF {owner_name} <> {service_name} THEN
         GRANT {service} TO {owner};
+    END IF;
+    IF {compute_name} NOT IN ({owner_name}, {service_name}) THEN
+        GRANT {service} TO {compute};
+        GRANT {compute} TO {owner};
     END IF;
     IF {owner_name} <> current_user THEN
         GRANT {owner} TO CURRENT_USER;
@@ -30,6 +38,7 @@ BEGIN
 END
 $members$;
 GRANT CREATE ON DATABASE {database} TO {owner};
+GRANT TEMPORARY ON DATABASE {database} TO {compute};
 -- So that the service sees who holds a lock or an old snapshot. The one thing here that may need more than an administrator
 -- has: from PostgreSQL 16 on the ADMIN option of pg_read_all_stats, which a superuser has. Without it two metrics say less, and
 -- so do `listener explain` and `listener doctor`; nothing is refreshed later or otherwise.
