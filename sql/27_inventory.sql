@@ -242,7 +242,7 @@ BEGIN
         WITH fresh AS MATERIALIZED (SELECT q::text FROM (%s) q), held AS MATERIALIZED (SELECT q::text FROM %s q)
         SELECT (SELECT count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
                (SELECT count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e)$sql$,
-        rtrim(pg_get_viewdef(relation), '; '), relation) INTO missing, extra;
+        rtrim(listener.query_of(relation), '; '), relation) INTO missing, extra;
     PERFORM set_config('role', previous_role, true);
 END
 $function$;

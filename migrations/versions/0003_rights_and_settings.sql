@@ -12,3 +12,8 @@ ALTER TABLE listener.managed_view
     ADD COLUMN compute_role name,
     ADD COLUMN settings jsonb NOT NULL DEFAULT '{}',
     ADD COLUMN max_staleness interval CHECK (max_staleness > '0');
+-- They take the view as a whole, whose settings they read the query under.
+DROP FUNCTION IF EXISTS listener.check_one_select(text, text, text, text);
+DROP FUNCTION IF EXISTS listener.make_definition(integer, text, text, boolean);
+DROP FUNCTION IF EXISTS listener.make_tenants(integer, text, text);
+DROP FUNCTION IF EXISTS listener.create_definition(integer, text, text, text);
