@@ -289,8 +289,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         'transform_null_equals', coalesce(view.settings ->> 'transform_null_equals', 'off'))
 $function$;
 
--- settings_of(view): all settings that the registration of a view kept, for another one that is to be computed as it is.
-CREATE OR REPLACE FUNCTION listener.settings_of(view listener.managed_view) RETURNS jsonb
+-- registered_settings(view): all settings that the registration of a view kept, for another one that is to be computed as it is.
+CREATE OR REPLACE FUNCTION listener.registered_settings(view listener.managed_view) RETURNS jsonb
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT listener.default_settings() || listener.reading_settings(view) || view.settings
 $function$;

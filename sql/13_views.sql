@@ -96,7 +96,9 @@ BEGIN
     PERFORM listener.check_window(view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone);
 
     view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
+    PERFORM listener.generate_computing(view);
     definition := listener.create_definition(view);
+    PERFORM listener.check_readable(definition, listener.grantee_of(view));
     view.tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
     view.settings := view.settings || listener.check_session(view.name, ARRAY[
         definition, pg_catalog.to_regclass('listener.tenants_' || view.id)]);
@@ -261,7 +263,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || view.id);
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'definition_' || view.id);
-    EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || view.id);
+    PERFORM listener.drop_computing(view.id);
     DELETE FROM listener.view_source w WHERE w.view_id = view.id;
     DELETE FROM listener.adoption a WHERE a.view_id = view.id;
     UPDATE listener.managed_view v SET replaces = NULL WHERE v.replaces = view.id;

@@ -90,7 +90,7 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{turning back}');
     statement text := format('REFRESH MATERIALIZED VIEW %I.%I', managed.target_schema, listener.name_beside(managed));
-    previous jsonb := listener.use_settings(listener.settings_of(managed));
+    previous jsonb := listener.use_settings(listener.registered_settings(managed));
 BEGIN
     PERFORM set_config('search_path', managed.search_path, true);
     EXECUTE statement;

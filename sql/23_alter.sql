@@ -61,7 +61,7 @@ BEGIN
     PERFORM listener.check_alterable(old);
     PERFORM listener.drop_view(v.name) FROM listener.managed_view v WHERE v.replaces = managed.id;
     -- create_view() takes the session's.
-    previous := listener.use_settings(listener.settings_of(managed));
+    previous := listener.use_settings(listener.registered_settings(managed));
     PERFORM set_config('search_path', managed.search_path, true);
     PERFORM listener.create_view(
         name => new, query => coalesce(query, managed.query),
@@ -165,39 +165,35 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         SELECT string_agg(format($side$%s AS MATERIALIZED (
     SELECT s.*, pg_catalog.row_number() OVER (PARTITION BY s.key) AS n
     FROM (SELECT %s AS key, %s AS image FROM %I.%I WHERE %s) s
-)$side$, s.side, listener.text_of(view, format('ROW(%s)', k.list)), listener.text_of(view, format('ROW(%s)', c.list)), (s.of).target_schema, (s.of).target_name, listener.is_of_tenant(s.of, '')), ', ' ORDER BY s.side) AS text
+)$side$, s.side, listener.text_of(view, format('ROW(%s)', k.list)), listener.text_of(view, format('ROW(%s)', c.list)),
+                                 (s.of).target_schema, (s.of).target_name, listener.is_of_tenant(s.of, '')), ', ' ORDER BY s.side) AS text
         FROM keys k CROSS JOIN columns c CROSS JOIN (VALUES ('before', view), ('afterwards', beside)) AS s (side, of)
     )
     SELECT format('WITH %s
-SELECT pg_catalog.count(*) FILTER (WHERE b.key IS NULL), pg_catalog.count(*) FILTER (WHERE a.key IS NULL),
-       pg_catalog.count(*) FILTER (WHERE b.image OPERATOR(pg_catalog.<>) a.image), pg_catalog.count(*)
+SELECT pg_catalog.jsonb_build_object(
+    ''added'', pg_catalog.count(*) FILTER (WHERE b.key IS NULL), ''removed'', pg_catalog.count(*) FILTER (WHERE a.key IS NULL),
+    ''changed'', pg_catalog.count(*) FILTER (WHERE b.image OPERATOR(pg_catalog.<>) a.image), ''rows'', pg_catalog.count(*))
 FROM before b FULL JOIN afterwards a ON a.key OPERATOR(pg_catalog.=) b.key AND a.n OPERATOR(pg_catalog.=) b.n', s.text)
     FROM sides s
 $function$;
 
 -- compare_alter(view, tenant_id): what the alteration changes for one tenant, in one snapshot: rows added, removed, changed;
 -- of how many. What is written meanwhile shows in whichever of the two was refreshed later.
--- Runs as refresh() runs. Raises LSN01, LSN02, LSN03.
+-- Computed as refresh() computes. Raises LSN01, LSN02, LSN03.
 CREATE OR REPLACE FUNCTION listener.compare_alter(
     view text, tenant_id text, OUT added bigint, OUT removed bigint, OUT changed bigint, OUT rows bigint)
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-SET TimeZone = 'UTC'
-SET DateStyle = 'ISO, YMD'
-SET IntervalStyle = 'postgres'
-SET extra_float_digits = 1
-SET bytea_output = 'hex'
-SET jit = off
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off
 AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
-    tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
-    comparison text := listener.alter_statement(managed, listener.altered(managed));
-    callers_tenant text := current_setting('app.current_tenant_id', true);
+    altered listener.managed_view := listener.altered(managed);
+    found jsonb := listener.evaluate(altered, listener.alter_statement(managed, altered),
+                                     listener.canonical_tenant(tenant_id, managed.tenant_type));
 BEGIN
-    PERFORM set_config('app.current_tenant_id', tenant_key, true);
-    EXECUTE comparison INTO added, removed, changed, rows USING tenant_key;
-    PERFORM set_config('app.current_tenant_id', callers_tenant, true);
+    added := found ->> 'added';
+    removed := found ->> 'removed';
+    changed := found ->> 'changed';
+    rows := found ->> 'rows';
 END
 $function$;
 
@@ -303,10 +299,12 @@ BEGIN
     other.id := 0;
     other.query := same_query.query;
     other.tenants_query := NULL;
+    PERFORM listener.generate_computing(other);
     PERFORM listener.create_definition(other);
     is_same := listener.query_of('listener.definition_0'::regclass)
              = listener.query_of(to_regclass('listener.definition_' || managed.id));
     DROP VIEW listener.definition_0;
+    PERFORM listener.drop_computing(0);
     PERFORM set_config('role', previous_role, true);
     RETURN coalesce(is_same, false);
 END
