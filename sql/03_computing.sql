@@ -213,10 +213,13 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.evaluate(view listener.managed_view, statement text, tenant text) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     computed jsonb;
+    previous jsonb := listener.use_settings(listener.custom_settings(view));
     call text := format('SELECT listener_private.%I($1, $2)', 'evaluate_' || view.id);
 BEGIN
     EXECUTE call INTO computed USING statement, tenant;
+    PERFORM listener.use_settings(previous), listener.give_back_tenant(callers_tenant);
     RETURN computed;
 END
 $function$;
@@ -225,10 +228,12 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.plan(view_id integer, preparation text[], questions jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     answers jsonb;
     call text := format('SELECT listener_private.%I($1, $2)', 'plan_' || view_id);
 BEGIN
     EXECUTE call INTO answers USING preparation, questions;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN answers;
 END
 $function$;
@@ -259,6 +264,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.evaluate_as(role name, statement text, tenant text, settings jsonb DEFAULT '{}') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     computed jsonb;
     is_done boolean;
 BEGIN
@@ -277,12 +283,14 @@ BEGIN
             RAISE;
         END IF;
     END;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN computed;
 END
 $function$;
 CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     answers jsonb;
     is_done boolean;
 BEGIN
@@ -300,6 +308,7 @@ BEGIN
             RAISE;
         END IF;
     END;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN answers;
 END
 $function$;

@@ -65,6 +65,7 @@ DECLARE
     -- As in refresh(): the path is given back by hand.
     callers_path text := pg_catalog.current_setting('search_path');
     pinned_path text := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     previous_role text := listener.become_owner();
     only_view listener.managed_view;
     key record;
@@ -99,8 +100,8 @@ BEGIN
         -- The definition has no row of it: what a refresh does, which a paused view has none of, deletes those of the target.
         PERFORM set_config('app.current_tenant_id', key.spelled, true), set_config('app.execution_context', 'worker', true);
         EXECUTE format('SELECT d.column3 FROM listener_private.%I($1) d', 'difference_' || key.view_id) INTO deleted USING key.spelled;
-        PERFORM pg_catalog.set_config('search_path', pinned_path, true), pg_catalog.set_config('app.current_tenant_id', '', true),
-                pg_catalog.set_config('app.execution_context', '', true);
+        PERFORM pg_catalog.set_config('search_path', pinned_path, true), pg_catalog.set_config('app.execution_context', '', true);
+        PERFORM listener.give_back_tenant(callers_tenant);
         rows_deleted := rows_deleted + deleted;
         DELETE FROM listener.refresh_state r WHERE r.view_id = key.view_id AND r.tenant = key.spelled;
         GET DIAGNOSTICS counted = ROW_COUNT;
