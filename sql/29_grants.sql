@@ -127,6 +127,8 @@ BEGIN
         'listener.scope_findings(text[])',
         'listener.seconds_text(interval)',
         'listener.server_findings(integer, interval)',
+        'listener.restore_path(text)',
+        'listener.run_refresh(text, text)',
         'listener.serves(text)',
         'listener.kept_settings()',
         'listener.session_settings()',
