@@ -100,36 +100,7 @@ BEGIN
     PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
-<<<<<<< HEAD
-    ELSIF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
-        outcome := 'busy';
-    ELSE
-        PERFORM set_config('app.current_tenant_id', tenant_key, true), set_config('app.execution_context', 'worker', true);
-        SELECT k.version, k.correlation_id, k.was_quick INTO version, batch, was_quick
-        FROM listener.known_version(managed.id, tenant_key) k;
-        -- A kept plan saves most of a small refresh. It may be wrong for a tenant unlike the others, or have been made when
-        -- the tables were small: a key whose last refresh was not quick is planned anew, which then costs next to nothing.
-        IF was_quick THEN
-            PERFORM set_config('plan_cache_mode', 'auto', true);
-        END IF;
-
-        callers_settings := listener.use_settings(listener.custom_settings(managed));
-        EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
-        left_path := pg_catalog.current_setting('search_path');
-        -- Before anything is called by a name that is not qualified.
-        PERFORM pg_catalog.set_config('search_path', pinned_path, true),
-                pg_catalog.set_config('app.execution_context', callers_context, true);
-        PERFORM listener.use_settings(callers_settings), listener.give_back_tenant(callers_tenant);
-        IF twice IS NOT NULL THEN
-            RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
-                USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')
-                    || ': group by them, or register the view with the columns that tell these rows apart.';
-        END IF;
-        duration := listener.record_refresh(managed.id, tenant_key, version, started, inserted, updated, deleted, batch);
-        outcome := 'refreshed';
-=======
         RETURN;
->>>>>>> main
     END IF;
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
         outcome := 'busy';
@@ -144,11 +115,12 @@ BEGIN
         PERFORM set_config('plan_cache_mode', 'auto', true);
     END IF;
 
+    callers_settings := listener.use_settings(listener.custom_settings(managed));
     EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
     -- Before anything is called by a name that is not qualified: what the definition calls may have set a path.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
-            pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
             pg_catalog.set_config('app.execution_context', callers_context, true);
+    PERFORM listener.use_settings(callers_settings), listener.give_back_tenant(callers_tenant);
     IF twice IS NOT NULL THEN
         RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
             USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')
