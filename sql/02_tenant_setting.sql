@@ -10,7 +10,7 @@
 --   type   that they cast the setting to
 --   mended   USING and WITH CHECK as they should be; NULL where a function does it
 CREATE OR REPLACE FUNCTION listener.raising_policies() RETURNS TABLE (relation regclass, policy name, type text, mended text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     WITH pattern (cast_of) AS (
         VALUES ('current_setting\(''app\.current_tenant_id''(?:::text)?,\s*true\)(\)*)(\s*::\s*|\s+as\s+)(uuid|bigint|integer|smallint|numeric|int\d?)\M')
     ), policy AS (

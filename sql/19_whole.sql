@@ -30,6 +30,7 @@ BEGIN
         RAISE EXCEPTION 'only %, who owns it, and its members may refresh %', pg_get_userbyid(kept.relowner), relation
             USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', pg_get_userbyid(kept.relowner), current_user);
     END IF;
+    PERFORM listener.check_written(relation, kept.query);
     view.target_schema := kept.nspname;
     view.target_name := kept.relname;
     view.name := listener.free_name(kept.nspname, kept.relname);

@@ -7,7 +7,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT format('SELECT q.%I::pg_catalog.text, pg_catalog.count(*), pg_catalog.sum(pg_catalog.hashtextextended(pg_catalog.concat_ws(''|'', %s), 0)::pg_catalog.numeric) FROM %s GROUP BY 1',
         view.tenant_column,
         string_agg(CASE WHEN i.type IN ('double precision', 'real') THEN format('pg_catalog.to_char(q.%I, ''9.99999999999EEEE'')', i.attname)
-                        ELSE format('pg_catalog.quote_nullable(%s)', listener.text_of(view, format('q.%I', i.attname))) END, ', ' ORDER BY i.attnum),
+                        ELSE format('pg_catalog.quote_nullable(q.%I::pg_catalog.text)', i.attname) END, ', ' ORDER BY i.attnum),
         rows)
     FROM listener.images(format('%I.%I', view.target_schema, view.target_name)::regclass,
                          ('listener.definition_' || view.id)::regclass) i
@@ -17,18 +17,18 @@ $function$;
 -- as REFRESH computes them.
 CREATE OR REPLACE FUNCTION listener.whole_digests(view text) RETURNS TABLE (tenant text, held bigint, digest numeric)
 LANGUAGE plpgsql STABLE
-SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres'
-SET extra_float_digits = 1 SET bytea_output = 'hex' SET jit = off AS $function$
+SET search_path = pg_catalog, pg_temp SET extra_float_digits = 1 SET bytea_output = 'hex' SET jit = off AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{filling}');
     statement text := listener.digest_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n')));
     previous_role text := current_setting('role');
+    previous jsonb := listener.use_settings(listener.registered_settings(managed));
 BEGIN
-    PERFORM set_config('role', adoption.owner_role, true), set_config('TimeZone', managed.time_zone, true),
-            set_config('search_path', managed.search_path, true);
+    PERFORM set_config('role', adoption.owner_role, true), set_config('search_path', managed.search_path, true);
     RETURN QUERY EXECUTE statement;
-    PERFORM pg_catalog.set_config('role', previous_role, true);
+    PERFORM pg_catalog.set_config('role', previous_role, true), pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    PERFORM listener.use_settings(previous);
 END
 $function$;
 

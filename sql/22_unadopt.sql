@@ -52,6 +52,7 @@ DECLARE
     published name;
     statement text;
     created boolean := false;
+    previous jsonb := listener.use_settings(listener.own_settings());
 BEGIN
     PERFORM listener.lock_registration();
     managed := listener.find_view(view);
@@ -78,7 +79,7 @@ BEGIN
         END IF;
     END LOOP;
     UPDATE listener.adoption a SET state = 'turning back', begun_at = clock_timestamp() WHERE a.view_id = managed.id;
-    PERFORM set_config('role', previous_role, true);
+    PERFORM listener.use_settings(previous), set_config('role', previous_role, true);
 END
 $function$;
 
