@@ -461,10 +461,11 @@ BEGIN
         ORDER BY v.name
     LOOP
         RETURN QUERY
-        SELECT 'scope', CASE WHEN s.proven AND s.indexed AND s.advice IS NULL THEN 'ok' ELSE 'warning' END, managed.name,
+        SELECT 'scope', CASE WHEN s.proven AND s.indexed IS NOT FALSE AND s.advice IS NULL THEN 'ok' ELSE 'warning' END, managed.name,
                coalesce(s.source::text, managed.name),
                CASE WHEN NOT s.proven THEN format('%s may read other tenants'' rows of it: %s.', managed.name, s.advice)
-                    WHEN s.advice IS NULL THEN format('%s reads one tenant''s rows of it, by an index', managed.name)
+                    WHEN s.advice IS NULL THEN format('%s reads one tenant''s rows of it', managed.name)
+                                               || CASE WHEN s.indexed THEN ', by an index' ELSE '' END
                     WHEN s.advice ~ 'CREATE INDEX' THEN format('%s reads it whole for each tenant.', managed.name)
                     ELSE format('%s: %s.', managed.name, split_part(s.advice, ': ', 1)) END,
                CASE WHEN s.advice IS NOT NULL THEN coalesce(substring(s.advice FROM '(?:CREATE INDEX|SELECT listener\.).*$') || ';',
