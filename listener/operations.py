@@ -226,6 +226,8 @@ def reasons(facts: DictRow) -> list[str]:
     dirty = facts["version"] is not None and facts["version"] != facts["refreshed_version"]
     if dirty:
         lines.append(f"the key has been dirty for {facts['dirty_age']:.1f} s")
+    if facts["app_correlation_id"] and (dirty or facts["undrained"]):
+        lines.append(f"the application's correlation id of its newest change is {facts['app_correlation_id']}")
     lines += _waits_for(facts, dirty=dirty)
     if not lines and facts["version"] is None and facts["refreshed_version"] is None:
         lines.append("no change of this tenant was ever captured, and it was never refreshed")

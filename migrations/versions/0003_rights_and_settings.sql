@@ -12,3 +12,6 @@ ALTER TABLE listener.managed_view
     ADD COLUMN compute_role name,
     ADD COLUMN settings jsonb NOT NULL DEFAULT '{}',
     ADD COLUMN max_staleness interval CHECK (max_staleness > '0');
+
+-- Functions that have other arguments or results now: the files of sql/ make them again.
+DROP FUNCTION IF EXISTS listener.explain_key(text, text);
