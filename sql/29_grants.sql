@@ -95,6 +95,9 @@ BEGIN
         'listener.refresh(text, bigint)',
         'listener.refresh(text, text)',
         'listener.refresh(text, uuid)',
+        'listener.refresh_all_for_tenant(bigint)',
+        'listener.refresh_all_for_tenant(text)',
+        'listener.refresh_all_for_tenant(uuid)',
         'listener.refresh_dirty(integer, text, text, bigint)',
         'listener.refresh_key(text, text)',
         'listener.refresh_materialized_view_for_tenant(bigint, text)',
@@ -156,6 +159,7 @@ BEGIN
         'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
         'listener.record_refusal(text, text, text, text, text)',
         'listener.refresh(text, text)',
+        'listener.refresh_all_for_tenant(text)',
         'listener.tenant_digest(text, text)',
         'listener.tenants(text)',
         'listener.unconsumed()']::regprocedure[]
