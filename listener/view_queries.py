@@ -119,6 +119,21 @@ async def forget(connection: AsyncConnection[Any], tenant: str, view: str | None
         return await cursor.fetchall()
 
 
+async def refresh_all_for_tenant(connection: AsyncConnection[Any], tenant: str) -> list[DictRow]:
+    """listener.refresh_all_for_tenant: what was done with each view, and how many seconds it took."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            """
+            SELECT r.view_name AS view, r.outcome, coalesce(r.inserted, 0) AS inserted, coalesce(r.updated, 0) AS updated,
+                   coalesce(r.deleted, 0) AS deleted, coalesce(r.version, 0) AS version,
+                   extract(epoch FROM r.duration)::float8 AS seconds
+            FROM listener.refresh_all_for_tenant(%s::text) r
+            """,
+            (tenant,),
+        )
+        return await cursor.fetchall()
+
+
 async def is_paused(connection: AsyncConnection[Any], view: str) -> bool:
     """Whether the view is paused. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (

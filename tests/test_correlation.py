@@ -40,7 +40,7 @@ async def write(shop: Database, tenant: str, correlation_id: str | None, stateme
     async with application(shop, tenant, autocommit=False) as app:
         if correlation_id is not None:
             await app.execute(sql.SQL("SET LOCAL app.correlation_id = {}").format(sql.Literal(correlation_id)))
-        await app.execute(sql.SQL(statement))  # type: ignore[arg-type]
+        await app.execute(sql.SQL(statement))
         await app.commit()
 
 
