@@ -205,3 +205,38 @@ BEGIN
     ORDER BY (SELECT count(*) FROM listener.view_upstream u WHERE u.view_id = v.id), v.name;
 END
 $function$;
+
+-- staleness(): how old the oldest change is that a view does not show, whatever keeps it: not drained yet, waiting for its
+-- refresh, failing, paused, or shown so far only by a view that this one reads. One row per view.
+--   dirty_keys, dirty_since   of what is drained, and the view's own
+--   since                     of all; NULL: nothing is known that is not shown
+--   max_staleness             NULL too for a view that does not have its place yet: nobody reads it
+CREATE OR REPLACE FUNCTION listener.staleness()
+RETURNS TABLE (view_id integer, view_name text, dirty_keys bigint, dirty_since timestamptz, since timestamptz,
+               staleness interval, max_staleness interval)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH drained AS MATERIALIZED (
+        SELECT k.view_id, count(*) AS keys, min(k.dirty_since) AS since FROM listener.dirty k GROUP BY k.view_id
+    ), logged AS MATERIALIZED (
+        -- As the drain dates them: a transaction that stayed open is not staleness of ours.
+        SELECT c.source_id, c.view_id,
+               CASE WHEN c.source_id IS NULL THEN min(c.changed_at) ELSE greatest(min(c.changed_at), (
+                   SELECT l.drained_at FROM listener.drain_log l ORDER BY l.id DESC LIMIT 1)) END AS since
+        FROM listener.unconsumed() c GROUP BY c.source_id, c.view_id
+    ), own AS MATERIALIZED (
+        SELECT o.view_id, min(o.since) AS since
+        FROM (SELECT d.view_id, d.since FROM drained d
+              UNION ALL SELECT l.view_id, l.since FROM logged l WHERE l.view_id IS NOT NULL
+              UNION ALL SELECT w.view_id, l.since FROM logged l JOIN listener.view_source w ON w.source_id = l.source_id) o
+        GROUP BY o.view_id
+    )
+    SELECT v.id, v.name, coalesce(d.keys, 0), d.since, s.since, clock_timestamp() - s.since,
+           CASE WHEN v.replaces IS NULL AND NOT EXISTS (
+               SELECT FROM listener.adoption a WHERE a.view_id = v.id AND a.state = 'filling') THEN v.max_staleness END
+    FROM listener.managed_view v
+    LEFT JOIN drained d ON d.view_id = v.id
+    CROSS JOIN LATERAL (
+        SELECT min(o.since) AS since FROM own o
+        WHERE o.view_id = v.id
+           OR o.view_id IN (SELECT u.upstream_id FROM listener.view_upstream u WHERE u.view_id = v.id)) s
+$function$;

@@ -113,6 +113,7 @@ BEGIN
         'listener.serves(text)',
         'listener.shell_word(text)',
         'listener.some_tenant(text)',
+        'listener.staleness()',
         'listener.state_findings()',
         'listener.state_of(integer, text)',
         'listener.take_mark()',
@@ -160,6 +161,7 @@ BEGIN
         'listener.record_refusal(text, text, text, text, text)',
         'listener.refresh(text, text)',
         'listener.refresh_all_for_tenant(text)',
+        'listener.staleness()',
         'listener.tenant_digest(text, text)',
         'listener.tenants(text)',
         'listener.unconsumed()']::regprocedure[]

@@ -104,7 +104,8 @@ async def test_it_waits_for_a_session_that_is_at_one_of_the_views(
     async with (
         books.connect() as other,
         books.connect("listener_service") as service,
-        anyio.create_task_group() as tasks,other.transaction()
+        anyio.create_task_group() as tasks,
+        other.transaction(),
     ):
         await other.execute(lock, (str(ANNA), LEDGER_VIEW))
         assert {"busy"} < {row["outcome"] for row in await operations.refresh_all_views(service, str(ANNA), 0)}

@@ -36,34 +36,33 @@ def refresh(
         raise errors.SetupError("give either --tenant ID or --all-tenants.")
 
     async def act(connection: Connection) -> None:
-        if view is None:
-            assert tenant is not None
-            await _refresh_all_views(connection, tenant, as_json=as_json)
-            return
-        if tenant is None and not all_tenants:
-            if await view_queries.has_tenants(connection, view):
+        if view is not None and all_tenants:
+            await _refresh_all_tenants(connection, view, as_json=as_json)
+        elif view is not None:
+            if tenant is None and await view_queries.has_tenants(connection, view):
                 raise errors.SetupError("give either --tenant ID or --all-tenants.")
-            await _refresh_one(connection, view, None, as_json=as_json)
-            return
-        if tenant is not None:
             await _refresh_one(connection, view, tenant, as_json=as_json)
-            return
-        name = await view_queries.view_name(connection, view)
-        tally = await _shown(name, operations.refresh_all(connection, name), as_json=as_json)
-        tenants = tally.outcomes.total()
-        if as_json:
-            console.print_json(
-                {"view": name, "tenants": tenants, **_counts(tally), "seconds": tally.seconds, "errors": _errors(tally)}
-            )
-        else:
-            took = f", took {console.duration(tally.seconds)}" if tally.seconds else ""
-            console.out.print(f"{console.count(tenants, 'tenant')} of {name}: {_counted(tally)}{took}")
-        if tally.outcomes["paused"]:
-            console.error(_paused(name))
-        if tally.outcomes["refreshed"] != tenants:
-            raise typer.Exit(1)
+        elif tenant is not None:
+            await _refresh_all_views(connection, tenant, as_json=as_json)
 
     with_connection(act)
+
+
+async def _refresh_all_tenants(connection: Connection, view: str, *, as_json: bool) -> None:
+    name = await view_queries.view_name(connection, view)
+    tally = await _shown(name, operations.refresh_all(connection, name), as_json=as_json)
+    tenants = tally.outcomes.total()
+    if as_json:
+        console.print_json(
+            {"view": name, "tenants": tenants, **_counts(tally), "seconds": tally.seconds, "errors": _errors(tally)}
+        )
+    else:
+        took = f", took {console.duration(tally.seconds)}" if tally.seconds else ""
+        console.out.print(f"{console.count(tenants, 'tenant')} of {name}: {_counted(tally)}{took}")
+    if tally.outcomes["paused"]:
+        console.error(_paused(name))
+    if tally.outcomes["refreshed"] != tenants:
+        raise typer.Exit(1)
 
 
 async def _refresh_one(connection: Connection, view: str, tenant: str | None, *, as_json: bool) -> None:

@@ -14,4 +14,8 @@ ALTER TABLE listener.managed_view
     ADD COLUMN max_staleness interval CHECK (max_staleness > '0');
 
 -- Functions that have other arguments or results now: the files of sql/ make them again.
+DROP FUNCTION IF EXISTS listener.create_view(
+    text, text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean);
+DROP FUNCTION IF EXISTS listener.set_window(text, interval, interval, text, interval, boolean);
+DROP FUNCTION IF EXISTS listener.check_window(interval, interval, text, interval, text);
 DROP FUNCTION IF EXISTS listener.explain_key(text, text);
