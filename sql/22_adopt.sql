@@ -64,7 +64,9 @@ BEGIN
     PERFORM listener.create_view(
         name => beside, query => query, key_columns => keys, tenant_column => tenant_column, tenants_query => tenants_query,
         depends_on => depends_on, quiet_period => quiet_period, max_wait => max_wait, edge => edge, max_age => age,
-        timezone => zone, target_rls => target_rls);
+        timezone => zone, target_rls => target_rls,
+        -- An adoption that starts over keeps what was set for it.
+        max_staleness => managed.max_staleness);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     -- Known by the name that it will have, from the beginning.
     UPDATE listener.managed_view v SET name = listener.free_name(class.nspname, class.relname)

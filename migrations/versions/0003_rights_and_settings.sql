@@ -31,6 +31,11 @@ DROP FUNCTION IF EXISTS listener.refresh(text, bigint), listener.refresh(text, u
     listener.create_definition(integer, text, text, text),
     listener.grant_definition(integer),
     listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text);
+DROP FUNCTION IF EXISTS listener.create_view(
+    text, text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean);
+DROP FUNCTION IF EXISTS listener.set_window(text, interval, interval, text, interval, boolean);
+DROP FUNCTION IF EXISTS listener.check_window(interval, interval, text, interval, text);
+DROP FUNCTION IF EXISTS listener.explain_key(text, text);
 DO $difference$
 DECLARE
     routine regprocedure;
