@@ -12,3 +12,7 @@ ALTER TABLE listener.managed_view
     ADD COLUMN compute_role name,
     ADD COLUMN settings jsonb NOT NULL DEFAULT '{}',
     ADD COLUMN max_staleness interval CHECK (max_staleness > '0');
+-- What these return is another row.
+DROP FUNCTION IF EXISTS listener.uncast(text);
+DROP FUNCTION IF EXISTS listener.equalities(text, text);
+DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
