@@ -211,7 +211,7 @@ END
 $function$;
 
 -- check_columns(definition, tenant_column, key_columns): the type of the tenant column. Raises LSN03 where a column
--- is missing, the tenant's type is not supported, a key column's type cannot be indexed, or a column has a name that the
+-- is missing, the tenant's type is not supported or its collation takes two tenants for one, a key column's type cannot be indexed, or a column has a name that the
 -- difference of whole rows takes for its own.
 CREATE OR REPLACE FUNCTION listener.check_columns(definition regclass, tenant_column name, key_columns name[])
 RETURNS text
@@ -234,6 +234,13 @@ BEGIN
     IF tenant_type NOT IN ('uuid', 'text', 'bigint', 'integer') THEN
         RAISE EXCEPTION 'tenant column % is of type %', tenant_column, tenant_type USING ERRCODE = 'LSN03',
             HINT = 'Supported are uuid, text, varchar, bigint and integer: cast it in the query.';
+    END IF;
+    SELECT l.oid::regcollation::text INTO missing
+    FROM pg_attribute a JOIN pg_collation l ON l.oid = a.attcollation AND NOT l.collisdeterministic
+    WHERE a.attrelid = definition AND a.attname = tenant_column;
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION 'tenant column % has the collation %, which takes different texts for equal', tenant_column, missing
+            USING ERRCODE = 'LSN03', HINT = 'Return it as it is in a source whose collation is deterministic, or add COLLATE "C" in the query.';
     END IF;
     SELECT string_agg(format('%I (%s)', a.attname, format_type(a.atttypid, a.atttypmod)), ', ') INTO missing
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid

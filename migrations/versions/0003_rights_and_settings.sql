@@ -46,3 +46,7 @@ BEGIN
     END LOOP;
 END
 $difference$;
+-- What these return is another row.
+DROP FUNCTION IF EXISTS listener.uncast(text);
+DROP FUNCTION IF EXISTS listener.equalities(text, text);
+DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
