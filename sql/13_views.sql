@@ -11,9 +11,10 @@
 --   depends_on      the tables that functions in the query read ('{}': none)
 --   quiet_period, max_wait, edge   the window: default 250 ms, 2 s, leading
 --   max_age         refresh each key at least so often: for queries that depend on the time
---   timezone        the time zone that the query is computed in
+--   timezone        the time zone that the query is read and computed in
 --   target_rls      row-level security on the target, by app.current_tenant_id
 --   max_staleness   how old a change that is not shown may get before an alert: docs/operations.md, ListenerTooStale
+-- It is read and computed under the session's other settings, DateStyle say: view.settings keeps them.
 -- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
 -- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
 -- Raises LSN03 with a hint where the query or the privileges do not allow it. Warns of what 20_scope.sql and 20_time.sql find.
@@ -47,7 +48,11 @@ BEGIN
         OPERATOR(pg_catalog.||) 'pg_temp'::pg_catalog.text, ', ');
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM listener.lock_registration();
-    IF name IS NULL OR query IS NULL OR key_columns IS NULL THEN
+    view.settings := listener.session_settings() - 'TimeZone';
+    IF pg_catalog.current_setting('standard_conforming_strings') <> 'on' THEN
+        RAISE EXCEPTION 'this session reads a backslash in a literal as an escape, and a view is computed without that'
+            USING ERRCODE = 'LSN03', HINT = 'SET standard_conforming_strings = on.';
+    ELSIF name IS NULL OR query IS NULL OR key_columns IS NULL THEN
         RAISE EXCEPTION 'name, query and key_columns must be given' USING ERRCODE = 'LSN02';
     ELSIF tenant_column IS NULL AND (tenants_query IS NOT NULL OR target_rls) THEN
         RAISE EXCEPTION 'a view without a tenant column has neither a tenants_query nor target_rls' USING ERRCODE = 'LSN02';
@@ -96,9 +101,11 @@ BEGIN
 
     view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
     PERFORM listener.generate_computing(view);
-    definition := listener.create_definition(view.id, query, tenants_query, view.search_path, listener.grantee_of(view));
+    definition := listener.create_definition(view);
     PERFORM listener.check_readable(definition, listener.grantee_of(view));
     view.tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
+    view.settings := view.settings || listener.check_session(view.name, ARRAY[
+        definition, pg_catalog.to_regclass('listener.tenants_' || view.id)]);
     SELECT r.source_ids, r.tenant_secured INTO source_ids, view.tenant_secured
     FROM listener.register_sources(definition, tenant_column, depends_on) r;
     IF tenants_query IS NULL THEN

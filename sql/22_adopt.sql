@@ -37,13 +37,15 @@ DECLARE
     keys name[];
     zone text := coalesce(timezone, listener.default_time_zone());
     age interval := listener.adopted_max_age(old, max_age);
+    -- The materialized view was computed under these, and create_view() takes the session's.
+    previous jsonb := listener.use_settings(listener.default_settings());
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
     PERFORM listener.check_swappable(old), listener.check_sources(old);
     SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old;
-    query := pg_get_viewdef(old);
+    query := listener.query_of(old);
     SELECT a.* INTO before FROM listener.adoption a
     WHERE a.state = 'filling' AND a.schema_name = class.nspname AND a.relation_name = class.relname;
     IF FOUND THEN
@@ -51,7 +53,7 @@ BEGIN
         IF before.relid = old AND before.definition = query AND before.request = request
            AND to_regclass(format('%I.%I', managed.target_schema, managed.target_name)) IS NOT NULL THEN
             PERFORM listener.resume(managed.name);
-            PERFORM set_config('role', previous_role, true);
+            PERFORM listener.use_settings(previous), set_config('role', previous_role, true);
             RETURN managed.name;
         END IF;
         PERFORM listener.drop_view(managed.name);
@@ -88,7 +90,7 @@ BEGIN
     FOREACH statement IN ARRAY ARRAY(SELECT l FROM listener.losses(old, managed.key_columns) l) LOOP
         RAISE NOTICE '%', statement;
     END LOOP;
-    PERFORM set_config('role', previous_role, true);
+    PERFORM listener.use_settings(previous), set_config('role', previous_role, true);
     RETURN managed.name;
 END
 $function$;
@@ -165,7 +167,7 @@ BEGIN
     managed := listener.find_view(view);
     adoption := listener.find_adoption(view, '{filling}');
     old := to_regclass(format('%I.%I', adoption.schema_name, adoption.relation_name));
-    IF old IS DISTINCT FROM adoption.relid::regclass OR pg_get_viewdef(old) <> adoption.definition THEN
+    IF old IS DISTINCT FROM adoption.relid::regclass OR listener.query_of(old) <> adoption.definition THEN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
     END IF;

@@ -18,7 +18,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
               WHERE g ->> 'grantee' = n.service_role OR g ->> 'privilege' <> 'SELECT') AS u (g)
     )
     SELECT format(E'CREATE MATERIALIZED VIEW %s AS\n%s\nWITH NO DATA', n.beside, rtrim(coalesce(
-        pg_get_viewdef(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n'))
+        listener.query_of(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n'))
     FROM names n
     UNION ALL
     SELECT s FROM names n CROSS JOIN grants g
@@ -82,18 +82,19 @@ BEGIN
 END
 $function$;
 
--- fill_unadoption(view): fills the materialized view, in the time zone that the managed view had.
+-- fill_unadoption(view): fills the materialized view, under the settings that the managed view had.
 CREATE OR REPLACE FUNCTION listener.fill_unadoption(view text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{turning back}');
     statement text := format('REFRESH MATERIALIZED VIEW %I.%I', managed.target_schema, listener.name_beside(managed));
+    previous jsonb := listener.use_settings(listener.registered_settings(managed));
 BEGIN
-    PERFORM set_config('TimeZone', managed.time_zone, true), set_config('search_path', managed.search_path, true);
+    PERFORM set_config('search_path', managed.search_path, true);
     EXECUTE statement;
-    PERFORM pg_catalog.set_config('role', previous_role, true);
+    PERFORM pg_catalog.set_config('role', previous_role, true), listener.use_settings(previous);
 END
 $function$;
 

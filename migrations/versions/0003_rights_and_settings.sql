@@ -27,6 +27,8 @@ DROP FUNCTION IF EXISTS listener.refresh(text, bigint), listener.refresh(text, u
     listener.refresh_key(text, text), listener.refresh_dirty(integer, text, text, bigint),
     listener.explained(text, text), listener.make_stand_ins(regclass, text), listener.tenant_plans(regclass, name, text),
     listener.forget_rows(text, text), listener.check_one_select(text, text, text, text), listener.check_readable(regclass),
+    listener.make_definition(integer, text, text, boolean), listener.make_tenants(integer, text, text),
+    listener.create_definition(integer, text, text, text),
     listener.grant_definition(integer),
     listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text);
 DROP FUNCTION IF EXISTS listener.create_view(
@@ -44,3 +46,7 @@ BEGIN
     END LOOP;
 END
 $difference$;
+-- What these return is another row.
+DROP FUNCTION IF EXISTS listener.uncast(text);
+DROP FUNCTION IF EXISTS listener.equalities(text, text);
+DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
