@@ -255,31 +255,14 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.evaluate(view listener.managed_view, statement text, tenant text) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     computed jsonb;
+    previous jsonb := listener.use_settings(listener.custom_settings(view));
     call text := format('SELECT listener_private.%I($1, $2)', 'evaluate_' || view.id);
-    custom jsonb := listener.custom_settings(view);
-    callers jsonb := listener.set_custom(custom);
 BEGIN
     EXECUTE call INTO computed USING statement, tenant;
-    PERFORM listener.set_custom(callers);
+    PERFORM listener.use_settings(previous), listener.give_back_tenant(callers_tenant);
     RETURN computed;
-END
-$function$;
-
--- set_custom(settings): sets settings that no SET clause can pin, to the end of the transaction. Returns what they were.
-CREATE OR REPLACE FUNCTION listener.set_custom(settings jsonb) RETURNS jsonb
-LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    callers jsonb := '{}';
-    setting record;
-BEGIN
-    IF settings <> '{}' THEN
-        FOR setting IN SELECT s.key, s.value FROM jsonb_each_text(settings) s LOOP
-            callers := callers || jsonb_build_object(setting.key, current_setting(setting.key, true));
-            PERFORM set_config(setting.key, setting.value, true);
-        END LOOP;
-    END IF;
-    RETURN callers;
 END
 $function$;
 
@@ -287,10 +270,12 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.plan(view_id integer, preparation text[], questions jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     answers jsonb;
     call text := format('SELECT listener_private.%I($1, $2)', 'plan_' || view_id);
 BEGIN
     EXECUTE call INTO answers USING preparation, questions;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN answers;
 END
 $function$;
@@ -321,6 +306,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.evaluate_as(role name, statement text, tenant text, settings jsonb DEFAULT '{}') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     computed jsonb;
     is_done boolean;
 BEGIN
@@ -339,12 +325,14 @@ BEGIN
             RAISE;
         END IF;
     END;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN computed;
 END
 $function$;
 CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     answers jsonb;
     is_done boolean;
 BEGIN
@@ -362,6 +350,7 @@ BEGIN
             RAISE;
         END IF;
     END;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN answers;
 END
 $function$;

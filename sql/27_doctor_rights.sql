@@ -401,6 +401,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM installed i CROSS JOIN summed s
     WHERE s.permissive > 0 AND s.open_policy IS NULL AND NOT s.reads_tenant
     UNION ALL
+    SELECT 'row security', 'warning', NULL, p.relation::text,
+           format('its policy %I raises in a session that names no tenant and named one before, or refreshed something: '
+                  'PostgreSQL leaves the setting as an empty text, which is no %s.', p.policy, p.type),
+           coalesce(format('ALTER POLICY %I ON %s %s;', p.policy, p.relation, p.mended),
+                    'Take nullif(current_setting(…, true), '''') in the function that it calls.')
+    FROM listener.raising_policies() p
+    UNION ALL
     SELECT 'row security', 'ok', s.readers, s.source, format('enabled and forced, by %I', s.some_policy), NULL
     FROM summed s
     WHERE s.relforcerowsecurity AND s.reads_tenant AND (s.open_policy IS NULL OR s.restricted)
