@@ -12,3 +12,9 @@ ALTER TABLE listener.managed_view
     ADD COLUMN compute_role name,
     ADD COLUMN settings jsonb NOT NULL DEFAULT '{}',
     ADD COLUMN max_staleness interval CHECK (max_staleness > '0');
+-- The view that holds the query of a materialized view which is made again, where that query shows the owner no rows.
+ALTER TABLE listener.adoption ADD COLUMN query_view name;
+-- They have an argument more now, `owner`.
+DROP FUNCTION IF EXISTS listener.carried(regclass, text, "char", name[], jsonb, jsonb);
+DROP FUNCTION IF EXISTS listener.begin_adoption(text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean, text);
+DROP FUNCTION IF EXISTS listener.plan_adoption(text, name[], name, text);
