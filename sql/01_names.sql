@@ -98,6 +98,14 @@ BEGIN
 END
 $function$;
 
+-- is_administrator(): whether the session is that of somebody who administers this schema: a superuser, or a member of its
+-- owner that is not the service.
+CREATE OR REPLACE FUNCTION listener.is_administrator() RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT r.rolsuper OR (session_user <> i.service_role AND pg_has_role(session_user, i.owner_role, 'MEMBER'))
+    FROM pg_roles r CROSS JOIN listener.installation i WHERE r.rolname = session_user
+$function$;
+
 -- serves(migration): whether a service whose newest migration is this one may work on this schema, even if the schema is
 -- newer. The bound is raised by the migration that makes the files here do what an older service cannot live with:
 -- docs/operations.md, "Upgrading", says what that is. Migrations are numbered, so their names have an order.

@@ -110,35 +110,35 @@ SELECT (SELECT pg_catalog.count(*) FROM written w WHERE w.inserted),
 END
 $function$;
 
--- generate_difference(view): makes or replaces listener.difference_<id>(tenant), which runs that statement. It is static
--- SQL, so that a session parses it once, and may keep its plan: parsing and planning took two thirds of a small refresh.
--- Which plan is taken, refresh() says. It runs with the rights of whoever calls, the service's role; that of a
--- materialized view with the owner's of this schema, since PostgreSQL lets only a view's owner, and its members, refresh
--- it. Nothing is made where target or definition are gone, or the target lacks a column: the statement would leave that
--- out for good.
+-- generate_difference(view): makes or replaces listener_private.difference_<id>(tenant), which runs that statement, and what
+-- else computes the view: see 03_computing.sql. It is static SQL, so that a session parses it once, and may keep its plan:
+-- parsing and planning took two thirds of a small refresh. Which plan is taken, refresh() says. It runs with the rights of
+-- the view's compute role; that of a materialized view with those of the owner of this schema, since PostgreSQL lets only a
+-- view's owner, and its members, refresh it, and confines what its query calls by itself. Nothing is made where target or
+-- definition are gone, or the target lacks a column: the statement would leave that out for good.
 CREATE OR REPLACE FUNCTION listener.generate_difference(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    service_role name := (SELECT i.service_role FROM listener.installation i);
     kept boolean := view.strategy = 'materialized view';
 BEGIN
+    IF to_regclass('listener.definition_' || view.id) IS NULL THEN
+        RETURN;
+    END IF;
+    PERFORM listener.generate_computing(view);
     IF to_regclass(format('%I.%I', view.target_schema, view.target_name)) IS NULL
-       OR to_regclass('listener.definition_' || view.id) IS NULL
        OR EXISTS (SELECT FROM listener.missing_columns(view)) THEN
         RETURN;
     END IF;
-    -- As a literal: a column's name may hold whatever a dollar quote ends with.
-    EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I(text, OUT bigint, OUT bigint, OUT bigint, OUT text)
-                    LANGUAGE plpgsql VOLATILE %s AS %L', 'difference_' || view.id,
-                   CASE WHEN kept THEN 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp' ELSE '' END,
-                   CASE WHEN kept THEN listener.refresh_statement(view) ELSE format($difference$
+    PERFORM listener.make_private(
+        CASE WHEN kept THEN (SELECT i.owner_role FROM listener.installation i) ELSE listener.compute_role_of(view) END,
+        format('difference_%s(text)', view.id),
+        format('difference_%s(text, OUT bigint, OUT bigint, OUT bigint, OUT text)', view.id), 'VOLATILE', listener.settings_of(view),
+        CASE WHEN kept THEN listener.refresh_statement(view) ELSE format($difference$
 #variable_conflict use_column
 BEGIN%s
     INTO $2, $3, $4, $5;
 END
 $difference$, listener.difference_statement(view)) END);
-    EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I(text) FROM PUBLIC', 'difference_' || view.id);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION listener.%I(text) TO %I', 'difference_' || view.id, service_role);
 END
 $function$;
 
@@ -170,12 +170,13 @@ WITH fresh AS MATERIALIZED (SELECT %1$s FROM %2$s WHERE %4$s),
 END
 $function$;
 
--- comparison_statement(view): counts the rows that only the definition has, and those that only the target has, for
--- tenant $1, in one snapshot. Raises as compared_rows().
+-- comparison_statement(view): counts the rows that only the definition has, `missing`, those that only the target has,
+-- `extra`, and those of the target, `held`, for tenant $1, as jsonb. Raises as compared_rows().
 CREATE OR REPLACE FUNCTION listener.comparison_statement(view listener.managed_view) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT format($sql$%s
-SELECT (SELECT pg_catalog.count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
-       (SELECT pg_catalog.count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e),
-       (SELECT pg_catalog.count(*) FROM held), listener.is_stale(%s, $1)$sql$, listener.compared_rows(view), view.id)
+SELECT pg_catalog.jsonb_build_object(
+    'missing', (SELECT pg_catalog.count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
+    'extra', (SELECT pg_catalog.count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e),
+    'held', (SELECT pg_catalog.count(*) FROM held))$sql$, listener.compared_rows(view))
 $function$;

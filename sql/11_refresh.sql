@@ -33,10 +33,10 @@ END
 $function$;
 
 -- record_refresh(...): the key is as fresh as `version`; its failures are over, its dead letter is closed. The caller
--- holds the key's lock.
+-- holds the key's lock. Returns how long it took.
 CREATE OR REPLACE FUNCTION listener.record_refresh(
     view_id integer, tenant text, version bigint, started timestamptz, inserted bigint, updated bigint, deleted bigint,
-    correlation_id text) RETURNS void
+    correlation_id text) RETURNS interval
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $function$
 #variable_conflict use_column
@@ -63,93 +63,90 @@ BEGIN
     END IF;
     UPDATE listener.dead_letter d SET status = 'resolved', closed_at = now_at
     WHERE d.view_id = record_refresh.view_id AND d.tenant = record_refresh.tenant AND d.status = 'open';
+    RETURN now_at - started;
 END
 $function$;
 
 -- refresh(view, tenant_id): makes one tenant's rows of the target equal to its definition.
 --   outcome   'refreshed'; 'busy': another session is refreshing this key, ask again; 'paused': nothing was done
---   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected.
+--   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected. duration: how long
+--   it took, as refresh_state keeps it; NULL where nothing was done
 -- Reads the definition's sources and dirty_key; writes the target, refresh_state, and closes the key's dead letter.
 --
 -- Each statement has a snapshot of its own, and their order is the proof: the version is read before the rows are
 -- computed, so a change that was drained earlier is visible to the computation, and one that is drained later raises
--- the version again. It runs with the rights of the service's role whoever calls, so the result never depends on the
--- caller, and row-level security binds it. The SET clauses confine the settings they name to this call. The app.* ones
--- are given back by hand: only a superuser may put a parameter that no extension defines into a SET clause. An error
--- needs no hand, it takes the settings back with the transaction.
+-- the version again. The rows are computed by difference_<id>, with the rights of the view's compute role and under the
+-- settings of the view whoever calls, so the result never depends on the caller, and row-level security binds it.
+-- Nothing else here touches a source or a target: this function has the rights of the owner of the schema. The app.*
+-- settings are given back by hand: only a superuser may put a parameter that no extension defines into a SET clause. An
+-- error needs no hand, it takes the settings back with the transaction.
+-- So is the path. What a definition calls can set one for the session, and a SET clause undoes its own setting, not that
+-- one: the caller's next statement would take its operators from the schema of a team. An administrator's path is
+-- therefore set for the session in any case: such code can hide what it set below a setting that ends with the transaction.
 -- Raises LSN01, LSN02, LSN04, LSN05, LSN06, and whatever the definition raises.
 CREATE OR REPLACE FUNCTION listener.refresh(
     view text, tenant_id text,
-    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-SET TimeZone = 'UTC'
-SET DateStyle = 'ISO, YMD'
-SET IntervalStyle = 'postgres'
-SET extra_float_digits = 1
-SET bytea_output = 'hex'
 SET plan_cache_mode = force_custom_plan
 SET jit = off
 AS $function$
 #variable_conflict use_column
 DECLARE
+    callers_path text := pg_catalog.current_setting('search_path');
+    pinned_path text := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     managed listener.managed_view := listener.find_view(view);
     tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
     started timestamptz := clock_timestamp();
     batch text;
     was_quick boolean;
     twice text;
-    -- Put together here: further down an operator of the creator's search_path could stand in for ||.
-    difference text := format('SELECT * FROM listener.%I($1)', 'difference_' || managed.id);
+    left_path text;
+    difference text := format('SELECT * FROM listener_private.%I($1)', 'difference_' || managed.id);
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
 BEGIN
     PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
-        RETURN;
-    END IF;
-    IF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
+    ELSIF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
         outcome := 'busy';
-        RETURN;
-    END IF;
-    PERFORM set_config('app.current_tenant_id', tenant_key, true),
-            set_config('app.execution_context', 'worker', true),
-            set_config('TimeZone', managed.time_zone, true);
+    ELSE
+        PERFORM set_config('app.current_tenant_id', tenant_key, true), set_config('app.execution_context', 'worker', true);
+        SELECT k.version, k.correlation_id, k.was_quick INTO version, batch, was_quick
+        FROM listener.known_version(managed.id, tenant_key) k;
+        -- A kept plan saves most of a small refresh. It may be wrong for a tenant unlike the others, or have been made when
+        -- the tables were small: a key whose last refresh was not quick is planned anew, which then costs next to nothing.
+        IF was_quick THEN
+            PERFORM set_config('plan_cache_mode', 'auto', true);
+        END IF;
 
-    SELECT k.version, k.correlation_id, k.was_quick INTO version, batch, was_quick
-    FROM listener.known_version(managed.id, tenant_key) k;
-    -- A kept plan saves most of a small refresh. It may be wrong for a tenant unlike the others, or have been made when
-    -- the tables were small: a key whose last refresh was not quick is planned anew, which then costs next to nothing.
-    IF was_quick THEN
-        PERFORM set_config('plan_cache_mode', 'auto', true);
+        EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
+        left_path := pg_catalog.current_setting('search_path');
+        -- Before anything is called by a name that is not qualified.
+        PERFORM pg_catalog.set_config('search_path', pinned_path, true),
+                pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
+                pg_catalog.set_config('app.execution_context', callers_context, true);
+        IF twice IS NOT NULL THEN
+            RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
+                USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')
+                    || ': group by them, or register the view with the columns that tell these rows apart.';
+        END IF;
+        duration := listener.record_refresh(managed.id, tenant_key, version, started, inserted, updated, deleted, batch);
+        outcome := 'refreshed';
     END IF;
-
-    -- Last of the settings, since it changes what an unqualified name means.
-    PERFORM set_config('search_path', managed.search_path, true);
-    EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
-            pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
-            pg_catalog.set_config('app.execution_context', callers_context, true);
-    IF twice IS NOT NULL THEN
-        RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
-            USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')
-                || ': group by them, or register the view with the columns that tell these rows apart.';
-    END IF;
-
-    PERFORM listener.record_refresh(managed.id, tenant_key, version, started, inserted, updated, deleted, batch);
-    outcome := 'refreshed';
+    PERFORM set_config('search_path', callers_path, left_path IS NULL OR (left_path = pinned_path AND NOT listener.is_administrator()));
 END
 $function$;
 
 -- The same for a tenant that is passed as uuid or bigint: PostgreSQL casts neither to text by itself.
 CREATE OR REPLACE FUNCTION listener.refresh(
     view text, tenant_id uuid,
-    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
 LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::pg_catalog.text) $function$;
 CREATE OR REPLACE FUNCTION listener.refresh(
     view text, tenant_id bigint,
-    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
 LANGUAGE sql VOLATILE AS $function$ SELECT * FROM listener.refresh(view, tenant_id::pg_catalog.text) $function$;
 
 -- is_shown(view_id, tenant, version): whether a refresh has shown this version of the key, and none failed since. Apart
@@ -168,13 +165,14 @@ $function$;
 -- of a view that has some (inserted: how many).
 CREATE OR REPLACE FUNCTION listener.refresh_key(
     view text, tenant text,
-    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint)
-LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
+LANGUAGE plpgsql VOLATILE AS $function$
+#variable_conflict use_column
 BEGIN
-    IF tenant = '' AND (listener.find_view(view)).strategy = 'tenant' THEN
+    IF tenant OPERATOR(pg_catalog.=) '' AND (listener.find_view(view)).strategy OPERATOR(pg_catalog.=) 'tenant' THEN
         SELECT e.outcome, e.tenants INTO outcome, inserted FROM listener.expand(view) e;
     ELSE
-        SELECT r.* INTO outcome, inserted, updated, deleted, version FROM listener.refresh(view, tenant) r;
+        SELECT r.* INTO outcome, inserted, updated, deleted, version, duration FROM listener.refresh(view, tenant) r;
     END IF;
 END
 $function$;
@@ -183,13 +181,15 @@ $function$;
 -- and nothing where another replica has shown this version meanwhile: 'fresh'.
 CREATE OR REPLACE FUNCTION listener.refresh_dirty(
     view_id integer, view text, tenant text, INOUT version bigint,
-    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
-LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT duration interval)
+LANGUAGE plpgsql VOLATILE AS $function$
+#variable_conflict use_column
 BEGIN
     IF listener.is_shown(view_id, tenant, version) THEN
         outcome := 'fresh';
     ELSE
-        SELECT r.* INTO outcome, inserted, updated, deleted, version FROM listener.refresh_key(view, tenant) r;
+        SELECT r.outcome, r.inserted, r.updated, r.deleted, r.version, r.duration
+        INTO outcome, inserted, updated, deleted, version, duration FROM listener.refresh_key(view, tenant) r;
     END IF;
 END
 $function$;
@@ -205,30 +205,33 @@ LANGUAGE sql VOLATILE AS $function$ SELECT outcome FROM listener.refresh(view_na
 
 -- tenants(view): the tenants of a view as text: what its tenants query lists, the keys, and the target's own. Those
 -- that can be no tenant (NULL, malformed, over 1 kB) are left out: the drain refuses them where they are written. '' alone
--- where the view has none.
+-- where the view has none. The query and the target are read for no tenant: a target under row-level security is shown
+-- whole to who works for none.
 CREATE OR REPLACE FUNCTION listener.tenants(view text) RETURNS SETOF text
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
-    callers_tenant text := current_setting('app.current_tenant_id', true);
 BEGIN
     IF managed.tenant_column IS NULL THEN
         RETURN NEXT '';
         RETURN;
     END IF;
-    -- A target under row-level security is shown whole to who works for no tenant.
-    PERFORM set_config('app.current_tenant_id', '', true);
-    RETURN QUERY EXECUTE format(
-        'SELECT c.tenant
-         FROM (SELECT t.tenant FROM listener.%I t UNION SELECT k.tenant FROM listener.dirty_key k WHERE k.view_id = $1
-               UNION SELECT r.tenant FROM listener.refresh_state r WHERE r.view_id = $1
-               UNION SELECT t.%I::text FROM %I.%I t) AS known (tenant)
-         CROSS JOIN LATERAL listener.canonical_or_null(known.tenant, $2) AS c (tenant)
-         WHERE c.tenant IS NOT NULL GROUP BY c.tenant',
-        'tenants_' || managed.id, managed.tenant_column, managed.target_schema, managed.target_name)
-        USING managed.id, managed.tenant_type;
-    PERFORM set_config('app.current_tenant_id', callers_tenant, true);
+    RETURN QUERY
+        SELECT c.tenant
+        FROM (SELECT l.tenant FROM jsonb_array_elements_text(listener.evaluate(managed, listener.listing_statement(managed), '')) AS l (tenant)
+              UNION SELECT k.tenant FROM listener.dirty_key k WHERE k.view_id = managed.id
+              UNION SELECT r.tenant FROM listener.refresh_state r WHERE r.view_id = managed.id) AS known (tenant)
+        CROSS JOIN LATERAL listener.canonical_or_null(known.tenant, managed.tenant_type) AS c (tenant)
+        WHERE c.tenant IS NOT NULL GROUP BY c.tenant;
 END
+$function$;
+
+-- listing_statement(view): lists the tenants that the tenants query and the target have, as one jsonb array.
+CREATE OR REPLACE FUNCTION listener.listing_statement(view listener.managed_view) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format('SELECT COALESCE(pg_catalog.jsonb_agg(known.tenant), ''[]''::pg_catalog.jsonb)
+                   FROM (SELECT t.tenant FROM listener.%I t UNION SELECT t.%I::pg_catalog.text FROM %I.%I t) AS known (tenant)',
+                  'tenants_' || view.id, view.tenant_column, view.target_schema, view.target_name)
 $function$;
 
 -- expand(view): writes "all tenants" out: logs a change of the view for each of its tenants. It is the refresh of the

@@ -98,33 +98,22 @@ WHERE coalesce(k.tenant, r.tenant) <> '' OR k.version IS NOT NULL OR v.tenant_co
 -- compare(view, tenant_id): the target against its definition for one tenant, exactly, in one snapshot.
 --   missing, extra: rows that only the definition, only the target has; held: rows of the target
 --   stale: whether a known change explains a difference
--- Runs as refresh() runs. Raises what refresh() raises, apart from LSN04 and LSN05.
+-- Computed as refresh() computes. Raises what refresh() raises, apart from LSN04 and LSN05.
 CREATE OR REPLACE FUNCTION listener.compare(
     view text, tenant_id text, OUT missing bigint, OUT extra bigint, OUT held bigint, OUT stale boolean)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-SET TimeZone = 'UTC'
-SET DateStyle = 'ISO, YMD'
-SET IntervalStyle = 'postgres'
-SET extra_float_digits = 1
-SET bytea_output = 'hex'
-SET plan_cache_mode = force_custom_plan
-SET jit = off
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off
 AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
     tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
     comparison text := listener.comparison_statement(managed);
-    callers_tenant text := current_setting('app.current_tenant_id', true);
-    callers_context text := current_setting('app.execution_context', true);
 BEGIN
-    PERFORM set_config('app.current_tenant_id', tenant_key, true),
-            set_config('app.execution_context', 'worker', true),
-            set_config('TimeZone', managed.time_zone, true),
-            set_config('search_path', managed.search_path, true);
-    EXECUTE comparison INTO missing, extra, held, stale USING tenant_key;
-    PERFORM pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
-            pg_catalog.set_config('app.execution_context', callers_context, true);
+    -- One statement: both look with its snapshot.
+    SELECT (c.found ->> 'missing')::bigint, (c.found ->> 'extra')::bigint, (c.found ->> 'held')::bigint,
+           listener.is_stale(managed.id, tenant_key)
+    INTO missing, extra, held, stale
+    FROM listener.evaluate(managed, comparison, tenant_key) AS c (found);
 END
 $function$;
 

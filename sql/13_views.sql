@@ -91,7 +91,9 @@ BEGIN
     PERFORM listener.check_window(view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone);
 
     view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
-    definition := listener.create_definition(view.id, query, tenants_query, view.search_path);
+    PERFORM listener.generate_computing(view);
+    definition := listener.create_definition(view.id, query, tenants_query, view.search_path, listener.grantee_of(view));
+    PERFORM listener.check_readable(definition, listener.grantee_of(view));
     view.tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
     SELECT r.source_ids, r.tenant_secured INTO source_ids, view.tenant_secured
     FROM listener.register_sources(definition, tenant_column, depends_on) r;
@@ -254,7 +256,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'tenants_' || view.id);
     EXECUTE format('DROP VIEW IF EXISTS listener.%I', 'definition_' || view.id);
-    EXECUTE format('DROP FUNCTION IF EXISTS listener.%I(text)', 'difference_' || view.id);
+    PERFORM listener.drop_computing(view.id);
     DELETE FROM listener.view_source w WHERE w.view_id = view.id;
     DELETE FROM listener.adoption a WHERE a.view_id = view.id;
     UPDATE listener.managed_view v SET replaces = NULL WHERE v.replaces = view.id;

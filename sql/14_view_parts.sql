@@ -1,17 +1,16 @@
 -- The steps of create_view, each with what it refuses.
 
--- check_one_select(query, search_path, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run
+-- check_one_select(view_id, query, search_path, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run
 -- every statement of it, and brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is
 -- looked at where it is data: as the body of a function that is never called, which is parsed and analysed and nothing
 -- more; then as a cursor's query, since a cursor takes one statement. That plans it, and planning may run functions that
--- call themselves immutable, so it happens with the rights of the service's role, which refreshes with them.
-CREATE OR REPLACE FUNCTION listener.check_one_select(query text, search_path text, what text, hint text) RETURNS void
+-- call themselves immutable, so the view's plan_<id> opens the cursor.
+CREATE OR REPLACE FUNCTION listener.check_one_select(view_id integer, query text, search_path text, what text, hint text)
+RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    opened refcursor;
     statement text;
-    service_role name := (SELECT i.service_role FROM listener.installation i);
-    previous_role text := pg_catalog.current_setting('role');
+    answer jsonb;
 BEGIN
     query := format(E'(\n%s\n)', query);
     BEGIN
@@ -25,18 +24,13 @@ BEGIN
             HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
                         ELSE hint END;
     END;
-    BEGIN
-        PERFORM set_config('role', service_role, true), set_config('search_path', check_one_select.search_path, true);
-        OPEN opened FOR EXECUTE query;
-        CLOSE opened;
-    EXCEPTION
-        WHEN syntax_error OR invalid_cursor_definition THEN
-            RAISE EXCEPTION 'the % is refused: %', what, SQLERRM USING ERRCODE = 'LSN03', HINT = hint;
-        WHEN OTHERS THEN
-            NULL;  -- what else planning may raise, a policy without its setting say, is no fault of the text
-    END;
-    PERFORM pg_catalog.set_config('role', previous_role, true),
-            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    answer := listener.plan(view_id, '{}', jsonb_build_array(jsonb_build_object(
+                  'query', query, 'path', check_one_select.search_path, 'opens', true)));
+    -- What else planning may raise, a policy without its setting say, is no fault of the text: syntax_error,
+    -- invalid_cursor_definition.
+    IF answer -> 0 ->> 'sqlstate' IN ('42601', '42P11') THEN
+        RAISE EXCEPTION 'the % is refused: %', what, answer -> 0 ->> 'error' USING ERRCODE = 'LSN03', HINT = hint;
+    END IF;
 END
 $function$;
 
@@ -142,21 +136,18 @@ BEGIN
 END
 $function$;
 
--- check_readable(relation): raises LSN03 where the service's role may not read what a view reads.
-CREATE OR REPLACE FUNCTION listener.check_readable(relation regclass) RETURNS void
+-- check_readable(relation, role): raises LSN03 where the role that is to compute a view may not read what it reads.
+CREATE OR REPLACE FUNCTION listener.check_readable(relation regclass, role name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    service_role name := (SELECT i.service_role FROM listener.installation i);
     denied text;
 BEGIN
     SELECT string_agg(format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %I',
-                             n.nspname, service_role, r.relid::regclass, service_role), '; ') INTO denied
+                             n.nspname, role, r.relid::regclass, role), '; ') INTO denied
     FROM listener.reads(relation) r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE NOT has_any_column_privilege(service_role, r.relid, 'SELECT')
-       OR NOT has_schema_privilege(service_role, n.oid, 'USAGE');
+    WHERE NOT has_any_column_privilege(role, r.relid, 'SELECT') OR NOT has_schema_privilege(role, n.oid, 'USAGE');
     IF denied IS NOT NULL THEN
-        RAISE EXCEPTION 'role % may not read what the query reads', service_role
-            USING ERRCODE = 'LSN03', HINT = denied || ';';
+        RAISE EXCEPTION 'role % may not read what the query reads', role USING ERRCODE = 'LSN03', HINT = denied || ';';
     END IF;
 END
 $function$;
@@ -188,14 +179,14 @@ BEGIN
 END
 $function$;
 
--- create_definition(view_id, query, tenants_query, search_path): makes listener.definition_<id>, and listener.tenants_<id>
+-- create_definition(view_id, query, tenants_query, search_path, role): makes listener.definition_<id>, and listener.tenants_<id>
 -- where a tenants query is given. The queries are read with this path, and nothing else is.
 -- Returns the definition. Raises LSN03 with the parser's own message.
 CREATE OR REPLACE FUNCTION listener.create_definition(
-    view_id integer, query text, tenants_query text, search_path text) RETURNS regclass
+    view_id integer, query text, tenants_query text, search_path text, role name) RETURNS regclass
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    PERFORM listener.check_one_select(rtrim(query, E'; \n\r\t'), create_definition.search_path, 'query',
+    PERFORM listener.check_one_select(view_id, rtrim(query, E'; \n\r\t'), create_definition.search_path, 'query',
                                       'It must be one SELECT that can stand in a view.');
     BEGIN
         PERFORM listener.make_definition(view_id, query, create_definition.search_path);
@@ -213,7 +204,7 @@ BEGIN
     IF tenants_query IS NOT NULL THEN
         -- ARRAY() takes one column: a second one would be ignored below.
         PERFORM listener.check_one_select(
-            format(wrapped, rtrim(tenants_query, E'; \n\r\t')), create_definition.search_path, 'tenants query',
+            view_id, format(wrapped, rtrim(tenants_query, E'; \n\r\t')), create_definition.search_path, 'tenants query',
             'It must be one SELECT of one column, for example SELECT id FROM tenants.')
         FROM unnest(ARRAY['%s', E'SELECT ARRAY(\n%s\n)']) AS w (wrapped);
         BEGIN
@@ -222,7 +213,7 @@ BEGIN
             RAISE EXCEPTION 'the tenants query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
                 HINT = 'It must be one SELECT of one column, for example SELECT id FROM tenants.';
         END;
-        PERFORM listener.check_readable(('listener.tenants_' || view_id)::regclass);
+        PERFORM listener.check_readable(('listener.tenants_' || view_id)::regclass, role);
         PERFORM listener.check_listable(view_id);
     END IF;
     RETURN pg_catalog.to_regclass('listener.definition_' || view_id);
@@ -334,9 +325,6 @@ BEGIN
             USING ERRCODE = 'LSN03',
                   HINT = 'Name them: depends_on => ''{table, …}'', or ''{}'' when it reads none.';
     END IF;
-    IF (SELECT c.reloptions @> '{security_invoker=true}' FROM pg_class c WHERE c.oid = definition) THEN
-        PERFORM listener.check_readable(definition);
-    END IF;
     SELECT array_agg(listener.register_source(t.relid::regclass, t.tenant_column) ORDER BY t.relid),
            register_sources.tenant_column IS NOT NULL
                AND coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL OR t.through), false),
@@ -375,7 +363,7 @@ CREATE OR REPLACE FUNCTION listener.create_target(view listener.managed_view, de
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     target text := format('%I.%I', view.target_schema, view.target_name);
-    service_role name := (SELECT i.service_role FROM listener.installation i);
+    grantee name := listener.grantee_of(view);
     schema_id oid := to_regnamespace(quote_ident(view.target_schema));
 BEGIN
     IF (has_schema_privilege(schema_id, 'CREATE') AND has_schema_privilege(schema_id, 'USAGE')) IS NOT TRUE THEN
@@ -399,16 +387,16 @@ BEGIN
     END IF;
     EXECUTE format('COMMENT ON TABLE %s IS %L', target,
                    'Kept fresh by listener from listener.definition_' || view.id || '; not to be written by hand.');
-    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', target, service_role);
-    PERFORM listener.grant_definition(view.id);
-    IF NOT has_schema_privilege(service_role, view.target_schema, 'USAGE') THEN
-        RAISE EXCEPTION 'role % has no USAGE on schema %', service_role, view.target_schema USING ERRCODE = 'LSN03',
-            HINT = format('GRANT USAGE ON SCHEMA %I TO %I;', view.target_schema, service_role);
+    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', target, grantee);
+    PERFORM listener.grant_definition(view);
+    IF NOT has_schema_privilege(grantee, view.target_schema, 'USAGE') THEN
+        RAISE EXCEPTION 'role % has no USAGE on schema %', grantee, view.target_schema USING ERRCODE = 'LSN03',
+            HINT = format('GRANT USAGE ON SCHEMA %I TO %I;', view.target_schema, grantee);
     END IF;
     IF view.target_rls THEN
         EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', target);
         EXECUTE listener.target_policy(view);
-        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I USING (%s)', target, service_role,
+        EXECUTE format('CREATE POLICY listener_list ON %s FOR SELECT TO %I USING (%s)', target, grantee,
                        listener.list_condition());
     END IF;
     RETURN target::regclass;
@@ -429,11 +417,14 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT 'nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL'
 $function$;
 
--- grant_definition(view_id): the service's role reads the definition and the tenants query.
-CREATE OR REPLACE FUNCTION listener.grant_definition(view_id integer) RETURNS void
+-- grant_definition(view): whoever computes the view reads its definition and its tenants query.
+CREATE OR REPLACE FUNCTION listener.grant_definition(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    EXECUTE format('GRANT SELECT ON listener.%I, listener.%I TO %I', 'definition_' || view_id, 'tenants_' || view_id,
-                   (SELECT i.service_role FROM listener.installation i));
+    IF view.compute_role IS NOT NULL THEN
+        EXECUTE format('GRANT USAGE ON SCHEMA listener TO %I', view.compute_role);
+    END IF;
+    EXECUTE format('GRANT SELECT ON listener.%I, listener.%I TO %I', 'definition_' || view.id, 'tenants_' || view.id,
+                   listener.grantee_of(view));
 END
 $function$;

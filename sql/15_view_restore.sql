@@ -32,7 +32,7 @@ BEGIN
     IF view.tenants_query IS NULL THEN
         PERFORM listener.create_default_tenants(view, source_ids);
     END IF;
-    PERFORM listener.grant_definition(view.id);
+    PERFORM listener.grant_definition(view);
     PERFORM listener.generate_difference(view);
 END
 $function$;

@@ -113,6 +113,9 @@ BEGIN
             IF is_gone THEN
                 definition := listener.restore_definition(managed);
             END IF;
+            IF kept IS NULL THEN
+                PERFORM listener.check_readable(definition, listener.grantee_of(managed));
+            END IF;
             SELECT r.source_ids INTO found_ids
             FROM listener.register_sources(definition, managed.tenant_column, coalesce(managed.depends_on, '{}')::regclass[]) r;
             IF is_gone THEN

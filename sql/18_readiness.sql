@@ -15,7 +15,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         LEFT JOIN listener.managed_view v ON v.id = w.view_id
         LEFT JOIN pg_class c ON c.oid = s.relid
     ), target AS (
-        SELECT v AS managed, v.id, v.name AS view, v.target_rls, i.owner_role, i.service_role,
+        SELECT v AS managed, v.id, v.name AS view, v.target_rls, i.owner_role, listener.grantee_of(v) AS service_role,
                format('%I.%I', v.target_schema, v.target_name) AS target, c.oid AS relid, c.relowner,
                c.relrowsecurity, c.relforcerowsecurity, to_regclass('listener.definition_' || v.id) AS definition,
                ARRAY(SELECT k.name FROM unnest(v.key_columns) k (name) ORDER BY k.name) AS keys,

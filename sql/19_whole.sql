@@ -56,7 +56,7 @@ BEGIN
     SELECT r.source_ids INTO source_ids
     FROM listener.register_sources(to_regclass('listener.definition_' || view.id), NULL, depends_on) r;
     PERFORM listener.create_default_tenants(view, source_ids);
-    PERFORM listener.grant_definition(view.id);
+    PERFORM listener.grant_definition(view);
     PERFORM listener.grant_kept(relation);
     PERFORM listener.register_view(view, source_ids);
     PERFORM set_config('role', previous_role, true);
@@ -98,7 +98,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY x.indexrelid LIMIT 1
 $function$;
 
--- refresh_statement(view): the body of listener.difference_<id>(tenant) for a materialized view. How many rows differ
+-- refresh_statement(view): the body of listener_private.difference_<id>(tenant) for a materialized view. How many rows differ
 -- PostgreSQL does not tell. CONCURRENTLY needs rows that were there before. Row-level security may bind its owner by now.
 CREATE OR REPLACE FUNCTION listener.refresh_statement(view listener.managed_view) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$

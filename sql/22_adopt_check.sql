@@ -16,25 +16,18 @@ $function$;
 -- tenant_digest(view, tenant_id): one tenant's rows of the definition, computed as refresh() computes them.
 CREATE OR REPLACE FUNCTION listener.tenant_digest(view text, tenant_id text, OUT held bigint, OUT digest numeric)
 LANGUAGE plpgsql STABLE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres'
-SET extra_float_digits = 1 SET bytea_output = 'hex' SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
     tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
-    statement text := listener.digest_statement(managed, format('listener.%I AS q WHERE %s', 'definition_' || managed.id,
-                                                                listener.is_of_tenant(managed, 'q.')));
-    callers_tenant text := current_setting('app.current_tenant_id', true);
-    callers_context text := current_setting('app.execution_context', true);
-    ignored text;
+    statement text := format(
+        'SELECT pg_catalog.jsonb_build_object(''held'', d.held, ''digest'', d.digest) FROM (%s) AS d (tenant, held, digest)',
+        listener.digest_statement(managed, format('listener.%I AS q WHERE %s', 'definition_' || managed.id,
+                                                  listener.is_of_tenant(managed, 'q.'))));
+    found jsonb := listener.evaluate(managed, statement, tenant_key);
 BEGIN
-    PERFORM set_config('app.current_tenant_id', tenant_key, true),
-            set_config('app.execution_context', 'worker', true),
-            set_config('TimeZone', managed.time_zone, true),
-            set_config('search_path', managed.search_path, true);
-    EXECUTE statement INTO ignored, held, digest USING tenant_key;
-    held := coalesce(held, 0);
-    PERFORM pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
-            pg_catalog.set_config('app.execution_context', callers_context, true);
+    held := coalesce((found ->> 'held')::bigint, 0);
+    digest := (found ->> 'digest')::numeric;
 END
 $function$;
 

@@ -1,52 +1,18 @@
 -- Forget: what is kept of a tenant that is no more.
 
--- forget_rows(view, tenant_id): deletes one tenant's rows of the target, unless the tenant is still there.
---   present   where: 'its tenants query', 'what it reads'; NULL, and rows are deleted, where it is gone from both
--- Runs as refresh() runs. Raises what refresh() raises, and whatever the definition or the tenants query raises.
-CREATE OR REPLACE FUNCTION listener.forget_rows(view text, tenant_id text, OUT present text, OUT deleted bigint)
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET plan_cache_mode = force_custom_plan SET jit = off
-AS $function$
-#variable_conflict use_column
-DECLARE
-    managed listener.managed_view := listener.find_view(view);
-    tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
-    -- Put together here: further down an operator of the creator's search_path could stand in for one of these.
-    listed text := format('SELECT EXISTS (SELECT FROM listener.%I t WHERE listener.canonical_or_null(t.tenant, %L) '
-                          'OPERATOR(pg_catalog.=) $1)', 'tenants_' || managed.id, managed.tenant_type);
-    computed text := format('SELECT EXISTS (SELECT FROM listener.%I WHERE %s)', 'definition_' || managed.id,
-                            listener.is_of_tenant(managed, ''));
-    deletion text := format($sql$
-WITH gone AS (
-    DELETE FROM %1$s WHERE %2$s RETURNING 1)
-SELECT pg_catalog.count(*) FROM gone$sql$,
-        format('%I.%I', managed.target_schema, managed.target_name), listener.is_of_tenant(managed, ''));
-    callers_tenant text := current_setting('app.current_tenant_id', true);
-    callers_context text := current_setting('app.execution_context', true);
-    is_there boolean;
-BEGIN
-    PERFORM listener.check_caller('listener.forget()'),
-            set_config('app.execution_context', 'worker', true),
-            set_config('TimeZone', managed.time_zone, true),
-            -- Tenants are listed for none, and the definition is computed for this one.
-            set_config('app.current_tenant_id', '', true);
-    PERFORM set_config('search_path', managed.search_path, true);
-    EXECUTE listed INTO is_there USING tenant_key;
-    IF is_there THEN
-        present := 'its tenants query';
-    ELSE
-        PERFORM pg_catalog.set_config('app.current_tenant_id', tenant_key, true);
-        EXECUTE computed INTO is_there USING tenant_key;
-        IF is_there THEN
-            present := 'what it reads';
-        ELSE
-            EXECUTE deletion INTO deleted USING tenant_key;
-        END IF;
-    END IF;
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
-            pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
-            pg_catalog.set_config('app.execution_context', callers_context, true);
-END
+-- tenant_presence(view, tenant): where a tenant of a view is still: 'its tenants query', 'what it reads'; NULL where it is gone
+-- from both. Raises whatever the definition or the tenants query raises.
+CREATE OR REPLACE FUNCTION listener.tenant_presence(view listener.managed_view, tenant text) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    -- Tenants are listed for none, and the definition is computed for this one.
+    SELECT CASE WHEN EXISTS (
+        SELECT FROM jsonb_array_elements_text(listener.evaluate(
+            view, format('SELECT COALESCE(pg_catalog.jsonb_agg(t.tenant), ''[]''::pg_catalog.jsonb) FROM listener.%I t',
+                         'tenants_' || view.id), '')) AS l (tenant)
+        WHERE listener.canonical_or_null(l.tenant, view.tenant_type) = $2) THEN 'its tenants query'
+    WHEN listener.evaluate(view, format('SELECT pg_catalog.to_jsonb(EXISTS (SELECT FROM listener.%I WHERE %s))',
+                                        'definition_' || view.id, listener.is_of_tenant(view, '')), $2)::boolean
+    THEN 'what it reads' END
 $function$;
 
 -- spellings(tenant, tenant_type): the tenant as a view of this type has it, none where it can be no tenant of it. A text
@@ -93,13 +59,17 @@ $function$;
 -- the next refresh, or where a refresh does not end within 10 s.
 CREATE OR REPLACE FUNCTION listener.forget(tenant text, view text DEFAULT NULL)
 RETURNS TABLE (view_name text, rows_deleted bigint, records bigint)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql AS $function$
 #variable_conflict use_column
 DECLARE
+    -- As in refresh(): the path is given back by hand.
+    callers_path text := pg_catalog.current_setting('search_path');
+    pinned_path text := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     previous_role text := listener.become_owner();
     only_view listener.managed_view;
     key record;
-    gone record;
+    present text;
+    deleted bigint;
     counted bigint;
     everywhere text[];
 BEGIN
@@ -120,13 +90,18 @@ BEGIN
     FOR key IN
         SELECT k.*, lead(k.view_id) OVER () IS DISTINCT FROM k.view_id AS is_last FROM listener.keys_of(forget.tenant, only_view.id) k
     LOOP
-        SELECT f.present, f.deleted INTO gone FROM listener.forget_rows(key.view_name, key.spelled) f;
-        IF gone.present IS NOT NULL THEN
-            RAISE EXCEPTION 'tenant % is still there: % has it by %', forget.tenant, key.view_name, gone.present
+        present := listener.tenant_presence(listener.find_view(key.view_name), key.spelled);
+        IF present IS NOT NULL THEN
+            RAISE EXCEPTION 'tenant % is still there: % has it by %', forget.tenant, key.view_name, present
                 USING ERRCODE = 'LSN03', HINT = 'It would come back with the next refresh: delete it there first.';
         END IF;
         view_name := key.view_name;
-        rows_deleted := rows_deleted + gone.deleted;
+        -- The definition has no row of it: what a refresh does, which a paused view has none of, deletes those of the target.
+        PERFORM set_config('app.current_tenant_id', key.spelled, true), set_config('app.execution_context', 'worker', true);
+        EXECUTE format('SELECT d.column3 FROM listener_private.%I($1) d', 'difference_' || key.view_id) INTO deleted USING key.spelled;
+        PERFORM pg_catalog.set_config('search_path', pinned_path, true), pg_catalog.set_config('app.current_tenant_id', '', true),
+                pg_catalog.set_config('app.execution_context', '', true);
+        rows_deleted := rows_deleted + deleted;
         DELETE FROM listener.refresh_state r WHERE r.view_id = key.view_id AND r.tenant = key.spelled;
         GET DIAGNOSTICS counted = ROW_COUNT;
         records := records + counted;
@@ -179,7 +154,7 @@ BEGIN
         records := records + counted;
         RETURN NEXT;
     END IF;
-    PERFORM set_config('role', previous_role, true);
+    PERFORM set_config('role', previous_role, true), set_config('search_path', callers_path, false);
 END
 $function$;
 

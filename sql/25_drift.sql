@@ -27,39 +27,22 @@ END
 $function$;
 
 -- drift_example(view, tenant_id): one row that only the definition, or only the target has, as text; NULL where there is
--- none any more. Runs as refresh() runs.
+-- none any more. Computed as refresh() computes.
 CREATE OR REPLACE FUNCTION listener.drift_example(view text, tenant_id text) RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-SET TimeZone = 'UTC'
-SET DateStyle = 'ISO, YMD'
-SET IntervalStyle = 'postgres'
-SET extra_float_digits = 1
-SET bytea_output = 'hex'
-SET plan_cache_mode = force_custom_plan
-SET jit = off
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET jit = off
 AS $function$
 DECLARE
     managed listener.managed_view := listener.find_view(view);
-    tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
     statement text := format($sql$%s
-SELECT COALESCE((SELECT 'missing ' OPERATOR(pg_catalog.||) m::pg_catalog.text
-                 FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m LIMIT 1),
-                (SELECT 'extra ' OPERATOR(pg_catalog.||) e::pg_catalog.text
-                 FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e LIMIT 1))$sql$, listener.compared_rows(managed));
-    example text;
-    callers_tenant text := current_setting('app.current_tenant_id', true);
-    callers_context text := current_setting('app.execution_context', true);
+SELECT pg_catalog.to_jsonb(COALESCE((SELECT 'missing ' OPERATOR(pg_catalog.||) m::pg_catalog.text
+                                     FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m LIMIT 1),
+                                    (SELECT 'extra ' OPERATOR(pg_catalog.||) e::pg_catalog.text
+                                     FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e LIMIT 1)))$sql$,
+        listener.compared_rows(managed));
+    example text := listener.evaluate(managed, statement, listener.canonical_tenant(tenant_id, managed.tenant_type)) #>> '{}';
 BEGIN
-    PERFORM set_config('app.current_tenant_id', tenant_key, true),
-            set_config('app.execution_context', 'worker', true),
-            set_config('TimeZone', managed.time_zone, true),
-            set_config('search_path', managed.search_path, true);
-    EXECUTE statement INTO example USING tenant_key;
-    PERFORM pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
-            pg_catalog.set_config('app.execution_context', callers_context, true);
-    RETURN CASE WHEN pg_catalog.length(example) OPERATOR(pg_catalog.>) 300
-                THEN pg_catalog.left(example, 300) OPERATOR(pg_catalog.||) '…' ELSE example END;
+    RETURN CASE WHEN length(example) > 300 THEN left(example, 300) || '…' ELSE example END;
 END
 $function$;
 

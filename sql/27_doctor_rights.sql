@@ -44,13 +44,10 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     -- What is not there any more, whose name somebody changed, has no right either.
     SELECT 'error', NULL, n.object, n.right_name, i.service_role,
-           coalesce(CASE WHEN n.right_name = 'OWNER' THEN
-                             (SELECT pg_get_userbyid(p.proowner) = i.service_role FROM pg_proc p WHERE p.oid = n.routine)
-                         WHEN n.kind = 'FUNCTION' THEN has_function_privilege(i.service_role, n.routine, n.right_name)
+           coalesce(CASE WHEN n.kind = 'FUNCTION' THEN has_function_privilege(i.service_role, n.routine, n.right_name)
                          WHEN n.kind = 'SEQUENCE' THEN has_sequence_privilege(i.service_role, n.relation, n.right_name)
                          ELSE has_table_privilege(i.service_role, n.relation, n.right_name) END, false),
            CASE WHEN coalesce(n.routine, n.relation) IS NULL THEN 'listener migrate'
-                WHEN n.right_name = 'OWNER' THEN format('ALTER FUNCTION %s OWNER TO %I;', n.object, i.service_role)
                 ELSE format('GRANT %s ON %s %s TO %I;', n.right_name, n.kind, n.object, i.service_role) END
     FROM installed i CROSS JOIN (
         SELECT r.*, to_regprocedure(CASE r.kind WHEN 'FUNCTION' THEN r.object END)::oid AS routine,
@@ -62,12 +59,6 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            format('GRANT SELECT ON %s TO %I;', c.oid::regclass, i.service_role)
     FROM installed i CROSS JOIN listener.managed_view v
     JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
-    UNION ALL
-    SELECT 'error', v.name, p.oid::regprocedure::text, 'EXECUTE', i.service_role,
-           has_function_privilege(i.service_role, p.oid, 'EXECUTE'),
-           format('GRANT EXECUTE ON FUNCTION %s TO %I;', p.oid::regprocedure, i.service_role)
-    FROM installed i CROSS JOIN listener.managed_view v
-    JOIN pg_proc p ON p.oid = to_regprocedure(format('listener.difference_%s(text)', v.id))
     UNION ALL
     -- That the target may be written, view_troubles() says.
     SELECT 'ok', t.name, t.oid::regclass::text, w.right_name, i.service_role,
@@ -172,6 +163,50 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     FROM owned o WHERE NOT o.is_one HAVING count(*) > 0
 $function$;
 
+-- function_findings(): functions of this schema that are not as they were made, and a compute role that keeps no code in
+-- its place: see 03_computing.sql.
+CREATE OR REPLACE FUNCTION listener.function_findings()
+RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH roles AS (
+        SELECT r.*, i.service_role, i.owner_role, v.views, r.rolname = i.service_role AS is_service
+        FROM listener.installation i
+        CROSS JOIN LATERAL (SELECT x.role, string_agg(x.view, ', ' ORDER BY x.view) AS views
+                            FROM (SELECT i.compute_role AS role, NULL::text AS view
+                                  UNION ALL
+                                  SELECT w.compute_role, w.name FROM listener.managed_view w WHERE w.compute_role IS NOT NULL) x
+                            GROUP BY x.role) v
+        JOIN pg_roles r ON r.rolname = v.role
+        WHERE i.owner_role <> i.service_role
+    )
+    SELECT 'roles', 'error', NULL, f.signature,
+           CASE WHEN p.routine IS NULL THEN 'it is gone.' ELSE 'somebody altered it: it is not as listener made it.' END, 'listener migrate'
+    FROM listener.installed_function f CROSS JOIN LATERAL (SELECT to_regprocedure(f.signature) AS routine) p
+    WHERE p.routine IS NULL OR listener.function_digest(p.routine) <> f.digest
+    UNION ALL
+    SELECT 'roles', 'warning', r.views, quote_ident(r.rolname),
+           'definitions are computed as the role that the service logs in as: who knows its password has what their code may do.',
+           'listener roles, run by an administrator; then listener migrate'
+    FROM roles r WHERE r.is_service
+    UNION ALL
+    SELECT 'roles', a.level, r.views, quote_ident(r.rolname), a.problem, a.mend
+    FROM roles r CROSS JOIN LATERAL (VALUES
+        (r.rolsuper, 'error', 'definitions are computed as it, and it is a superuser.', format('ALTER ROLE %I NOSUPERUSER;', r.rolname)),
+        (r.rolbypassrls, 'error', 'definitions are computed as it, and row-level security does not bind it.',
+         format('ALTER ROLE %I NOBYPASSRLS;', r.rolname)),
+        (r.rolcanlogin, 'warning', 'definitions are computed as it, and it may log in.', format('ALTER ROLE %I NOLOGIN;', r.rolname)),
+        (r.rolcreaterole, 'error', 'definitions are computed as it, and it may make roles.', format('ALTER ROLE %I NOCREATEROLE;', r.rolname)),
+        (pg_has_role(r.rolname, r.owner_role, 'MEMBER'), 'error',
+         format('definitions are computed as it, and it may change whatever the schema listener manages, as a member of %I.', r.owner_role),
+         format('REVOKE %I FROM %I;', r.owner_role, r.rolname)),
+        (has_schema_privilege(r.rolname, 'listener_private', 'USAGE'), 'error',
+         'what definitions call may alter the functions that compute them: it may use the schema listener_private.',
+         format('REVOKE ALL ON SCHEMA listener_private FROM %I;', r.rolname)))
+        AS a (has, level, problem, mend)
+    WHERE a.has AND NOT r.rolsuper AND NOT r.is_service
+       OR a.has AND r.rolsuper AND a.problem LIKE '%superuser%' AND NOT r.is_service
+$function$;
+
 -- excess_findings(): rights that the service's role should not have, and what others have in the schema listener. Where the
 -- service shares its role with the owner or the application, one warning says so instead.
 CREATE OR REPLACE FUNCTION listener.excess_findings()
@@ -261,11 +296,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            format('it belongs to %I, and runs with the wrong rights.', pg_get_userbyid(p.proowner)),
            format('ALTER FUNCTION %s OWNER TO %I;', p.oid::regprocedure, i.owner_role)
     FROM installed i JOIN pg_proc p ON p.pronamespace = 'listener'::regnamespace
-    WHERE pg_get_userbyid(p.proowner) <> i.owner_role AND p.oid NOT IN (
-        SELECT o.routine FROM listener.needed_right n
-        -- Not of a table's name: before PostgreSQL 16 that raises.
-        CROSS JOIN LATERAL (SELECT to_regprocedure(CASE n.kind WHEN 'FUNCTION' THEN n.object END)) AS o (routine)
-        WHERE n.right_name = 'OWNER' AND o.routine IS NOT NULL)
+    WHERE pg_get_userbyid(p.proowner) <> i.owner_role
+    UNION ALL SELECT * FROM listener.function_findings()
     UNION ALL
     SELECT 'rights', a.level, NULL, o.object, format(a.problem, a.grantee), format('REVOKE ALL ON %s FROM %s;', o.what, a.grantee)
     FROM installed i CROSS JOIN (

@@ -257,27 +257,22 @@ END
 $function$;
 
 -- compare_materialized_view(relation): how many rows only its query has now, and how many only it has: how stale it is. Computed
--- with the rights of its owner where this role may take them, as REFRESH computes it; where it may not, and row-level security would
--- show this role other rows, raises LSN03. Takes as long as a refresh, within the caller's statement_timeout.
+-- as its owner, as REFRESH computes it. Takes as long as a refresh, within the caller's statement_timeout.
+-- Raises LSN03 where the calling role may not act as the owner: row-level security may show it other rows, and the query runs
+-- the owner's code.
 CREATE OR REPLACE FUNCTION listener.compare_materialized_view(relation regclass, OUT missing bigint, OUT extra bigint)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
-    previous_role text := current_setting('role');
-    class pg_class;
+    found jsonb;
+    owner name := (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = relation AND c.relkind = 'm');
 BEGIN
-    SELECT c.* INTO STRICT class FROM pg_class c WHERE c.oid = relation AND c.relkind = 'm';
-    IF pg_has_role(current_user, class.relowner, 'MEMBER') THEN
-        PERFORM set_config('role', pg_get_userbyid(class.relowner), true);
-    ELSIF EXISTS (SELECT FROM listener.tenant_inputs(relation, NULL) i JOIN pg_class c ON c.oid = i.relid WHERE c.relrowsecurity)
-    AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles r WHERE r.rolname = current_user) THEN
-        RAISE EXCEPTION 'row-level security would show % other rows than its owner', current_user USING ERRCODE = 'LSN03',
-            HINT = format('Run it as %I, or a member of it.', pg_get_userbyid(class.relowner));
-    END IF;
-    EXECUTE format($sql$
+    found := listener.evaluate_as(owner, format($sql$
         WITH fresh AS MATERIALIZED (SELECT q::text FROM (%s) q), held AS MATERIALIZED (SELECT q::text FROM %s q)
-        SELECT (SELECT count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
-               (SELECT count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e)$sql$,
-        rtrim(pg_get_viewdef(relation), '; '), relation) INTO missing, extra;
-    PERFORM set_config('role', previous_role, true);
+        SELECT jsonb_build_object(
+            'missing', (SELECT count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
+            'extra', (SELECT count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e))$sql$,
+        rtrim(pg_get_viewdef(relation), '; '), relation), NULL);
+    missing := found ->> 'missing';
+    extra := found ->> 'extra';
 END
 $function$;

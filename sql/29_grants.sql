@@ -3,13 +3,24 @@
 DO $grants$
 DECLARE
     installed listener.installation;
-    computing regprocedure;
     routine regprocedure;
 BEGIN
     SELECT i.* INTO installed FROM listener.installation i;
     FOR routine IN SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'listener'::regnamespace LOOP
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', routine);
     END LOOP;
+    -- An earlier release gave the service's role functions to own, which it could have altered.
+    FOR routine IN SELECT p.oid FROM pg_catalog.pg_proc p
+                   WHERE p.pronamespace = 'listener'::regnamespace
+                     AND p.proowner <> pg_catalog.to_regrole(pg_catalog.quote_ident(installed.owner_role)) LOOP
+        EXECUTE format('ALTER FUNCTION %s OWNER TO %I', routine, installed.owner_role);
+    END LOOP;
+    DELETE FROM listener.installed_function f WHERE f.signature LIKE 'listener.%';
+    INSERT INTO listener.installed_function (signature, digest)
+    SELECT p.oid::regprocedure::text, listener.function_digest(p.oid) FROM pg_catalog.pg_proc p
+    WHERE p.pronamespace = 'listener'::regnamespace
+      -- Each source has its own; that they are as they were generated, capture_digest says.
+      AND p.proname !~ '^(capture|tenant_of|key_of|tenants_by)_[0-9]';
     DELETE FROM listener.needed_right;
     IF installed.service_role = installed.owner_role THEN
         RETURN;
@@ -24,7 +35,6 @@ BEGIN
     EXECUTE format('GRANT INSERT, DELETE ON listener.change_log, listener.drain_log, listener.dirty_key, listener.purge_mark,
         listener.moved_tenant TO %I', installed.service_role);
     FOREACH routine IN ARRAY ARRAY[
-        'listener.alter_statement(listener.managed_view, listener.managed_view)',
         'listener.altered(listener.managed_view)',
         'listener.and_members(text)',
         'listener.canonical_or_null(text, text)',
@@ -39,10 +49,17 @@ BEGIN
         'listener.compare(text, text)',
         'listener.compare_alter(text, text)',
         'listener.compare_materialized_view(regclass)',
-        'listener.compared_rows(listener.managed_view)',
-        'listener.comparison_statement(listener.managed_view)',
+        'listener.check_may_act(name)',
         'listener.concurrent_index(regclass)',
-        'listener.digest_statement(listener.managed_view, text)',
+        'listener.evaluate_as(name, text, text, jsonb)',
+        'listener.evaluating_body()',
+        'listener.is_administrator()',
+        'listener.plan_as(name, text[], jsonb, jsonb)',
+        'listener.planned(regclass, text[], jsonb)',
+        'listener.planning_body()',
+        'listener.planning_settings()',
+        'listener.set_clauses(jsonb)',
+        'listener.stand_in_statements(regclass, text)',
         'listener.discard_letter(uuid)',
         'listener.drain()',
         'listener.drained_keys(bigint)',
@@ -52,11 +69,9 @@ BEGIN
         'listener.expand(text)',
         'listener.explain_key(text, text)',
         'listener.explain_upstream(text, text)',
-        'listener.explained(text, text)',
         'listener.find_view(text)',
         'listener.fingerprint(regclass)',
         'listener.fold_restored_log()',
-        'listener.forget_rows(text, text)',
         'listener.hiding_functions(regclass)',
         'listener.check_columns(regclass, name, name[])',
         'listener.hidden_from_owner(regclass)',
@@ -66,12 +81,10 @@ BEGIN
         'listener.hides_rows(oid, oid)',
         'listener.lists_target(pg_policy)',
         'listener.hold_lease()',
-        'listener.images(regclass, regclass)',
         'listener.implied(jsonb, text)',
         'listener.index_advice(oid, name[])',
         'listener.index_scans(jsonb, text)',
         'listener.inventory_names()',
-        'listener.is_of_tenant(listener.managed_view, text)',
         'listener.is_past(xid8)',
         'listener.is_pending(integer, text)',
         'listener.is_shown(integer, text, bigint)',
@@ -81,7 +94,6 @@ BEGIN
         'listener.lock_holder(bigint)',
         'listener.lock_key(integer, text)',
         'listener.lost_guarantees()',
-        'listener.make_stand_ins(regclass, text)',
         'listener.missing_columns(listener.managed_view)',
         'listener.must_poll()',
         'listener.new_changes(xid8, xid8[], timestamptz)',
@@ -137,56 +149,26 @@ BEGIN
         'listener.uncast(text)',
         'listener.unconsumed()',
         'listener.view_fingerprint(listener.managed_view)',
+        'listener.view_plans(regclass)',
         'listener.view_text(oid, text)',
         'listener.view_troubles()',
         'listener.zone_differs(text, text)']::regprocedure[]
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, installed.service_role);
     END LOOP;
-    -- These run with the rights of the service's role, whoever calls: it owns them. An owner needs CREATE on the
-    -- schema at the moment of the hand-over, and must not keep it.
-    EXECUTE format('GRANT CREATE ON SCHEMA listener TO %I', installed.service_role);
-    FOREACH computing IN ARRAY ARRAY[
-        'listener.check_drift(text, text)',
-        'listener.compare(text, text)',
-        'listener.compare_alter(text, text)',
-        'listener.discard_letter(uuid)',
-        'listener.drain()',
-        'listener.drift_example(text, text)',
-        'listener.expand(text)',
-        'listener.explain_key(text, text)',
-        'listener.explain_upstream(text, text)',
-        'listener.forget_rows(text, text)',
-        'listener.is_stale(integer, text)',
-        'listener.pending_keys(boolean)',
-        'listener.purge(interval, bigint)',
-        'listener.record_failure(integer, text, text, text, text, text, text, text, text, integer, interval, interval, interval)',
-        'listener.record_refusal(text, text, text, text, text)',
-        'listener.refresh(text, text)',
-        'listener.tenant_digest(text, text)',
-        'listener.tenants(text)',
-        'listener.unconsumed()']::regprocedure[]
-    LOOP
-        EXECUTE format('ALTER FUNCTION %s OWNER TO %I', computing, installed.service_role);
-        -- Who may make and drop views may fill and compare them, and ask doctor, also where it is no member any more.
-        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I, %I', computing, installed.owner_role, installed.service_role);
-    END LOOP;
-    EXECUTE format('REVOKE CREATE ON SCHEMA listener FROM %I', installed.service_role);
     -- What belongs to a view comes and goes with it: doctor knows what that needs.
     INSERT INTO listener.needed_right (kind, object, right_name)
-    SELECT 'FUNCTION', p.oid::regprocedure::text, r.right_name
+    SELECT 'FUNCTION', p.oid::regprocedure::text, 'EXECUTE'
     FROM pg_catalog.pg_proc p
-    CROSS JOIN LATERAL (
-        SELECT 'EXECUTE' WHERE pg_catalog.has_function_privilege(installed.service_role, p.oid, 'EXECUTE')
-        UNION ALL SELECT 'OWNER' WHERE pg_catalog.pg_get_userbyid(p.proowner) = installed.service_role) AS r (right_name)
-    WHERE p.pronamespace = 'listener'::regnamespace AND p.proname !~ '^difference_[0-9]+$'
+    WHERE p.pronamespace = 'listener'::regnamespace
+      AND pg_catalog.has_function_privilege(installed.service_role, p.oid, 'EXECUTE')
     UNION ALL
     SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, c.oid::regclass::text, a.privilege_type
     FROM pg_catalog.pg_class c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) a
     WHERE c.relnamespace = 'listener'::regnamespace AND c.relkind IN ('r', 'v', 'S')
       AND c.relname !~ '^(definition|tenants|lookup|tenant_of|key_of|reference_of)_[0-9]'
       AND pg_catalog.pg_get_userbyid(a.grantee) = installed.service_role;
-    PERFORM listener.grant_definition(v.id) FROM listener.managed_view v
+    PERFORM listener.grant_definition(v) FROM listener.managed_view v
     WHERE pg_catalog.to_regclass('listener.definition_' || v.id) IS NOT NULL
       AND pg_catalog.to_regclass('listener.tenants_' || v.id) IS NOT NULL;
 END

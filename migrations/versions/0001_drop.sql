@@ -16,6 +16,7 @@ BEGIN
         EXECUTE format('DROP TABLE %s CASCADE', name);
     END LOOP;
     DROP SEQUENCE listener.doorbell;
+    DROP SCHEMA IF EXISTS listener_private CASCADE;
     FOR name IN SELECT p.oid::regprocedure::text FROM pg_proc p WHERE p.pronamespace = 'listener'::regnamespace LOOP
         EXECUTE format('DROP FUNCTION %s', name);
     END LOOP;

@@ -1,5 +1,5 @@
 -- compute_role: the role whose rights a definition is computed with. Of the installation: the role for all views that
--- name no other. It cannot log in, and it owns no function that it could name: sql/10_compute.sql says why that matters.
+-- name no other. It cannot log in, and it owns no function that it could name: sql/03_computing.sql says why that matters.
 -- settings: the settings that the result of a view depends on, as they were at its registration (name -> value).
 -- max_staleness: how old an unseen change of a key may get before an alert; NULL: the view has no limit.
 ALTER TABLE listener.installation
@@ -12,9 +12,39 @@ ALTER TABLE listener.managed_view
     ADD COLUMN compute_role name,
     ADD COLUMN settings jsonb NOT NULL DEFAULT '{}',
     ADD COLUMN max_staleness interval CHECK (max_staleness > '0');
+-- What runs a team's code: see sql/03_computing.sql. Nobody but its owner may use it.
+CREATE SCHEMA listener_private;
+
+-- The functions as the last migration, or the registration of a view, made them; `listener doctor` compares.
+CREATE TABLE listener.installed_function (
+    signature text PRIMARY KEY,
+    digest text NOT NULL
+);
+ALTER TABLE listener.installed_function REPLICA IDENTITY FULL;
+
+-- Functions that have other results now, or are in listener_private: the files of sql/ make them again.
+DROP FUNCTION IF EXISTS listener.refresh(text, bigint), listener.refresh(text, uuid), listener.refresh(text, text),
+    listener.refresh_key(text, text), listener.refresh_dirty(integer, text, text, bigint),
+    listener.explained(text, text), listener.make_stand_ins(regclass, text), listener.tenant_plans(regclass, name, text),
+    listener.forget_rows(text, text), listener.check_one_select(text, text, text, text), listener.check_readable(regclass),
+    listener.grant_definition(integer),
+    listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text);
+DO $difference$
+DECLARE
+    routine regprocedure;
+BEGIN
+    FOR routine IN SELECT p.oid FROM pg_catalog.pg_proc p
+                   WHERE p.pronamespace = 'listener'::regnamespace AND p.proname ~ '^difference_[0-9]+$' LOOP
+        EXECUTE format('DROP FUNCTION %s', routine);
+    END LOOP;
+END
+$difference$;
+
 -- The view that holds the query of a materialized view which is made again, where that query shows the owner no rows.
 ALTER TABLE listener.adoption ADD COLUMN query_view name;
 -- They have an argument more now, `owner`.
 DROP FUNCTION IF EXISTS listener.carried(regclass, text, "char", name[], jsonb, jsonb);
 DROP FUNCTION IF EXISTS listener.begin_adoption(text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean, text);
 DROP FUNCTION IF EXISTS listener.plan_adoption(text, name[], name, text);
+DROP FUNCTION IF EXISTS listener.unadopting(listener.managed_view, listener.adoption);
+DROP FUNCTION IF EXISTS listener.whole_digests(text);

@@ -1,0 +1,305 @@
+-- Who computes. A definition, a policy of a table that it reads, a function that either calls, a trigger or a check of a
+-- target: all of it is code of a team, and it runs with the rights of whoever computes. So it runs as the view's compute
+-- role and nothing else: a role that cannot log in, that may read the team's sources and write its targets.
+--
+-- Three things keep that code where it is:
+--   * It is reached through SECURITY DEFINER functions that the compute role owns. In such a function PostgreSQL refuses
+--     SET ROLE and SET SESSION AUTHORIZATION, so that code cannot become the session's user again. A role that was set
+--     with SET ROLE can be left with RESET ROLE; so nothing here sets a role and then plans or evaluates.
+--   * Who owns a function may alter it: to SECURITY INVOKER, say, and its next caller would run it with rights of its own.
+--     So these functions are in the schema listener_private, which only its owner may use: a statement that alters a
+--     function has to name it, and the compute role cannot.
+--   * What only looks (compares, lists, plans) runs in a subtransaction that is rolled back: no setting, temporary object
+--     or row that such code made is left in the session of an administrator.
+--
+-- Of each view there are difference_<id>, which writes (see 10_difference.sql), and evaluate_<id> and plan_<id>, which look.
+
+-- compute_role_of(view): the role that a view is computed as: its own, or that of the installation.
+CREATE OR REPLACE FUNCTION listener.compute_role_of(view listener.managed_view) RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(view.compute_role, i.compute_role) FROM listener.installation i
+$function$;
+
+-- grantee_of(view): the role that is granted what computing a view needs. The compute role of the installation has what the
+-- service has, as its member; a compute role of the view's own is granted each thing itself.
+CREATE OR REPLACE FUNCTION listener.grantee_of(view listener.managed_view) RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(view.compute_role, i.service_role) FROM listener.installation i
+$function$;
+
+-- set_clauses(settings): SET clauses of a function, of settings by name. The value of search_path is a list of quoted
+-- names; quoted as a whole, it would be one name.
+CREATE OR REPLACE FUNCTION listener.set_clauses(settings jsonb) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT string_agg(CASE s.key WHEN 'search_path' THEN 'SET search_path = ' || s.value
+                                 ELSE format('SET %I = %L', s.key, s.value) END, ' ' ORDER BY s.key)
+    FROM jsonb_each_text(settings) s
+$function$;
+
+-- settings_of(view): pinned_settings() by name.
+CREATE OR REPLACE FUNCTION listener.settings_of(view listener.managed_view) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT jsonb_object_agg(s.name, s.value) FROM listener.pinned_settings(view) s
+$function$;
+
+-- evaluating_body(): the body of a function (statement text, tenant text) RETURNS jsonb: evaluates a statement that
+-- returns one row of one jsonb column, for the tenant $1 (NULL: for that of the session), and leaves nothing behind. It runs with the search_path of the
+-- view; so everything in it is qualified.
+CREATE OR REPLACE FUNCTION listener.evaluating_body() RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT $body$
+DECLARE
+    computed pg_catalog.jsonb;
+    is_done pg_catalog.bool;
+BEGIN
+    BEGIN
+        IF tenant IS NOT NULL THEN
+            PERFORM pg_catalog.set_config('app.current_tenant_id', tenant, true),
+                    pg_catalog.set_config('app.execution_context', 'worker', true);
+        END IF;
+        EXECUTE statement INTO computed USING tenant;
+        is_done := true;
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was evaluated is to leave nothing behind';
+    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
+        IF is_done IS NOT TRUE THEN
+            RAISE;
+        END IF;
+    END;
+    RETURN computed;
+END
+$body$
+$function$;
+
+-- planning_body(): the body of a function (preparation text[], questions jsonb) RETURNS jsonb: runs the statements of
+-- `preparation`, plans each question, and leaves nothing behind.
+--   questions   [{"query", "path": the search_path, "settings": {name: value}, "opens": true to open it as a cursor instead}]
+-- Returns an array: for each question its plan, or {"error", "sqlstate"}; or one such object where the preparation failed.
+CREATE OR REPLACE FUNCTION listener.planning_body() RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT $body$
+DECLARE
+    step text;
+    question jsonb;
+    query text;
+    explain text;
+    opened refcursor;
+    plan json;
+    answer jsonb;
+    answers jsonb := '[]';
+    is_planned boolean;
+    is_done boolean;
+BEGIN
+    BEGIN
+        FOREACH step IN ARRAY preparation LOOP
+            EXECUTE step;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        END LOOP;
+        FOR question IN SELECT q.item FROM jsonb_array_elements(questions) WITH ORDINALITY AS q (item, ord) ORDER BY q.ord LOOP
+            query := question ->> 'query';
+            explain := 'EXPLAIN (VERBOSE, FORMAT JSON, COSTS OFF) ' || query;
+            is_planned := false;
+            BEGIN
+                PERFORM set_config(s.key, s.value, true) FROM jsonb_each_text(question -> 'settings') s;
+                IF (question ->> 'opens')::boolean THEN
+                    PERFORM set_config('search_path', question ->> 'path', true);
+                    OPEN opened FOR EXECUTE query;
+                ELSE
+                    PERFORM set_config('search_path', question ->> 'path', true);
+                    EXECUTE explain INTO plan;
+                END IF;
+                is_planned := true;
+                RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was planned is to leave nothing behind';
+            EXCEPTION WHEN OTHERS THEN
+                answer := CASE WHEN is_planned THEN coalesce(to_jsonb(plan), 'null')
+                               ELSE jsonb_build_object('error', SQLERRM, 'sqlstate', SQLSTATE) END;
+            END;
+            answers := answers || jsonb_build_array(answer);
+        END LOOP;
+        is_done := true;
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was prepared is to leave nothing behind';
+    EXCEPTION WHEN OTHERS THEN
+        IF is_done IS NOT TRUE THEN
+            RETURN jsonb_build_object('error', SQLERRM, 'sqlstate', SQLSTATE);
+        END IF;
+    END;
+    RETURN answers;
+END
+$body$
+$function$;
+
+-- planning_settings(): what a plan is made under: each condition where it is applied, each scan one, no parallel worker.
+CREATE OR REPLACE FUNCTION listener.planning_settings() RETURNS jsonb
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT '{"search_path": "pg_catalog, pg_temp", "jit": "off", "standard_conforming_strings": "on",
+             "max_parallel_workers_per_gather": "0", "enable_partition_pruning": "off", "constraint_exclusion": "off",
+             "enable_partitionwise_join": "off", "enable_partitionwise_aggregate": "off", "enable_memoize": "off",
+             "work_mem": "64kB", "hash_mem_multiplier": "1", "client_min_messages": "warning", "enable_seqscan": "on",
+             "enable_indexscan": "off", "enable_indexonlyscan": "off", "enable_bitmapscan": "off"}'::jsonb
+$function$;
+
+-- function_digest(routine): changes with whatever somebody may alter of a function: what it does, whose rights it has, its
+-- settings, its owner.
+CREATE OR REPLACE FUNCTION listener.function_digest(routine regprocedure) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT md5(concat_ws(E'\n', p.prosrc, p.prosqlbody, p.prosecdef, p.proconfig, p.provolatile, p.proleakproof, p.proowner))
+    FROM pg_proc p WHERE p.oid = routine
+$function$;
+
+-- make_private(role, signature, returns, volatility, settings, body): makes or replaces a function of listener_private that
+-- `role` owns and the owner of this schema may call. An owner needs CREATE on the schema at the moment of the hand-over,
+-- and must not keep it.
+CREATE OR REPLACE FUNCTION listener.make_private(
+    role name, signature text, arguments text, volatility text, settings jsonb, body text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    owner_role name := (SELECT i.owner_role FROM listener.installation i);
+    routine regprocedure;
+    is_handed_over boolean;
+BEGIN
+    -- As a literal: a column's name may hold whatever a dollar quote ends with.
+    EXECUTE format('CREATE OR REPLACE FUNCTION listener_private.%s LANGUAGE plpgsql %s SECURITY DEFINER %s AS %L',
+                   arguments, volatility, listener.set_clauses(settings), body);
+    routine := to_regprocedure('listener_private.' || signature);
+    EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', routine);
+    SELECT p.proowner = to_regrole(quote_ident(role)) INTO is_handed_over FROM pg_proc p WHERE p.oid = routine;
+    IF NOT is_handed_over THEN
+        EXECUTE format('GRANT CREATE ON SCHEMA listener_private TO %I', role);
+        EXECUTE format('ALTER FUNCTION %s OWNER TO %I', routine, role);
+        EXECUTE format('REVOKE CREATE ON SCHEMA listener_private FROM %I', role);
+    END IF;
+    -- Also where it is no member of that role any more.
+    EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, owner_role);
+    INSERT INTO listener.installed_function (signature, digest) VALUES (routine::text, listener.function_digest(routine))
+    ON CONFLICT ON CONSTRAINT installed_function_pkey DO UPDATE SET digest = excluded.digest;
+END
+$function$;
+
+-- generate_computing(view): makes or replaces evaluate_<id> and plan_<id> of a view.
+CREATE OR REPLACE FUNCTION listener.generate_computing(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    role name := listener.compute_role_of(view);
+    settings jsonb := listener.settings_of(view);
+BEGIN
+    PERFORM listener.make_private(role, format('evaluate_%s(text, text)', view.id),
+                format('evaluate_%s(statement text, tenant text) RETURNS jsonb', view.id), 'STABLE', settings,
+                listener.evaluating_body()),
+            listener.make_private(role, format('plan_%s(text[], jsonb)', view.id),
+                format('plan_%s(preparation text[], questions jsonb) RETURNS jsonb', view.id), 'VOLATILE',
+                settings || listener.planning_settings(), listener.planning_body());
+END
+$function$;
+
+-- drop_computing(view_id): drops all functions of a view in listener_private.
+CREATE OR REPLACE FUNCTION listener.drop_computing(view_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    routine regprocedure;
+BEGIN
+    FOR routine IN
+        SELECT p.oid FROM pg_proc p
+        WHERE p.pronamespace = 'listener_private'::regnamespace
+          AND p.proname IN ('difference_' || view_id, 'evaluate_' || view_id, 'plan_' || view_id)
+    LOOP
+        DELETE FROM listener.installed_function f WHERE f.signature = routine::text;
+        EXECUTE format('DROP FUNCTION %s', routine);
+    END LOOP;
+END
+$function$;
+
+-- evaluate(view, statement, tenant): what a statement returns, one jsonb, computed for a tenant ($1) as refresh() computes:
+-- as the view's compute role, under the view's settings. Nothing that it does is left. It sees what the statement that calls it sees.
+-- For the functions of this schema that run as its owner: they must not touch a definition, a source or a target themselves.
+CREATE OR REPLACE FUNCTION listener.evaluate(view listener.managed_view, statement text, tenant text) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    computed jsonb;
+    call text := format('SELECT listener_private.%I($1, $2)', 'evaluate_' || view.id);
+BEGIN
+    EXECUTE call INTO computed USING statement, tenant;
+    RETURN computed;
+END
+$function$;
+
+-- plan(view_id, preparation, questions): what planning_body() answers, as the view's compute role.
+CREATE OR REPLACE FUNCTION listener.plan(view_id integer, preparation text[], questions jsonb) RETURNS jsonb
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    answers jsonb;
+    call text := format('SELECT listener_private.%I($1, $2)', 'plan_' || view_id);
+BEGIN
+    EXECUTE call INTO answers USING preparation, questions;
+    RETURN answers;
+END
+$function$;
+
+-- check_may_act(role): raises LSN03 where the calling role may not have something computed as `role`: only a superuser and
+-- the members of a role may.
+CREATE OR REPLACE FUNCTION listener.check_may_act(role name) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF to_regrole(quote_ident(role)) IS NULL THEN
+        RAISE EXCEPTION 'there is no role %', role USING ERRCODE = 'LSN03';
+    ELSIF current_user <> role AND NOT pg_has_role(current_user, role, CASE
+            WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END) THEN
+        RAISE EXCEPTION 'role % may not have anything computed as %', current_user, role USING ERRCODE = 'LSN03',
+            HINT = format('Run it as a member of %1$I, or: GRANT %1$I TO %2$I.', role, current_user);
+    ELSIF NOT has_database_privilege(role, current_database(), 'TEMPORARY') THEN
+        RAISE EXCEPTION 'role % may make nothing temporary in %', role, current_database() USING ERRCODE = 'LSN03',
+            HINT = format('GRANT TEMPORARY ON DATABASE %I TO %I;', current_database(), role);
+    END IF;
+END
+$function$;
+
+-- evaluate_as(role, statement, tenant, settings), plan_as(role, preparation, questions, settings): the same for what is no
+-- managed view: as the owner of a materialized view, say, whose code its query runs. The function that runs it is the
+-- role's for this one call: it is temporary, and gone with a subtransaction before anything else is done.
+--   settings   SET clauses, by name
+-- Raises LSN03 where the caller is no member of the role, and what the statement raises.
+CREATE OR REPLACE FUNCTION listener.evaluate_as(role name, statement text, tenant text, settings jsonb DEFAULT '{}') RETURNS jsonb
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    computed jsonb;
+    is_done boolean;
+BEGIN
+    PERFORM listener.check_may_act(role);
+    BEGIN
+        EXECUTE format('CREATE FUNCTION pg_temp.listener_evaluate(statement text, tenant text) RETURNS jsonb
+                        LANGUAGE plpgsql STABLE SECURITY DEFINER %s AS %L',
+                       listener.set_clauses('{"search_path": "pg_catalog, pg_temp", "jit": "off"}' || settings),
+                       listener.evaluating_body());
+        EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', role);
+        EXECUTE 'SELECT pg_temp.listener_evaluate($1, $2)' INTO computed USING statement, tenant;
+        is_done := true;
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
+    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
+        IF is_done IS NOT TRUE THEN
+            RAISE;
+        END IF;
+    END;
+    RETURN computed;
+END
+$function$;
+CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}') RETURNS jsonb
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    answers jsonb;
+    is_done boolean;
+BEGIN
+    PERFORM listener.check_may_act(role);
+    BEGIN
+        EXECUTE format('CREATE FUNCTION pg_temp.listener_plan(preparation text[], questions jsonb) RETURNS jsonb
+                        LANGUAGE plpgsql VOLATILE SECURITY DEFINER %s AS %L',
+                       listener.set_clauses(settings || listener.planning_settings()), listener.planning_body());
+        EXECUTE format('ALTER FUNCTION pg_temp.listener_plan(text[], jsonb) OWNER TO %I', role);
+        EXECUTE 'SELECT pg_temp.listener_plan($1, $2)' INTO answers USING preparation, questions;
+        is_done := true;
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
+    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
+        IF is_done IS NOT TRUE THEN
+            RAISE;
+        END IF;
+    END;
+    RETURN answers;
+END
+$function$;
