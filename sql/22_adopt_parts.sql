@@ -108,12 +108,6 @@ BEGIN
 END
 $function$;
 
--- adopting(old, new, keys, owner): the statements that give the target what the materialized view has: see carried().
-CREATE OR REPLACE FUNCTION listener.adopting(old regclass, new text, keys name[], owner name) RETURNS SETOF text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT s FROM listener.carried(old, new, 'r', keys, '{}', listener.only_select(listener.grants_of(old)), owner) s
-$function$;
-
 -- clock_columns(relation): the columns of a view or a materialized view whose value counts the clock: now() is in the expression
 -- itself, and not in a condition, in what an aggregate counts, or cut to a day. Through subqueries and nested views it goes by
 -- the column's name. Found in the stored query; it decides on advice alone.
@@ -199,6 +193,12 @@ CREATE OR REPLACE FUNCTION listener.only_select(grants jsonb) RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(jsonb_agg(g ORDER BY ord), '[]') FROM jsonb_array_elements(grants) WITH ORDINALITY AS e (g, ord)
     WHERE g ->> 'privilege' = 'SELECT'
+$function$;
+
+-- adopting(old, new, keys, owner): the statements that give the target what the materialized view has: see carried().
+CREATE OR REPLACE FUNCTION listener.adopting(old regclass, new text, keys name[], owner name) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT s FROM listener.carried(old, new, 'r', keys, '{}', listener.only_select(listener.grants_of(old)), owner) s
 $function$;
 
 -- losses(relation, keys): one line for each thing that a target of a materialized view does not have of it.

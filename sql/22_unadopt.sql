@@ -153,30 +153,9 @@ BEGIN
 END
 $function$;
 
--- refresh_all_now(view): refreshes every tenant of a view in this transaction, so that all rows are as of its now().
--- Raises object_not_in_prerequisite_state where the view is paused.
-CREATE OR REPLACE FUNCTION listener.refresh_all_now(view text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    tenant text;
-    outcome text;
-BEGIN
-    FOREACH tenant IN ARRAY ARRAY(SELECT t FROM listener.tenants(view) t ORDER BY t) LOOP
-        LOOP
-            SELECT r.outcome INTO outcome FROM listener.refresh(view, tenant) r;
-            EXIT WHEN outcome = 'refreshed';
-            IF outcome = 'paused' THEN
-                RAISE EXCEPTION '% is paused, and its rows are of another time', view
-                    USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'SELECT listener.resume(view) first.';
-            END IF;
-            PERFORM pg_sleep(0.02);
-        END LOOP;
-    END LOOP;
-END
-$function$;
-
 -- fill_unadoption(view): fills the materialized view, under the settings of the managed view, and compares it tenant by tenant
 -- with the definition, computed as the service computes it, at the same now().
+-- Where the rows are the target's and depend on the time, each tenant is to be refreshed before, in the same transaction.
 -- Raises LSN03, and takes the filling back, where rows differ that no change of this moment explains.
 CREATE OR REPLACE FUNCTION listener.fill_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' AS $function$
@@ -189,10 +168,6 @@ DECLARE
     started timestamptz := clock_timestamp();
     settings jsonb;
 BEGIN
-    IF adoption.query_view IS NOT NULL AND EXISTS (
-            SELECT FROM listener.time_dependence(to_regclass('listener.definition_' || managed.id)) t WHERE t.dependence = 'time') THEN
-        PERFORM listener.refresh_all_now(managed.name);
-    END IF;
     SELECT jsonb_object_agg(s.name, current_setting(s.name)) INTO settings FROM listener.pinned_settings(managed) s WHERE s.name <> 'search_path';
     PERFORM set_config(s.name, s.value, true) FROM listener.pinned_settings(managed) s WHERE s.name <> 'search_path';
     PERFORM set_config('search_path', managed.search_path, true);
@@ -300,8 +275,21 @@ BEGIN
 END
 $function$;
 
+-- fills_from_target(view): whether the rows that fill_unadoption() fills in are the target's, and depend on the time.
+CREATE OR REPLACE FUNCTION listener.fills_from_target(view text, OUT is_so boolean, OUT depends_on_time boolean)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
+BEGIN
+    is_so := adoption.query_view IS NOT NULL OR listener.query_view_name(managed, adoption) IS NOT NULL;
+    depends_on_time := EXISTS (SELECT FROM listener.time_dependence(to_regclass('listener.definition_' || managed.id)) t
+                               WHERE t.dependence = 'time');
+END
+$function$;
+
 -- plan_unadoption(view): the same for unadopt; 'beside' is what begin_unadoption() runs, 'filled' what fill_unadoption() runs after
--- REFRESH.
+-- REFRESH, 'now': there where the tenants are to be refreshed in the transaction that fills.
 CREATE OR REPLACE FUNCTION listener.plan_unadoption(view text) RETURNS TABLE (part text, statement text)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -324,6 +312,8 @@ BEGIN
     SELECT 'beside', s FROM listener.making_query_view(managed, adoption, query_view) s WHERE query_view IS NOT NULL
     UNION ALL
     SELECT 'beside', s FROM listener.unadopting(managed, adoption, query_view) s
+    UNION ALL
+    SELECT 'now', managed.name FROM listener.fills_from_target(managed.name) f WHERE f.is_so AND f.depends_on_time
     UNION ALL
     SELECT 'filled', s FROM listener.ending_query_view(managed, adoption, query_view) s WHERE query_view IS NOT NULL
     UNION ALL
