@@ -481,7 +481,7 @@ BEGIN
     RETURN QUERY
         SELECT 'scope', 'warning', v.name, v.name, a.advice || '.', format('listener views alter %s --query FILE', listener.shell_word(v.name))
         FROM listener.managed_view v CROSS JOIN LATERAL listener.clock_advice(to_regclass('listener.definition_' || v.id)) AS a (advice)
-        WHERE v.name <> ALL (left_out) ORDER BY v.name;
+        ORDER BY v.name;
 END
 $function$;
 
@@ -518,13 +518,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                               AND r.oid NOT IN (i.owner_id, i.service_id)) r
         WHERE t.strategy <> 'materialized view'
     )
-    SELECT 'rights', 'warning', a.name, a.target,
+    SELECT 'roles', 'warning', a.name, a.target,
            format('%s, a role of the application, %s it: it may write it, empty it and switch its row-level security off.', quote_ident(a.role),
                   CASE WHEN pg_get_userbyid(a.relowner) = a.role THEN 'owns' ELSE 'is a member of the role that owns' END),
            format('ALTER TABLE %s OWNER TO %I; GRANT SELECT ON %s TO %I;', a.target, i.owner_role, a.target, pg_get_userbyid(a.relowner))
     FROM able a CROSS JOIN installed i WHERE a.owns
     UNION ALL
-    SELECT 'rights', 'warning', a.name, a.target,
+    SELECT 'roles', 'warning', a.name, a.target,
            format('%s, which writes sources, may write it, too: %s.', quote_ident(a.role), array_to_string(a.rights, ', ')),
            format('REVOKE %s ON %s FROM %s;', array_to_string(a.rights, ', '), a.target,
                   (SELECT string_agg(DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END, ', ')
