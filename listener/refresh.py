@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, LiteralString
+
+from psycopg.rows import dict_row
 
 from listener.views import Change, RefreshKey
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 class Outcome:
     """What a refresh did.
 
-    Rows of the target inserted, updated, deleted; the dirty version that is now reflected. `expanded` wrote "all
+    Rows of the target inserted, updated, deleted; the dirty version that is now reflected; how many seconds the server
+    took, None where it did nothing. `expanded` wrote "all
     tenants" out as `inserted` keys; `fresh`, `busy` and `paused` did nothing: another replica had shown the version, is
     at it, or nobody is to be.
     """
@@ -25,6 +28,7 @@ class Outcome:
     updated: int = 0
     deleted: int = 0
     version: int = 0
+    duration: float | None = None
 
 
 async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
@@ -35,22 +39,29 @@ async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
     key = change.key
     if change.aged:
         return await refresh_now(connection, key)
-    cursor = await connection.execute(
-        "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh_dirty(%s, %s::text, %s::text, %s)",
+    return await _outcome(
+        connection,
+        "SELECT * FROM listener.refresh_dirty(%s, %s::text, %s::text, %s)",
         (key.view_id, key.view, key.tenant, change.version),
     )
-    return _outcome(await cursor.fetchone())
 
 
 async def refresh_now(connection: AsyncConnection[Any], key: RefreshKey) -> Outcome:
     """Refreshes the key whether it is dirty or not. Raises as refresh()."""
-    cursor = await connection.execute(
-        "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh_key(%s::text, %s::text)",
-        (key.view, key.tenant),
-    )
-    return _outcome(await cursor.fetchone())
+    return await _outcome(connection, "SELECT * FROM listener.refresh_key(%s::text, %s::text)", (key.view, key.tenant))
 
 
-def _outcome(row: tuple[Any, ...] | None) -> Outcome:
+async def _outcome(connection: AsyncConnection[Any], query: LiteralString, given: tuple[object, ...]) -> Outcome:
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(query, given)
+        row = await cursor.fetchone()
     assert row is not None
-    return Outcome(row[0], row[1] or 0, row[2] or 0, row[3] or 0, row[4] or 0)
+    duration = row.get("duration")
+    return Outcome(
+        row["outcome"],
+        row["inserted"] or 0,
+        row["updated"] or 0,
+        row["deleted"] or 0,
+        row["version"] or 0,
+        None if duration is None else duration.total_seconds(),
+    )

@@ -34,15 +34,24 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                       WHERE e.classid = 'pg_proc'::regclass AND e.objid = p.oid AND e.deptype = 'e')
 $function$;
 
+-- query_of(relation): the query of a view or a materialized view, with every name qualified. It is the same in every session, and
+-- its dates and times are read back as the same ones in every session. Money is written as lc_monetary says, and read so.
+CREATE OR REPLACE FUNCTION listener.query_of(relation oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD'
+SET IntervalStyle = 'postgres' SET extra_float_digits = 1 SET bytea_output = 'hex' SET quote_all_identifiers = off
+SET standard_conforming_strings = on AS $function$
+    SELECT pg_get_viewdef(relation)
+$function$;
+
 -- fingerprint(relation): changes whenever the text of the view, of a view it reads or of a function they call does.
 -- CREATE OR REPLACE can add a table to either, and no dependency of the definition would change.
 CREATE OR REPLACE FUNCTION listener.fingerprint(relation regclass) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT md5(string_agg(part, E'\n' ORDER BY part))
     FROM (
-        SELECT pg_get_viewdef(relation)
+        SELECT listener.query_of(relation)
         UNION ALL
-        SELECT r.relid::regclass::text || pg_get_viewdef(r.relid) FROM listener.reads(relation) r WHERE r.relkind = 'v'
+        SELECT r.relid::regclass::text || listener.query_of(r.relid) FROM listener.reads(relation) r WHERE r.relkind = 'v'
         UNION ALL
         SELECT f.funcid::regprocedure::text || pg_get_functiondef(f.funcid)
         FROM listener.hiding_functions(relation) f

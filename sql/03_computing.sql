@@ -215,9 +215,29 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     computed jsonb;
     call text := format('SELECT listener_private.%I($1, $2)', 'evaluate_' || view.id);
+    custom jsonb := listener.custom_settings(view);
+    callers jsonb := listener.set_custom(custom);
 BEGIN
     EXECUTE call INTO computed USING statement, tenant;
+    PERFORM listener.set_custom(callers);
     RETURN computed;
+END
+$function$;
+
+-- set_custom(settings): sets settings that no SET clause can pin, to the end of the transaction. Returns what they were.
+CREATE OR REPLACE FUNCTION listener.set_custom(settings jsonb) RETURNS jsonb
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    callers jsonb := '{}';
+    setting record;
+BEGIN
+    IF settings <> '{}' THEN
+        FOR setting IN SELECT s.key, s.value FROM jsonb_each_text(settings) s LOOP
+            callers := callers || jsonb_build_object(setting.key, current_setting(setting.key, true));
+            PERFORM set_config(setting.key, setting.value, true);
+        END LOOP;
+    END IF;
+    RETURN callers;
 END
 $function$;
 

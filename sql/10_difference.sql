@@ -19,6 +19,42 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE a.attrelid = target AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
+-- exact_text(value), exact_value(image, type): a value as text, and read back as the same value. In some settings PostgreSQL's own text
+-- of a value is that of another one, too: two times that are an hour apart when clocks go back, where DateStyle is not ISO; a NULL in
+-- an array and 'NULL', where array_nulls is off. A view may be computed under these, and its rows are compared and written all the same.
+CREATE OR REPLACE FUNCTION listener.exact_text(value anyelement) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET DateStyle = 'ISO, YMD' SET array_nulls = on
+SET xmloption = 'content' AS $function$
+BEGIN
+    RETURN value::text;
+END
+$function$;
+CREATE OR REPLACE FUNCTION listener.exact_value(image text, INOUT value anyelement)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET DateStyle = 'ISO, YMD' SET array_nulls = on
+SET xmloption = 'content' AS $function$
+BEGIN
+    value := image;
+END
+$function$;
+
+-- text_of(view, expression), value_of(view, expression, type): the same as parts of a statement that runs under the settings of the
+-- view: plain casts, where these do not change a value.
+CREATE OR REPLACE FUNCTION listener.casts_exactly(view listener.managed_view) RETURNS boolean
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(view.settings ->> 'DateStyle', 'ISO') LIKE 'ISO%' AND coalesce(view.settings ->> 'array_nulls', 'on') = 'on'
+       AND coalesce(view.settings ->> 'xmloption', 'content') = 'content'
+$function$;
+CREATE OR REPLACE FUNCTION listener.text_of(view listener.managed_view, expression text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN listener.casts_exactly(view) THEN expression || '::pg_catalog.text'
+                ELSE format('listener.exact_text(%s)', expression) END
+$function$;
+CREATE OR REPLACE FUNCTION listener.value_of(view listener.managed_view, expression text, type text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN listener.casts_exactly(view) THEN format('%s::%s', expression, type)
+                ELSE format('listener.exact_value(%s, NULL::%s)', expression, type) END
+$function$;
+
 -- is_of_tenant(view, prefix): the condition that a row of definition or target is of tenant $1; true where the view has
 -- no tenants. Everything is qualified: it runs with the creator's search_path, and whoever may create an operator there
 -- must not come into it.
@@ -50,19 +86,20 @@ DECLARE
 BEGIN
     SELECT string_agg(quote_ident(i.attname), ', ' ORDER BY i.attnum),
            string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)
-                           ELSE format('%I::pg_catalog.text COLLATE pg_catalog."C" AS %I', i.attname, i.attname) END, ', ' ORDER BY i.attnum),
+                           ELSE format('%s COLLATE pg_catalog."C" AS %I', listener.text_of(view, quote_ident(i.attname)), i.attname)
+                      END, ', ' ORDER BY i.attnum),
            string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)
-                           ELSE format('%I::%s', i.attname, i.type) END, ', ' ORDER BY i.attnum),
+                           ELSE listener.value_of(view, quote_ident(i.attname), i.type) END, ', ' ORDER BY i.attnum),
            string_agg(format('%I = excluded.%I', i.attname, i.attname), ', ' ORDER BY i.attnum)
     INTO columns, compared, written, updates
     FROM listener.images(target, definition::regclass) i;
     RETURN format(CASE WHEN keys IS NULL THEN $sql$
 WITH fresh AS MATERIALIZED (
     SELECT f.*, pg_catalog.row_number() OVER (PARTITION BY f."listener.row") AS "listener.n"
-    FROM (SELECT %2$s, ROW(%2$s)::pg_catalog.text COLLATE pg_catalog."C" AS "listener.row" FROM %8$s WHERE %7$s) f
+    FROM (SELECT %2$s, %12$s COLLATE pg_catalog."C" AS "listener.row" FROM %8$s WHERE %7$s) f
 ), held AS MATERIALIZED (
     SELECT h.*, pg_catalog.row_number() OVER (PARTITION BY h."listener.row") AS "listener.n"
-    FROM (SELECT ctid AS "listener.at", ROW(%2$s)::pg_catalog.text COLLATE pg_catalog."C" AS "listener.row"
+    FROM (SELECT ctid AS "listener.at", %12$s COLLATE pg_catalog."C" AS "listener.row"
           FROM %6$s WHERE %7$s) h
 ), deleted AS (
     DELETE FROM %6$s t USING held h
@@ -106,7 +143,7 @@ SELECT (SELECT pg_catalog.count(*) FROM written w WHERE w.inserted),
          FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord)),
         (SELECT string_agg(format('g.%I', k.name), ', ' ORDER BY k.ord)
          FROM unnest(view.key_columns) WITH ORDINALITY AS k (name, ord)),
-        listener.is_of_tenant(view, 't.'));
+        listener.is_of_tenant(view, 't.'), listener.text_of(view, format('ROW(%s)', columns)));
 END
 $function$;
 
@@ -161,7 +198,7 @@ BEGIN
     SELECT string_agg(CASE WHEN i.as_is THEN quote_ident(i.attname)
                            WHEN i.type IN ('double precision', 'real') THEN
                                format('pg_catalog.to_char(%I, ''9.99999999999EEEE'')', i.attname)
-                           ELSE format('%I::pg_catalog.text COLLATE pg_catalog."C"', i.attname) END, ', ' ORDER BY i.attnum)
+                           ELSE listener.text_of(view, quote_ident(i.attname)) || ' COLLATE pg_catalog."C"' END, ', ' ORDER BY i.attnum)
     INTO compared FROM listener.images(target, definition::regclass) i;
     RETURN format($sql$
 WITH fresh AS MATERIALIZED (SELECT %1$s FROM %2$s WHERE %4$s),

@@ -67,11 +67,7 @@ BEGIN
 END
 $function$;
 
--- refresh(view, tenant_id): makes one tenant's rows of the target equal to its definition.
---   outcome   'refreshed'; 'busy': another session is refreshing this key, ask again; 'paused': nothing was done
---   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected. duration: how long
---   it took, as refresh_state keeps it; NULL where nothing was done
--- Reads the definition's sources and dirty_key; writes the target, refresh_state, and closes the key's dead letter.
+-- run_refresh(view, tenant_id): what refresh() does; see there.
 --
 -- Each statement has a snapshot of its own, and their order is the proof: the version is read before the rows are
 -- computed, so a change that was drained earlier is visible to the computation, and one that is drained later raises
@@ -80,62 +76,96 @@ $function$;
 -- Nothing else here touches a source or a target: this function has the rights of the owner of the schema. The app.*
 -- settings are given back by hand: only a superuser may put a parameter that no extension defines into a SET clause. An
 -- error needs no hand, it takes the settings back with the transaction.
--- So is the path. What a definition calls can set one for the session, and a SET clause undoes its own setting, not that
--- one: the caller's next statement would take its operators from the schema of a team. An administrator's path is
--- therefore set for the session in any case: such code can hide what it set below a setting that ends with the transaction.
--- Raises LSN01, LSN02, LSN04, LSN05, LSN06, and whatever the definition raises.
-CREATE OR REPLACE FUNCTION listener.refresh(
+CREATE OR REPLACE FUNCTION listener.run_refresh(
     view text, tenant_id text,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_custom_plan
 SET jit = off
 AS $function$
 #variable_conflict use_column
 DECLARE
-    callers_path text := pg_catalog.current_setting('search_path');
-    pinned_path text := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     managed listener.managed_view := listener.find_view(view);
     tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
     started timestamptz := clock_timestamp();
     batch text;
     was_quick boolean;
     twice text;
-    left_path text;
     difference text := format('SELECT * FROM listener_private.%I($1)', 'difference_' || managed.id);
+    custom jsonb := listener.custom_settings(managed);
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
 BEGIN
     PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
         outcome := 'paused';
-    ELSIF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
-        outcome := 'busy';
-    ELSE
-        PERFORM set_config('app.current_tenant_id', tenant_key, true), set_config('app.execution_context', 'worker', true);
-        SELECT k.version, k.correlation_id, k.was_quick INTO version, batch, was_quick
-        FROM listener.known_version(managed.id, tenant_key) k;
-        -- A kept plan saves most of a small refresh. It may be wrong for a tenant unlike the others, or have been made when
-        -- the tables were small: a key whose last refresh was not quick is planned anew, which then costs next to nothing.
-        IF was_quick THEN
-            PERFORM set_config('plan_cache_mode', 'auto', true);
-        END IF;
-
-        EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
-        left_path := pg_catalog.current_setting('search_path');
-        -- Before anything is called by a name that is not qualified.
-        PERFORM pg_catalog.set_config('search_path', pinned_path, true),
-                pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
-                pg_catalog.set_config('app.execution_context', callers_context, true);
-        IF twice IS NOT NULL THEN
-            RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
-                USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')
-                    || ': group by them, or register the view with the columns that tell these rows apart.';
-        END IF;
-        duration := listener.record_refresh(managed.id, tenant_key, version, started, inserted, updated, deleted, batch);
-        outcome := 'refreshed';
+        RETURN;
     END IF;
-    PERFORM set_config('search_path', callers_path, left_path IS NULL OR (left_path = pinned_path AND NOT listener.is_administrator()));
+    IF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
+        outcome := 'busy';
+        RETURN;
+    END IF;
+    PERFORM set_config('app.current_tenant_id', tenant_key, true), set_config('app.execution_context', 'worker', true);
+    SELECT k.version, k.correlation_id, k.was_quick INTO version, batch, was_quick
+    FROM listener.known_version(managed.id, tenant_key) k;
+    -- A kept plan saves most of a small refresh. It may be wrong for a tenant unlike the others, or have been made when
+    -- the tables were small: a key whose last refresh was not quick is planned anew, which then costs next to nothing.
+    IF was_quick THEN
+        PERFORM set_config('plan_cache_mode', 'auto', true);
+    END IF;
+    IF custom <> '{}' THEN
+        custom := listener.set_custom(custom);
+    END IF;
+
+    EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
+    -- Before anything is called by a name that is not qualified: what the definition calls may have set a path.
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+            pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
+            pg_catalog.set_config('app.execution_context', callers_context, true);
+    IF custom <> '{}' THEN
+        PERFORM listener.set_custom(custom);
+    END IF;
+    IF twice IS NOT NULL THEN
+        RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
+            USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')
+                || ': group by them, or register the view with the columns that tell these rows apart.';
+    END IF;
+    duration := listener.record_refresh(managed.id, tenant_key, version, started, inserted, updated, deleted, batch);
+    outcome := 'refreshed';
+END
+$function$;
+
+-- restore_path(callers_path): gives a session its search_path back after what a definition calls has run in it. Such code can
+-- set a path for the session, and a SET clause of a function undoes its own setting, not that one: the next statement would
+-- take its operators from the schema of a team. An administrator's path is set in any case: such code can hide what it set
+-- below a setting that ends with the transaction. To be called by a function without a SET clause for the path.
+CREATE OR REPLACE FUNCTION listener.restore_path(callers_path text) RETURNS void
+LANGUAGE plpgsql VOLATILE AS $function$
+BEGIN
+    IF pg_catalog.current_setting('search_path') OPERATOR(pg_catalog.<>) callers_path OR listener.is_administrator() THEN
+        PERFORM pg_catalog.set_config('search_path', callers_path, false);
+    END IF;
+END
+$function$;
+
+-- refresh(view, tenant_id): makes one tenant's rows of the target equal to its definition.
+--   outcome   'refreshed'; 'busy': another session is refreshing this key, ask again; 'paused': nothing was done
+--   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected. duration: how long
+--   it took, as refresh_state keeps it; NULL where nothing was done
+-- Reads the definition's sources and dirty_key; writes the target, refresh_state, and closes the key's dead letter.
+-- Raises LSN01, LSN02, LSN04, LSN05, LSN06, and whatever the definition raises.
+CREATE OR REPLACE FUNCTION listener.refresh(
+    view text, tenant_id text,
+    OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER AS $function$
+#variable_conflict use_column
+DECLARE
+    -- Qualified like all here: it is read with the caller's path.
+    callers_path pg_catalog.text := pg_catalog.current_setting('search_path');
+BEGIN
+    SELECT r.* INTO outcome, inserted, updated, deleted, version, duration FROM listener.run_refresh(view, tenant_id) r;
+    PERFORM listener.restore_path(callers_path);
 END
 $function$;
 
@@ -182,14 +212,16 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.refresh_dirty(
     view_id integer, view text, tenant text, INOUT version bigint,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT duration interval)
-LANGUAGE plpgsql VOLATILE AS $function$
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 BEGIN
     IF listener.is_shown(view_id, tenant, version) THEN
         outcome := 'fresh';
+    ELSIF tenant = '' AND (listener.find_view(view)).strategy = 'tenant' THEN
+        SELECT e.outcome, e.tenants INTO outcome, inserted FROM listener.expand(view) e;
     ELSE
         SELECT r.outcome, r.inserted, r.updated, r.deleted, r.version, r.duration
-        INTO outcome, inserted, updated, deleted, version, duration FROM listener.refresh_key(view, tenant) r;
+        INTO outcome, inserted, updated, deleted, version, duration FROM listener.run_refresh(view, tenant) r;
     END IF;
 END
 $function$;

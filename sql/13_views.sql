@@ -11,8 +11,10 @@
 --   depends_on      the tables that functions in the query read ('{}': none)
 --   quiet_period, max_wait, edge   the window: default 250 ms, 2 s, leading
 --   max_age         refresh each key at least so often: for queries that depend on the time
---   timezone        the time zone that the query is computed in
+--   timezone        the time zone that the query is read and computed in
 --   target_rls      row-level security on the target, by app.current_tenant_id
+--   max_staleness   how old a change that is not shown may get before an alert: docs/operations.md, ListenerTooStale
+-- It is read and computed under the session's other settings, DateStyle say: view.settings keeps them.
 -- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
 -- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
 -- Raises LSN03 with a hint where the query or the privileges do not allow it. Warns of what 20_scope.sql and 20_time.sql find.
@@ -20,7 +22,8 @@ CREATE OR REPLACE FUNCTION listener.create_view(
     name text, query text, key_columns name[] DEFAULT '{}', tenant_column name DEFAULT 'tenant_id',
     tenants_query text DEFAULT NULL, depends_on regclass[] DEFAULT NULL,
     quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
-    max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', target_rls boolean DEFAULT false)
+    max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', target_rls boolean DEFAULT false,
+    max_staleness interval DEFAULT NULL)
 RETURNS void
 LANGUAGE plpgsql AS $function$
 #variable_conflict use_variable
@@ -45,7 +48,11 @@ BEGIN
         OPERATOR(pg_catalog.||) 'pg_temp'::pg_catalog.text, ', ');
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM listener.lock_registration();
-    IF name IS NULL OR query IS NULL OR key_columns IS NULL THEN
+    view.settings := listener.session_settings() - 'TimeZone';
+    IF pg_catalog.current_setting('standard_conforming_strings') <> 'on' THEN
+        RAISE EXCEPTION 'this session reads a backslash in a literal as an escape, and a view is computed without that'
+            USING ERRCODE = 'LSN03', HINT = 'SET standard_conforming_strings = on.';
+    ELSIF name IS NULL OR query IS NULL OR key_columns IS NULL THEN
         RAISE EXCEPTION 'name, query and key_columns must be given' USING ERRCODE = 'LSN02';
     ELSIF tenant_column IS NULL AND (tenants_query IS NOT NULL OR target_rls) THEN
         RAISE EXCEPTION 'a view without a tenant column has neither a tenants_query nor target_rls' USING ERRCODE = 'LSN02';
@@ -88,13 +95,17 @@ BEGIN
     view.max_age := max_age;
     view.time_zone := timezone;
     view.target_rls := target_rls;
-    PERFORM listener.check_window(view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone);
+    view.max_staleness := max_staleness;
+    PERFORM listener.check_window(
+        view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone, view.max_staleness);
 
     view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
     PERFORM listener.generate_computing(view);
-    definition := listener.create_definition(view.id, query, tenants_query, view.search_path, listener.grantee_of(view));
+    definition := listener.create_definition(view);
     PERFORM listener.check_readable(definition, listener.grantee_of(view));
     view.tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
+    view.settings := view.settings || listener.check_session(view.name, ARRAY[
+        definition, pg_catalog.to_regclass('listener.tenants_' || view.id)]);
     SELECT r.source_ids, r.tenant_secured INTO source_ids, view.tenant_secured
     FROM listener.register_sources(definition, tenant_column, depends_on) r;
     IF tenants_query IS NULL THEN
@@ -148,7 +159,8 @@ $function$;
 
 -- check_window(...): raises LSN02 where a window makes no sense.
 CREATE OR REPLACE FUNCTION listener.check_window(
-    quiet_period interval, max_wait interval, edge text, max_age interval, time_zone text) RETURNS void
+    quiet_period interval, max_wait interval, edge text, max_age interval, time_zone text,
+    max_staleness interval DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     wrong text := CASE
@@ -156,7 +168,9 @@ DECLARE
         WHEN max_wait < quiet_period THEN format('max_wait (%s) must not be shorter than quiet_period (%s)', max_wait, quiet_period)
         WHEN edge NOT IN ('leading', 'trailing') THEN format('edge must be leading or trailing, not %s', edge)
         WHEN max_age <= '0' THEN 'max_age must be longer than 0'
-        WHEN greatest(quiet_period, max_wait, max_age) > '1 year' THEN 'no window is longer than a year'
+        WHEN max_staleness < max_wait OR max_staleness <= '0' THEN format(
+            'max_staleness (%s) must not be shorter than max_wait (%s), for which each change may wait', max_staleness, max_wait)
+        WHEN greatest(quiet_period, max_wait, max_age, max_staleness) > '1 year' THEN 'no window is longer than a year'
         WHEN NOT EXISTS (SELECT FROM pg_timezone_names t WHERE lower(t.name) = lower(time_zone))
             THEN format('there is no time zone %L', time_zone) END;
 BEGIN
@@ -166,11 +180,12 @@ BEGIN
 END
 $function$;
 
--- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` takes that away. A running
--- service takes it over with the next change or sweep.
+-- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` and `without_max_staleness`
+-- take that away. A running service takes it over with the next change or sweep.
 CREATE OR REPLACE FUNCTION listener.set_window(
     view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
-    max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false) RETURNS void
+    max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false, max_staleness interval DEFAULT NULL,
+    without_max_staleness boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
@@ -178,13 +193,15 @@ DECLARE
 BEGIN
     PERFORM listener.check_window(
         coalesce(set_window.quiet_period, managed.quiet_period), coalesce(set_window.max_wait, managed.max_wait),
-        coalesce(set_window.edge, managed.edge), coalesce(set_window.max_age, managed.max_age), managed.time_zone);
+        coalesce(set_window.edge, managed.edge), coalesce(set_window.max_age, managed.max_age), managed.time_zone,
+        CASE WHEN NOT without_max_staleness THEN coalesce(set_window.max_staleness, managed.max_staleness) END);
     -- What is to take its place too: the window is none of its own.
     UPDATE listener.managed_view v SET
         quiet_period = coalesce(set_window.quiet_period, v.quiet_period),
         max_wait = coalesce(set_window.max_wait, v.max_wait),
         edge = coalesce(set_window.edge, v.edge),
-        max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END
+        max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END,
+        max_staleness = CASE WHEN NOT without_max_staleness THEN coalesce(set_window.max_staleness, v.max_staleness) END
     WHERE managed.id IN (v.id, v.replaces);
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END

@@ -1,21 +1,22 @@
 -- The steps of create_view, each with what it refuses.
 
--- check_one_select(view_id, query, search_path, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run
+-- check_one_select(view, query, what, hint): raises LSN03 where the text is not one SELECT. EXECUTE would run
 -- every statement of it, and brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is
 -- looked at where it is data: as the body of a function that is never called, which is parsed and analysed and nothing
 -- more; then as a cursor's query, since a cursor takes one statement. That plans it, and planning may run functions that
--- call themselves immutable, so the view's plan_<id> opens the cursor.
-CREATE OR REPLACE FUNCTION listener.check_one_select(view_id integer, query text, search_path text, what text, hint text)
-RETURNS void
+-- call themselves immutable, so the view's plan_<id> opens the cursor. Both read it with the search_path and the settings of the view.
+CREATE OR REPLACE FUNCTION listener.check_one_select(view listener.managed_view, query text, what text, hint text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     statement text;
     answer jsonb;
+    previous jsonb;
 BEGIN
     query := format(E'(\n%s\n)', query);
     BEGIN
         statement := format('CREATE FUNCTION listener.check_query() RETURNS SETOF record LANGUAGE sql AS %L', query);
-        PERFORM set_config('search_path', check_one_select.search_path, true);
+        previous := listener.use_settings(listener.reading_settings(view));
+        PERFORM set_config('search_path', view.search_path, true);
         EXECUTE statement;
         DROP FUNCTION listener.check_query();
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
@@ -24,8 +25,8 @@ BEGIN
             HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
                         ELSE hint END;
     END;
-    answer := listener.plan(view_id, '{}', jsonb_build_array(jsonb_build_object(
-                  'query', query, 'path', check_one_select.search_path, 'opens', true)));
+    PERFORM listener.use_settings(previous);
+    answer := listener.plan(view.id, '{}', jsonb_build_array(jsonb_build_object('query', query, 'path', view.search_path, 'opens', true)));
     -- What else planning may raise, a policy without its setting say, is no fault of the text: syntax_error,
     -- invalid_cursor_definition.
     IF answer -> 0 ->> 'sqlstate' IN ('42601', '42P11') THEN
@@ -152,71 +153,73 @@ BEGIN
 END
 $function$;
 
--- make_definition(view_id, query, search_path, of_invoker), make_tenants(view_id, tenants_query, search_path):
--- listener.definition_<id> and listener.tenants_<id>, of texts that were looked at. The texts are read with this path,
--- and nothing else is.
---   of_invoker   whoever computes it is bound by row-level security; a materialized view is computed as its owner
-CREATE OR REPLACE FUNCTION listener.make_definition(
-    view_id integer, query text, search_path text, of_invoker boolean DEFAULT true) RETURNS void
+-- make_definition(view), make_tenants(view): listener.definition_<id> and listener.tenants_<id>, of texts that were looked at. The
+-- texts are read with the view's search_path and settings, and nothing else is. Whoever computes the definition is bound by
+-- row-level security; a materialized view is computed as its owner.
+CREATE OR REPLACE FUNCTION listener.make_definition(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    statement text := format(E'CREATE VIEW listener.%I WITH (security_invoker = %s) AS (\n%s\n)',
-                             'definition_' || view_id, of_invoker::text, rtrim(query, E'; \n\r\t'));
+    previous jsonb;
+    statement text := format(E'CREATE VIEW listener.%I WITH (security_invoker = %s) AS (\n%s\n)', 'definition_' || view.id,
+                             (view.strategy <> 'materialized view')::text, rtrim(view.query, E'; \n\r\t'));
 BEGIN
-    PERFORM set_config('search_path', make_definition.search_path, true);
+    previous := listener.use_settings(listener.reading_settings(view));
+    PERFORM set_config('search_path', view.search_path, true);
     EXECUTE statement;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), listener.use_settings(previous);
 END
 $function$;
-CREATE OR REPLACE FUNCTION listener.make_tenants(view_id integer, tenants_query text, search_path text) RETURNS void
+CREATE OR REPLACE FUNCTION listener.make_tenants(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    previous jsonb;
     statement text := format(
         E'CREATE VIEW listener.%I WITH (security_invoker = true) AS SELECT t.tenant::pg_catalog.text FROM (\n%s\n) AS t (tenant)',
-        'tenants_' || view_id, rtrim(tenants_query, E'; \n\r\t'));
+        'tenants_' || view.id, rtrim(view.tenants_query, E'; \n\r\t'));
 BEGIN
-    PERFORM set_config('search_path', make_tenants.search_path, true);
+    previous := listener.use_settings(listener.reading_settings(view));
+    PERFORM set_config('search_path', view.search_path, true);
     EXECUTE statement;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), listener.use_settings(previous);
 END
 $function$;
 
--- create_definition(view_id, query, tenants_query, search_path, role): makes listener.definition_<id>, and listener.tenants_<id>
--- where a tenants query is given. The queries are read with this path, and nothing else is.
+-- create_definition(view): makes listener.definition_<id>, and listener.tenants_<id> where a tenants query is given.
 -- Returns the definition. Raises LSN03 with the parser's own message.
-CREATE OR REPLACE FUNCTION listener.create_definition(
-    view_id integer, query text, tenants_query text, search_path text, role name) RETURNS regclass
+CREATE OR REPLACE FUNCTION listener.create_definition(view listener.managed_view) RETURNS regclass
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    PERFORM listener.check_one_select(view_id, rtrim(query, E'; \n\r\t'), create_definition.search_path, 'query',
+    PERFORM listener.check_one_select(view, rtrim(view.query, E'; \n\r\t'), 'query',
                                       'It must be one SELECT that can stand in a view.');
     BEGIN
-        PERFORM listener.make_definition(view_id, query, create_definition.search_path);
+        PERFORM listener.make_definition(view);
     EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR undefined_object
                 OR invalid_schema_name OR data_exception OR invalid_table_definition THEN
         RAISE EXCEPTION 'the query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
             HINT = CASE WHEN SQLSTATE = '42501' THEN pg_catalog.format('GRANT what is missing to %I.', current_user)
                         ELSE 'It must be one SELECT that can stand in a view.' END;
     END;
-    IF pg_catalog.pg_get_viewdef(pg_catalog.to_regclass('listener.definition_' || view_id))
+    IF pg_catalog.pg_get_viewdef(pg_catalog.to_regclass('listener.definition_' || view.id))
            OPERATOR(pg_catalog.~) '\mFOR (NO KEY )?(UPDATE|SHARE|KEY SHARE)( OF [^''()]+)?;?\s*$' THEN
         RAISE EXCEPTION 'the query is refused: it locks rows' USING ERRCODE = 'LSN03',
             HINT = 'Leave FOR UPDATE or FOR SHARE away.';
     END IF;
-    IF tenants_query IS NOT NULL THEN
+    IF view.tenants_query IS NOT NULL THEN
         -- ARRAY() takes one column: a second one would be ignored below.
         PERFORM listener.check_one_select(
-            view_id, format(wrapped, rtrim(tenants_query, E'; \n\r\t')), create_definition.search_path, 'tenants query',
+            view, format(wrapped, rtrim(view.tenants_query, E'; \n\r\t')), 'tenants query',
             'It must be one SELECT of one column, for example SELECT id FROM tenants.')
         FROM unnest(ARRAY['%s', E'SELECT ARRAY(\n%s\n)']) AS w (wrapped);
         BEGIN
-            PERFORM listener.make_tenants(view_id, tenants_query, create_definition.search_path);
+            PERFORM listener.make_tenants(view);
         EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported THEN
             RAISE EXCEPTION 'the tenants query is refused: %', SQLERRM USING ERRCODE = 'LSN03',
                 HINT = 'It must be one SELECT of one column, for example SELECT id FROM tenants.';
         END;
-        PERFORM listener.check_readable(('listener.tenants_' || view_id)::regclass, role);
-        PERFORM listener.check_listable(view_id);
+        PERFORM listener.check_readable(('listener.tenants_' || view.id)::regclass, listener.grantee_of(view));
+        PERFORM listener.check_listable(view.id);
     END IF;
-    RETURN pg_catalog.to_regclass('listener.definition_' || view_id);
+    RETURN pg_catalog.to_regclass('listener.definition_' || view.id);
 END
 $function$;
 
@@ -246,7 +249,7 @@ END
 $function$;
 
 -- check_columns(definition, tenant_column, key_columns): the type of the tenant column. Raises LSN03 where a column
--- is missing, the tenant's type is not supported, a key column's type cannot be indexed, or a column has a name that the
+-- is missing, the tenant's type is not supported or its collation takes two tenants for one, a key column's type cannot be indexed, or a column has a name that the
 -- difference of whole rows takes for its own.
 CREATE OR REPLACE FUNCTION listener.check_columns(definition regclass, tenant_column name, key_columns name[])
 RETURNS text
@@ -269,6 +272,13 @@ BEGIN
     IF tenant_type NOT IN ('uuid', 'text', 'bigint', 'integer') THEN
         RAISE EXCEPTION 'tenant column % is of type %', tenant_column, tenant_type USING ERRCODE = 'LSN03',
             HINT = 'Supported are uuid, text, varchar, bigint and integer: cast it in the query.';
+    END IF;
+    SELECT l.oid::regcollation::text INTO missing
+    FROM pg_attribute a JOIN pg_collation l ON l.oid = a.attcollation AND NOT l.collisdeterministic
+    WHERE a.attrelid = definition AND a.attname = tenant_column;
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION 'tenant column % has the collation %, which takes different texts for equal', tenant_column, missing
+            USING ERRCODE = 'LSN03', HINT = 'Return it as it is in a source whose collation is deterministic, or add COLLATE "C" in the query.';
     END IF;
     SELECT string_agg(format('%I (%s)', a.attname, format_type(a.atttypid, a.atttypmod)), ', ') INTO missing
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid

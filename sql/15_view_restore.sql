@@ -10,9 +10,9 @@ DECLARE
     tenant_type text;
 BEGIN
     EXECUTE format('DROP VIEW IF EXISTS listener.%I, listener.%I', 'tenants_' || view.id, 'definition_' || view.id);
-    PERFORM listener.make_definition(view.id, view.query, view.search_path, view.strategy <> 'materialized view');
+    PERFORM listener.make_definition(view);
     IF view.tenants_query IS NOT NULL THEN
-        PERFORM listener.make_tenants(view.id, view.tenants_query, view.search_path);
+        PERFORM listener.make_tenants(view);
     END IF;
     definition := to_regclass('listener.definition_' || view.id);
     tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);

@@ -96,8 +96,8 @@ BEGIN
                      THEN to_regclass(format('%I.%I', managed.target_schema, managed.target_name)) END;
         is_gone := definition IS NULL OR to_regclass('listener.tenants_' || managed.id) IS NULL;
         -- Somebody dropped it, and made one that may read other tables.
-        IF pg_get_viewdef(kept) <> managed.query THEN
-            managed.query := pg_get_viewdef(kept);
+        IF listener.query_of(kept) <> managed.query THEN
+            managed.query := listener.query_of(kept);
             is_gone := true;
         END IF;
         -- A function finds its tables by name: another table may bear it now.

@@ -21,7 +21,7 @@ DECLARE
     source_ids integer[];
 BEGIN
     PERFORM listener.lock_registration();
-    SELECT c.relname, n.nspname, c.relowner, c.relkind, pg_get_viewdef(c.oid) AS query INTO kept
+    SELECT c.relname, n.nspname, c.relowner, c.relkind, listener.query_of(c.oid) AS query INTO kept
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = relation;
     IF kept.relkind IS DISTINCT FROM 'm' THEN
         RAISE EXCEPTION '% is no materialized view', coalesce(relation::text, 'NULL') USING ERRCODE = 'LSN03';
@@ -52,7 +52,9 @@ BEGIN
         RAISE NOTICE '% has no unique index on columns alone: its readers wait for each refresh', relation;
     END IF;
     view.id := nextval(pg_get_serial_sequence('listener.managed_view', 'id'));
-    PERFORM listener.make_definition(view.id, view.query, view.search_path, false);
+    view.settings := listener.default_settings() - 'TimeZone';
+    PERFORM listener.make_definition(view);
+    view.settings := view.settings || listener.check_session(view.name, ARRAY[to_regclass('listener.definition_' || view.id)]);
     SELECT r.source_ids INTO source_ids
     FROM listener.register_sources(to_regclass('listener.definition_' || view.id), NULL, depends_on) r;
     PERFORM listener.create_default_tenants(view, source_ids);

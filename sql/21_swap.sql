@@ -9,7 +9,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT c.oid::regclass, pg_get_userbyid(c.relowner),
            (SELECT string_agg(format('%s = %L', o.option_name, o.option_value), ', ')
             FROM pg_options_to_table(c.reloptions) o),
-           pg_get_viewdef(c.oid)
+           listener.query_of(c.oid)
     FROM pg_class c
     WHERE c.relkind = 'v' AND c.oid IN (
         SELECT w.ev_class FROM pg_depend d JOIN pg_rewrite w ON w.oid = d.objid AND w.rulename = '_RETURN'

@@ -41,13 +41,15 @@ DECLARE
     keys name[];
     zone text := coalesce(timezone, listener.default_time_zone());
     age interval := listener.adopted_max_age(old, max_age);
+    -- The materialized view was computed under these, and create_view() takes the session's.
+    previous jsonb := listener.use_settings(listener.default_settings());
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
     PERFORM listener.check_swappable(old), listener.check_sources(old), listener.check_new_owner(old, owner);
     SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old;
-    query := pg_get_viewdef(old);
+    query := listener.query_of(old);
     SELECT a.* INTO before FROM listener.adoption a
     WHERE a.state = 'filling' AND a.schema_name = class.nspname AND a.relation_name = class.relname;
     -- What is under way a rehearsal leaves alone: taking it back takes locks from the sources.
@@ -56,7 +58,7 @@ BEGIN
         IF before.relid = old AND before.definition = query AND before.request = request
            AND to_regclass(format('%I.%I', managed.target_schema, managed.target_name)) IS NOT NULL THEN
             PERFORM listener.resume(managed.name);
-            PERFORM set_config('role', previous_role, true);
+            PERFORM listener.use_settings(previous), set_config('role', previous_role, true);
             RETURN managed.name;
         END IF;
         PERFORM listener.drop_view(managed.name);
@@ -67,7 +69,9 @@ BEGIN
     PERFORM listener.create_view(
         name => beside, query => query, key_columns => keys, tenant_column => tenant_column, tenants_query => tenants_query,
         depends_on => depends_on, quiet_period => quiet_period, max_wait => max_wait, edge => edge, max_age => age,
-        timezone => zone, target_rls => target_rls);
+        timezone => zone, target_rls => target_rls,
+        -- An adoption that starts over keeps what was set for it.
+        max_staleness => managed.max_staleness);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     -- Known by the name that it will have, from the beginning.
     UPDATE listener.managed_view v SET name = listener.free_name(class.nspname, class.relname)
@@ -93,7 +97,7 @@ BEGIN
                                      UNION ALL SELECT listener.clock_advice(old)) LOOP
         RAISE NOTICE '%', statement;
     END LOOP;
-    PERFORM set_config('role', previous_role, true);
+    PERFORM listener.use_settings(previous), set_config('role', previous_role, true);
     RETURN managed.name;
 END
 $function$;
@@ -170,7 +174,7 @@ BEGIN
     managed := listener.find_view(view);
     adoption := listener.find_adoption(view, '{filling}');
     old := to_regclass(format('%I.%I', adoption.schema_name, adoption.relation_name));
-    IF old IS DISTINCT FROM adoption.relid::regclass OR pg_get_viewdef(old) <> adoption.definition THEN
+    IF old IS DISTINCT FROM adoption.relid::regclass OR listener.query_of(old) <> adoption.definition THEN
         RAISE EXCEPTION '%.% is not the materialized view that this was begun with', adoption.schema_name, adoption.relation_name
             USING ERRCODE = 'LSN03', HINT = 'Adopt it again: it starts over.';
     END IF;

@@ -56,11 +56,7 @@ $function$;
 -- default_time_zone(): what a session has that says nothing of its own: that of the database, else the server's.
 CREATE OR REPLACE FUNCTION listener.default_time_zone() RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT coalesce(
-        (SELECT o.option_value FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
-         CROSS JOIN LATERAL pg_options_to_table(s.setconfig) o
-         WHERE d.datname = current_database() AND s.setrole = 0 AND lower(o.option_name) = 'timezone'),
-        (SELECT g.reset_val FROM pg_settings g WHERE lower(g.name) = 'timezone'))
+    SELECT listener.default_setting('TimeZone')
 $function$;
 
 -- adopted_key(relation, key_columns, tenant_column): the key that a target of this materialized view has: the tenant

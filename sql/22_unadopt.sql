@@ -17,7 +17,7 @@ $function$;
 -- another name.
 CREATE OR REPLACE FUNCTION listener.query_back(view listener.managed_view, adoption listener.adoption) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT rtrim(coalesce(pg_get_viewdef(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n')
+    SELECT rtrim(coalesce(listener.query_of(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n')
 $function$;
 
 -- query_view_name(view, adoption): a free name for the view that holds the query; NULL: none is needed, since the owner of the
@@ -158,7 +158,7 @@ $function$;
 -- Where the rows are the target's and depend on the time, each tenant is to be refreshed before, in the same transaction.
 -- Raises LSN03, and takes the filling back, where rows differ that no change of this moment explains.
 CREATE OR REPLACE FUNCTION listener.fill_unadoption(view text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' AS $function$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
@@ -166,14 +166,13 @@ DECLARE
     beside text := format('%I.%I', managed.target_schema, listener.name_beside(managed));
     statement text := format('REFRESH MATERIALIZED VIEW %s', beside);
     started timestamptz := clock_timestamp();
-    settings jsonb;
+    previous jsonb;
 BEGIN
-    SELECT jsonb_object_agg(s.name, current_setting(s.name)) INTO settings FROM listener.pinned_settings(managed) s WHERE s.name <> 'search_path';
-    PERFORM set_config(s.name, s.value, true) FROM listener.pinned_settings(managed) s WHERE s.name <> 'search_path';
+    previous := listener.use_settings(listener.registered_settings(managed));
     PERFORM set_config('search_path', managed.search_path, true);
     EXECUTE statement;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    PERFORM set_config(s.key, s.value, true) FROM jsonb_each_text(settings) s;
+    PERFORM listener.use_settings(previous);
     IF adoption.query_view IS NOT NULL THEN
         FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.ending_query_view(managed, adoption, adoption.query_view) s) LOOP
             EXECUTE statement;

@@ -38,6 +38,7 @@ DECLARE
     adoption_state text;
     old regclass;
     new text;
+    previous jsonb;
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
@@ -59,6 +60,8 @@ BEGIN
     END IF;
     PERFORM listener.check_alterable(old);
     PERFORM listener.drop_view(v.name) FROM listener.managed_view v WHERE v.replaces = managed.id;
+    -- create_view() takes the session's.
+    previous := listener.use_settings(listener.registered_settings(managed));
     PERFORM set_config('search_path', managed.search_path, true);
     PERFORM listener.create_view(
         name => new, query => coalesce(query, managed.query),
@@ -67,8 +70,8 @@ BEGIN
         depends_on => coalesce(depends_on, managed.depends_on::regclass[]),
         quiet_period => managed.quiet_period, max_wait => managed.max_wait, edge => managed.edge,
         max_age => coalesce(max_age, managed.max_age), timezone => coalesce(timezone, managed.time_zone),
-        target_rls => coalesce(target_rls, managed.target_rls));
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        target_rls => coalesce(target_rls, managed.target_rls), max_staleness => managed.max_staleness);
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), listener.use_settings(previous);
     UPDATE listener.managed_view v SET replaces = managed.id
     WHERE (v.target_schema, v.target_name) = (managed.target_schema, ('listener_alter_' || managed.id)::name)
     RETURNING v.* INTO beside;
@@ -153,16 +156,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
           AND EXISTS (SELECT FROM pg_attribute d WHERE d.attrelid = to_regclass('listener.definition_' || view.id)
                                                    AND d.attname = o.attname AND d.attnum > 0)
     ), keys (list) AS (
-        SELECT string_agg(format('%I::pg_catalog.text', c.attname), ', ' ORDER BY c.attnum) FROM common c
+        SELECT string_agg(listener.text_of(view, quote_ident(c.attname)), ', ' ORDER BY c.attnum) FROM common c
         WHERE c.attname = ANY (beside.key_columns)
            OR NOT (cardinality(beside.key_columns) > 0 AND beside.key_columns @> view.key_columns AND view.key_columns @> beside.key_columns)
     ), columns (list) AS (
-        SELECT string_agg(format('%I::pg_catalog.text', c.attname), ', ' ORDER BY c.attnum) FROM common c
+        SELECT string_agg(listener.text_of(view, quote_ident(c.attname)), ', ' ORDER BY c.attnum) FROM common c
     ), sides AS (
         SELECT string_agg(format($side$%s AS MATERIALIZED (
     SELECT s.*, pg_catalog.row_number() OVER (PARTITION BY s.key) AS n
-    FROM (SELECT ROW(%s)::pg_catalog.text AS key, ROW(%s)::pg_catalog.text AS image FROM %I.%I WHERE %s) s
-)$side$, s.side, k.list, c.list, (s.of).target_schema, (s.of).target_name, listener.is_of_tenant(s.of, '')), ', ' ORDER BY s.side) AS text
+    FROM (SELECT %s AS key, %s AS image FROM %I.%I WHERE %s) s
+)$side$, s.side, listener.text_of(view, format('ROW(%s)', k.list)), listener.text_of(view, format('ROW(%s)', c.list)),
+                                 (s.of).target_schema, (s.of).target_name, listener.is_of_tenant(s.of, '')), ', ' ORDER BY s.side) AS text
         FROM keys k CROSS JOIN columns c CROSS JOIN (VALUES ('before', view), ('afterwards', beside)) AS s (side, of)
     )
     SELECT format('WITH %s
@@ -288,11 +292,19 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
+    other listener.managed_view;
     is_same boolean;
 BEGIN
-    PERFORM listener.create_definition(0, same_query.query, NULL, managed.search_path);
-    is_same := pg_get_viewdef('listener.definition_0') = pg_get_viewdef(to_regclass('listener.definition_' || managed.id));
+    other := managed;
+    other.id := 0;
+    other.query := same_query.query;
+    other.tenants_query := NULL;
+    PERFORM listener.generate_computing(other);
+    PERFORM listener.create_definition(other);
+    is_same := listener.query_of('listener.definition_0'::regclass)
+             = listener.query_of(to_regclass('listener.definition_' || managed.id));
     DROP VIEW listener.definition_0;
+    PERFORM listener.drop_computing(0);
     PERFORM set_config('role', previous_role, true);
     RETURN coalesce(is_same, false);
 END

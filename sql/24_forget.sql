@@ -60,11 +60,20 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.forget(tenant text, view text DEFAULT NULL)
 RETURNS TABLE (view_name text, rows_deleted bigint, records bigint)
 LANGUAGE plpgsql AS $function$
+DECLARE
+    callers_path pg_catalog.text := pg_catalog.current_setting('search_path');
+BEGIN
+    RETURN QUERY SELECT f.view_name, f.rows_deleted, f.records FROM listener.forget_keys(tenant, view) f;
+    PERFORM listener.restore_path(callers_path);
+END
+$function$;
+
+-- forget_keys(tenant, view): what forget() does.
+CREATE OR REPLACE FUNCTION listener.forget_keys(tenant text, view text)
+RETURNS TABLE (view_name text, rows_deleted bigint, records bigint)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 DECLARE
-    -- As in refresh(): the path is given back by hand.
-    callers_path text := pg_catalog.current_setting('search_path');
-    pinned_path text := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     previous_role text := listener.become_owner();
     only_view listener.managed_view;
     key record;
@@ -73,33 +82,33 @@ DECLARE
     counted bigint;
     everywhere text[];
 BEGIN
-    IF forget.view IS NOT NULL THEN
-        only_view := listener.find_view(forget.view);
+    IF forget_keys.view IS NOT NULL THEN
+        only_view := listener.find_view(forget_keys.view);
         IF only_view.tenant_column IS NULL THEN
             RAISE EXCEPTION '% has no tenants', only_view.name USING ERRCODE = 'LSN02',
                 HINT = 'What it holds is what it reads: delete the tenant there.';
         END IF;
     END IF;
-    IF coalesce(forget.tenant, '') = '' OR NOT EXISTS (SELECT FROM listener.keys_of(forget.tenant, only_view.id)) THEN
-        RAISE EXCEPTION '% can be no tenant of %', coalesce(quote_literal(left(forget.tenant, 100)), 'NULL'),
+    IF coalesce(forget_keys.tenant, '') = '' OR NOT EXISTS (SELECT FROM listener.keys_of(forget_keys.tenant, only_view.id)) THEN
+        RAISE EXCEPTION '% can be no tenant of %', coalesce(quote_literal(left(forget_keys.tenant, 100)), 'NULL'),
             coalesce(only_view.name, 'any view') USING ERRCODE = 'LSN02';
     END IF;
-    PERFORM listener.lock_keys(forget.tenant, only_view.id);
+    PERFORM listener.lock_keys(forget_keys.tenant, only_view.id);
     rows_deleted := 0;
     records := 0;
     FOR key IN
-        SELECT k.*, lead(k.view_id) OVER () IS DISTINCT FROM k.view_id AS is_last FROM listener.keys_of(forget.tenant, only_view.id) k
+        SELECT k.*, lead(k.view_id) OVER () IS DISTINCT FROM k.view_id AS is_last FROM listener.keys_of(forget_keys.tenant, only_view.id) k
     LOOP
         present := listener.tenant_presence(listener.find_view(key.view_name), key.spelled);
         IF present IS NOT NULL THEN
-            RAISE EXCEPTION 'tenant % is still there: % has it by %', forget.tenant, key.view_name, present
+            RAISE EXCEPTION 'tenant % is still there: % has it by %', forget_keys.tenant, key.view_name, present
                 USING ERRCODE = 'LSN03', HINT = 'It would come back with the next refresh: delete it there first.';
         END IF;
         view_name := key.view_name;
         -- The definition has no row of it: what a refresh does, which a paused view has none of, deletes those of the target.
         PERFORM set_config('app.current_tenant_id', key.spelled, true), set_config('app.execution_context', 'worker', true);
         EXECUTE format('SELECT d.column3 FROM listener_private.%I($1) d', 'difference_' || key.view_id) INTO deleted USING key.spelled;
-        PERFORM pg_catalog.set_config('search_path', pinned_path, true), pg_catalog.set_config('app.current_tenant_id', '', true),
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('app.current_tenant_id', '', true),
                 pg_catalog.set_config('app.execution_context', '', true);
         rows_deleted := rows_deleted + deleted;
         DELETE FROM listener.refresh_state r WHERE r.view_id = key.view_id AND r.tenant = key.spelled;
@@ -129,7 +138,7 @@ BEGIN
                   UNION SELECT l.tenant FROM listener.dead_letter l
                   UNION SELECT l.arguments OPERATOR(pg_catalog.->>) 'tenant_id' FROM listener.dead_letter l) t
             WHERE t.tenant <> '' AND EXISTS (
-                SELECT FROM listener.managed_view v CROSS JOIN LATERAL listener.spellings(forget.tenant, v.tenant_type) s (spelled)
+                SELECT FROM listener.managed_view v CROSS JOIN LATERAL listener.spellings(forget_keys.tenant, v.tenant_type) s (spelled)
                 WHERE s.spelled = listener.canonical_or_null(t.tenant, v.tenant_type)));
         view_name := NULL;
         DELETE FROM listener.change_log c WHERE c.tenant = ANY (everywhere);
@@ -142,19 +151,19 @@ BEGIN
         GET DIAGNOSTICS counted = ROW_COUNT;
         records := records + counted;
         UPDATE listener.dead_letter l SET
-            error_message = listener.without_tenant(l.error_message, forget.tenant),
-            traceback = listener.without_tenant(l.traceback, forget.tenant)
+            error_message = listener.without_tenant(l.error_message, forget_keys.tenant),
+            traceback = listener.without_tenant(l.traceback, forget_keys.tenant)
         WHERE concat(l.error_message, l.traceback)
-              <> listener.without_tenant(concat(l.error_message, l.traceback), forget.tenant);
+              <> listener.without_tenant(concat(l.error_message, l.traceback), forget_keys.tenant);
         GET DIAGNOSTICS counted = ROW_COUNT;
         records := records + counted;
-        UPDATE listener.refresh_state r SET last_error = listener.without_tenant(r.last_error, forget.tenant)
-        WHERE r.last_error <> listener.without_tenant(r.last_error, forget.tenant);
+        UPDATE listener.refresh_state r SET last_error = listener.without_tenant(r.last_error, forget_keys.tenant)
+        WHERE r.last_error <> listener.without_tenant(r.last_error, forget_keys.tenant);
         GET DIAGNOSTICS counted = ROW_COUNT;
         records := records + counted;
         RETURN NEXT;
     END IF;
-    PERFORM set_config('role', previous_role, true), set_config('search_path', callers_path, false);
+    PERFORM set_config('role', previous_role, true);
 END
 $function$;
 

@@ -117,10 +117,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            format('GRANT pg_read_all_stats TO %I;', i.service_role)
     FROM installed i
     UNION ALL
-    -- A migration hands the functions that compute to the service's role.
-    SELECT 'warning', NULL, 'role ' || quote_ident(i.service_role), 'MEMBER', i.owner_role,
-           pg_has_role(i.owner_role, i.service_role, 'MEMBER'), format('GRANT %I TO %I;', i.service_role, i.owner_role)
-    FROM installed i WHERE i.apart
+    -- A migration, and whoever registers a view, hands the functions that compute to the compute role.
+    SELECT 'warning', NULL, 'role ' || quote_ident(r.compute_role), 'MEMBER', i.owner_role,
+           pg_has_role(i.owner_role, r.compute_role, 'MEMBER'), format('GRANT %I TO %I;', r.compute_role, i.owner_role)
+    FROM installed i CROSS JOIN (
+        SELECT n.compute_role FROM listener.installation n
+        UNION SELECT v.compute_role FROM listener.managed_view v WHERE v.compute_role IS NOT NULL) r
+    WHERE i.apart
 $function$;
 
 -- held_by(service_role, acl): the rights in a list that reach this role, and through whom.
@@ -196,7 +199,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
          format('ALTER ROLE %I NOBYPASSRLS;', r.rolname)),
         (r.rolcanlogin, 'warning', 'definitions are computed as it, and it may log in.', format('ALTER ROLE %I NOLOGIN;', r.rolname)),
         (r.rolcreaterole, 'error', 'definitions are computed as it, and it may make roles.', format('ALTER ROLE %I NOCREATEROLE;', r.rolname)),
-        (pg_has_role(r.rolname, r.owner_role, 'MEMBER'), 'error',
+        -- Through the service: that one is named by itself.
+        (pg_has_role(r.rolname, r.owner_role, 'MEMBER') AND NOT pg_has_role(r.service_role, r.owner_role, 'MEMBER'), 'error',
          format('definitions are computed as it, and it may change whatever the schema listener manages, as a member of %I.', r.owner_role),
          format('REVOKE %I FROM %I;', r.owner_role, r.rolname)),
         (has_schema_privilege(r.rolname, 'listener_private', 'USAGE'), 'error',
@@ -462,10 +466,11 @@ BEGIN
         ORDER BY v.name
     LOOP
         RETURN QUERY
-        SELECT 'scope', CASE WHEN s.proven AND s.indexed AND s.advice IS NULL THEN 'ok' ELSE 'warning' END, managed.name,
+        SELECT 'scope', CASE WHEN s.proven AND s.indexed IS NOT FALSE AND s.advice IS NULL THEN 'ok' ELSE 'warning' END, managed.name,
                coalesce(s.source::text, managed.name),
                CASE WHEN NOT s.proven THEN format('%s may read other tenants'' rows of it: %s.', managed.name, s.advice)
-                    WHEN s.advice IS NULL THEN format('%s reads one tenant''s rows of it, by an index', managed.name)
+                    WHEN s.advice IS NULL THEN format('%s reads one tenant''s rows of it', managed.name)
+                                               || CASE WHEN s.indexed THEN ', by an index' ELSE '' END
                     WHEN s.advice ~ 'CREATE INDEX' THEN format('%s reads it whole for each tenant.', managed.name)
                     ELSE format('%s: %s.', managed.name, split_part(s.advice, ': ', 1)) END,
                CASE WHEN s.advice IS NOT NULL THEN coalesce(substring(s.advice FROM '(?:CREATE INDEX|SELECT listener\.).*$') || ';',

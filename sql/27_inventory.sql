@@ -271,7 +271,7 @@ BEGIN
         SELECT jsonb_build_object(
             'missing', (SELECT count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
             'extra', (SELECT count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e))$sql$,
-        rtrim(pg_get_viewdef(relation), '; '), relation), NULL);
+        rtrim(listener.query_of(relation), '; '), relation), NULL, listener.default_settings());
     missing := found ->> 'missing';
     extra := found ->> 'extra';
 END

@@ -73,8 +73,8 @@ RIGHTS = {
         "rights", "error", "listener.definition_1", "lacks SELECT",
     ),
     "a difference": Harm(
-        "REVOKE EXECUTE ON FUNCTION listener.difference_1(text) FROM listener_service",
-        "rights", "error", "listener.difference_1(text)", "lacks EXECUTE",
+        "ALTER FUNCTION listener_private.difference_1(text) SECURITY INVOKER",
+        "roles", "error", "listener_private.difference_1(text)", "somebody altered it",
     ),
     "a source": Harm(
         "REVOKE SELECT ON shop.orders FROM listener_service", "rights", "error", "shop.orders", "lacks SELECT"
@@ -99,12 +99,12 @@ RIGHTS = {
         "rights", "warning", "role pg_read_all_stats", "listener_service is no member",
     ),
     "the owner's membership": Harm(
-        "REVOKE listener_service FROM listener_owner",
-        "rights", "warning", "role listener_service", "listener_owner is no member",
+        "REVOKE listener_compute FROM listener_owner",
+        "rights", "warning", "role listener_compute", "listener_owner is no member",
     ),
     "a function given away": Harm(
         "ALTER FUNCTION listener.drain() OWNER TO shop_app",
-        "rights", "error", "listener.drain()", "does not belong to listener_service",
+        "roles", "error", "listener.drain()", "it belongs to shop_app",
     ),
     "a capture function given away": Harm(
         "ALTER FUNCTION listener.capture_1_insert() OWNER TO shop_app",
@@ -146,7 +146,7 @@ TOO_MUCH = {
         "ALTER ROLE listener_service REPLICATION", "roles", "warning", "listener_service", "may replicate"
     ),
     "the owner's role": Harm(
-        "REVOKE listener_service FROM listener_owner; GRANT listener_owner TO listener_service",
+        "REVOKE listener_service, listener_compute FROM listener_owner; GRANT listener_owner TO listener_service",
         "roles", "error", "listener_service", "it is a member of listener_owner",
     ),
     "the sources' owner": Harm(

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 AS_THEY_WERE: LiteralString = """
 ALTER ROLE listener_service NOSUPERUSER NOBYPASSRLS NOCREATEROLE NOCREATEDB NOREPLICATION CONNECTION LIMIT -1;
 REVOKE listener_owner, shop_owner, shop_writers FROM listener_service;
-GRANT shop_owner, listener_service TO listener_owner;
+GRANT shop_owner, listener_service, listener_compute TO listener_owner;
 GRANT pg_read_all_stats TO listener_service;
 """
 

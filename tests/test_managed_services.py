@@ -57,7 +57,7 @@ class Managed:
         return {name.removeprefix("LISTENER_").lower(): value for name, value in self.settings.items()}
 
 
-ROLES = ("managed_keeper", "managed_compute", "managed_service", "managed_app", "managed_admin")
+ROLES = ("managed_keeper", "managed_compute", "managed_app_compute", "managed_service", "managed_app", "managed_admin")
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_migrating_twice_changes_nothing_and_keeps_grants(empty: Database) -> No
     assert listener("migrate", url=url).returncode == 0
     assert rows(empty, CATALOG) == before
     owners = {owner for *_, owner in before}
-    assert owners == {"listener_owner", "listener_service"}
+    assert owners == {"listener_owner"}
 
 
 def test_two_migrations_at_once_wait_for_each_other(empty: Database) -> None:

@@ -68,7 +68,9 @@ async def test_every_security_definer_function_has_a_pinned_path_and_no_public_e
             """,
         )
     assert len(definers) > 15
-    assert [name for name, pinned, public, superuser in definers if not pinned or public or superuser] == []
+    # It calls one function, in which the path is pinned, and gives the caller's path back.
+    known = {"listener.refresh(text,text)"}
+    assert [name for name, pinned, public, superuser in definers if not (pinned or name in known) or public or superuser] == []
 
 
 @pytest.mark.anyio
@@ -80,12 +82,12 @@ async def test_every_function_of_more_than_one_line_has_a_pinned_path(shop: Data
             SELECT p.proname FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang AND l.lanname = 'plpgsql'
             WHERE p.pronamespace = 'listener'::regnamespace
               AND NOT 'search_path=pg_catalog, pg_temp' = ANY (coalesce(p.proconfig, '{}'))
-              -- The refresh sets the creator's path for what the definition calls.
-              AND p.proname NOT LIKE 'difference\\_%'
+            ORDER BY 1
             """,
         )
-    # It has the caller's path for the caller's queries, and pins its own once it is read.
-    assert unpinned == [("create_view",)]
+    # create_view has the caller's path for the caller's queries, and pins its own once it is read. The others give a
+    # session its path back, which a SET clause cannot: all that they call is qualified.
+    assert unpinned == [("create_view",), ("forget",), ("refresh",), ("refresh_key",), ("restore_path",)]
 
 
 @pytest.mark.anyio

@@ -65,7 +65,7 @@ def _filling_line(row: dict[str, Any]) -> str:
 # Columns that are left out where all of their cells say only this: a line must fit a terminal.
 SELDOM = {
     "schema": "public", "failing": 0, "quarantined": 0, "paused": False, "failures": 0, "due": None, "reads": None,
-    "waits_for": None,
+    "waits_for": None, "limit": None,
 }  # fmt: skip
 
 
@@ -75,8 +75,16 @@ def _view_line(row: dict[str, Any]) -> dict[str, Any]:
         "schema": row["target"].partition(".")[0],
         "reads": row["reads"],
         **{name: row[name] for name in ("keys", "dirty", "failing", "quarantined", "paused", "dirty_since")},
+        "limit": _limit(row),
         "refreshed": row["last_refreshed_at"],
     }
+
+
+def _limit(row: dict[str, Any]) -> str | None:
+    """How stale the view may be, and whether it is staler."""
+    if row["max_staleness"] is None:
+        return None
+    return f"{console.text(row['max_staleness'])}{', passed' if row['too_stale'] else ''}"
 
 
 def _key_line(row: dict[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,15 @@ DROP FUNCTION IF EXISTS listener.refresh(text, bigint), listener.refresh(text, u
     listener.refresh_key(text, text), listener.refresh_dirty(integer, text, text, bigint),
     listener.explained(text, text), listener.make_stand_ins(regclass, text), listener.tenant_plans(regclass, name, text),
     listener.forget_rows(text, text), listener.check_one_select(text, text, text, text), listener.check_readable(regclass),
+    listener.make_definition(integer, text, text, boolean), listener.make_tenants(integer, text, text),
+    listener.create_definition(integer, text, text, text),
     listener.grant_definition(integer),
     listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text);
+DROP FUNCTION IF EXISTS listener.create_view(
+    text, text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean);
+DROP FUNCTION IF EXISTS listener.set_window(text, interval, interval, text, interval, boolean);
+DROP FUNCTION IF EXISTS listener.check_window(interval, interval, text, interval, text);
+DROP FUNCTION IF EXISTS listener.explain_key(text, text);
 DO $difference$
 DECLARE
     routine regprocedure;
@@ -39,6 +46,10 @@ BEGIN
     END LOOP;
 END
 $difference$;
+-- What these return is another row.
+DROP FUNCTION IF EXISTS listener.uncast(text);
+DROP FUNCTION IF EXISTS listener.equalities(text, text);
+DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
 
 -- The view that holds the query of a materialized view which is made again, where that query shows the owner no rows.
 ALTER TABLE listener.adoption ADD COLUMN query_view name;
