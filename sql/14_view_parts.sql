@@ -44,26 +44,64 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHERE c.oid = policy.polrelid)
 $function$;
 
--- hides_rows(relation): whether row-level security hides rows of a table from the service as long as it names no tenant: no
--- permissive policy lets it read them all, or a restrictive one takes some away.
-CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid) RETURNS boolean
+-- hides_rows(relation, reader): whether row-level security hides rows of a table from a role as long as no tenant is named: no
+-- permissive policy lets it read them all, or a restrictive one takes some away. What else a policy may let through without
+-- a tenant is not looked into: it counts as hidden.
+CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid, reader oid) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT EXISTS (
-        SELECT FROM listener.installation i
-        JOIN pg_roles o ON o.rolname = i.service_role AND NOT o.rolbypassrls AND NOT o.rolsuper
+        SELECT FROM pg_roles r
         JOIN pg_class c ON c.oid = relation AND c.relrowsecurity
-        WHERE NOT EXISTS (SELECT FROM pg_policy p
-                          WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
-                            AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
+        WHERE r.oid = reader AND NOT r.rolbypassrls AND NOT r.rolsuper
+          AND (c.relforcerowsecurity OR NOT pg_has_role(reader, c.relowner, 'USAGE'))
+          AND (NOT EXISTS (SELECT FROM pg_policy p
+                           WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
+                             AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
+                             AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
+                                         WHERE o.role = 0 OR pg_has_role(reader, o.role, 'USAGE')))
+               OR EXISTS (SELECT FROM pg_policy p
+                          WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')
                             AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
-                                        WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE')))
-           OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
+                                        WHERE o.role = 0 OR pg_has_role(reader, o.role, 'USAGE')))))
 $function$;
 
--- hidden_source(relation): a table that the view reads and that hides rows from the service. NULL: there is none.
+-- hides_rows(relation): the same for the role that definitions are computed as.
+CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT listener.hides_rows(relation, (SELECT to_regrole(quote_ident(i.compute_role))::oid FROM listener.installation i))
+$function$;
+
+-- hidden_source(relation, reader): a table that a view, or a materialized view, reads and that hides rows when `reader` runs the
+-- view's query. A nested view reads with the rights of its own owner, unless it is security_invoker. NULL: there is none.
+CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass, reader oid) RETURNS regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH RECURSIVE walk (relid, read_by, reads_as) AS (
+        SELECT relation::oid, reader, reader
+        UNION
+        SELECT c.oid, w.reads_as,
+               CASE WHEN c.relkind <> 'v' THEN NULL
+                    WHEN EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o
+                                 WHERE o.option_name = 'security_invoker' AND o.option_value::boolean) THEN reader
+                    ELSE c.relowner END
+        FROM walk w
+        JOIN pg_rewrite r ON r.ev_class = w.relid AND w.reads_as IS NOT NULL
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
+        JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('r', 'p', 'v') AND c.oid <> w.relid
+    )
+    SELECT w.relid::regclass FROM walk w WHERE w.relid <> relation AND listener.hides_rows(w.relid, w.read_by)
+    ORDER BY w.relid LIMIT 1
+$function$;
+
+-- hidden_source(relation): the same for the role that definitions are computed as.
 CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass) RETURNS regclass
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT r.relid::regclass FROM listener.reads(relation) r WHERE listener.hides_rows(r.relid) ORDER BY r.relid LIMIT 1
+    SELECT listener.hidden_source(relation, (SELECT to_regrole(quote_ident(i.compute_role))::oid FROM listener.installation i))
+$function$;
+
+-- hidden_from_owner(relation): the same of a materialized view for the role that owns it, which REFRESH computes it as.
+CREATE OR REPLACE FUNCTION listener.hidden_from_owner(relation regclass) RETURNS regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT listener.hidden_source(relation, (SELECT c.relowner FROM pg_class c WHERE c.oid = relation))
 $function$;
 
 -- check_listable(view_id): raises LSN03 where row-level security would hide tenants from the service, which lists them

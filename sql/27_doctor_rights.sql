@@ -76,9 +76,14 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'warning', NULL, 'schema ' || n.nspname, w.right_name, i.owner_role,
            has_schema_privilege(i.owner_role, n.oid, w.right_name),
            format('GRANT %s ON SCHEMA %I TO %I;', w.right_name, n.nspname, i.owner_role)
-    FROM installed i CROSS JOIN (SELECT DISTINCT t.relnamespace FROM target t WHERE t.strategy <> 'materialized view') t
+    FROM installed i CROSS JOIN (
+        SELECT t.relnamespace, bool_and(a.view_id IS NOT NULL) AS is_adopted
+        FROM target t LEFT JOIN listener.adoption a ON a.view_id = t.id AND a.state = 'adopted'
+        WHERE t.strategy <> 'materialized view' GROUP BY 1) t
     JOIN pg_namespace n ON n.oid = t.relnamespace
     CROSS JOIN unnest('{USAGE,CREATE}'::text[]) w (right_name)
+    -- Where all targets were adopted, it may be revoked: see docs/adopting.md.
+    WHERE w.right_name <> 'CREATE' OR NOT t.is_adopted
     UNION ALL
     SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', r.role,
            has_table_privilege(r.role, r.oid, 'SELECT')
@@ -485,5 +490,64 @@ BEGIN
               WHERE t.source IS NOT NULL OR managed.depends_on IS NULL
               GROUP BY t.source) s;
     END LOOP;
+    RETURN QUERY
+        SELECT 'scope', 'warning', v.name, v.name, a.advice || '.', format('listener views alter %s --query FILE', listener.shell_word(v.name))
+        FROM listener.managed_view v CROSS JOIN LATERAL listener.clock_advice(to_regclass('listener.definition_' || v.id)) AS a (advice)
+        ORDER BY v.name;
 END
+$function$;
+
+-- target_findings(): who could make a target wrong: an application's role, which owns the target or writes sources, and may write
+-- the target, empty it, or switch its row-level security off; and a materialized view that REFRESH would empty.
+CREATE OR REPLACE FUNCTION listener.target_findings()
+RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH target AS MATERIALIZED (
+        SELECT v.id, v.name, v.strategy, c.oid, c.oid::regclass::text AS target, c.relowner, c.relacl
+        FROM listener.managed_view v JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+    ), installed AS (
+        SELECT i.owner_role, o.oid AS owner_id, s.oid AS service_id
+        FROM listener.installation i JOIN pg_roles o ON o.rolname = i.owner_role JOIN pg_roles s ON s.rolname = i.service_role
+    ), captured AS MATERIALIZED (
+        SELECT DISTINCT c.relowner, c.relacl FROM listener.source s JOIN pg_class c ON c.oid = s.relid
+        WHERE NOT EXISTS (SELECT FROM target t WHERE t.oid = c.oid)
+    ), writer AS MATERIALIZED (
+        -- Who may log in, and writes sources.
+        SELECT r.oid, r.rolname FROM pg_roles r CROSS JOIN installed i
+        WHERE r.rolcanlogin AND NOT r.rolsuper AND r.oid NOT IN (i.owner_id, i.service_id) AND NOT pg_has_role(r.oid, i.owner_id, 'MEMBER')
+          AND EXISTS (SELECT FROM captured c WHERE c.relowner = r.oid OR EXISTS (
+                          SELECT FROM aclexplode(c.relacl) a
+                          WHERE a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE') AND (a.grantee = 0 OR pg_has_role(r.oid, a.grantee, 'USAGE'))))
+    ), able AS (
+        SELECT t.*, r.rolname AS role, pg_has_role(r.oid, t.relowner, 'USAGE') AS owns,
+               ARRAY(SELECT p.name FROM unnest('{INSERT,UPDATE,DELETE,TRUNCATE}'::text[]) WITH ORDINALITY AS p (name, ord)
+                     WHERE has_table_privilege(r.oid, t.oid, p.name) ORDER BY p.ord) AS rights
+        FROM target t
+        CROSS JOIN LATERAL (SELECT w.oid, w.rolname FROM writer w
+                            UNION
+                            SELECT r.oid, r.rolname FROM pg_roles r CROSS JOIN installed i
+                            WHERE r.oid = t.relowner AND r.rolcanlogin AND NOT r.rolsuper
+                              AND r.oid NOT IN (i.owner_id, i.service_id)) r
+        WHERE t.strategy <> 'materialized view'
+    )
+    SELECT 'roles', 'warning', a.name, a.target,
+           format('%s, a role of the application, %s it: it may write it, empty it and switch its row-level security off.', quote_ident(a.role),
+                  CASE WHEN pg_get_userbyid(a.relowner) = a.role THEN 'owns' ELSE 'is a member of the role that owns' END),
+           format('ALTER TABLE %s OWNER TO %I; GRANT SELECT ON %s TO %I;', a.target, i.owner_role, a.target, pg_get_userbyid(a.relowner))
+    FROM able a CROSS JOIN installed i WHERE a.owns
+    UNION ALL
+    SELECT 'roles', 'warning', a.name, a.target,
+           format('%s, which writes sources, may write it, too: %s.', quote_ident(a.role), array_to_string(a.rights, ', ')),
+           format('REVOKE %s ON %s FROM %s;', array_to_string(a.rights, ', '), a.target,
+                  (SELECT string_agg(DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END, ', ')
+                   FROM aclexplode(a.relacl) g
+                   WHERE g.privilege_type = ANY (a.rights) AND (g.grantee = 0 OR pg_has_role(a.role, g.grantee, 'USAGE'))))
+    FROM able a WHERE NOT a.owns AND a.rights <> '{}'
+    UNION ALL
+    SELECT 'row security', 'error', t.name, h.hidden::text,
+           format('its row-level security hides rows from %I, which owns the materialized view %s: REFRESH would empty that.',
+                  pg_get_userbyid(t.relowner), t.target),
+           format('CREATE POLICY listener_refresh ON %s FOR SELECT TO %I USING (true);', h.hidden, pg_get_userbyid(t.relowner))
+    FROM target t CROSS JOIN LATERAL (SELECT listener.hidden_from_owner(t.oid) AS hidden) h
+    WHERE t.strategy = 'materialized view' AND h.hidden IS NOT NULL
 $function$;
