@@ -122,8 +122,8 @@ async def letters(
         await cursor.execute(
             """
             SELECT d.id::text, d.view_name, d.tenant AS tenant_id, d.status, d.error_type, d.sqlstate,
-                   d.exception_class, d.error_message, d.retry_count, d.correlation_id, d.worker, d.failed_at,
-                   d.traceback, d.view_id
+                   d.exception_class, d.error_message, d.retry_count, d.correlation_id, d.app_correlation_id,
+                   d.worker, d.failed_at, d.traceback, d.view_id
             FROM listener.dead_letter d
             WHERE (%(id)s::text IS NULL OR d.id::text = %(id)s)
               AND (%(view)s::text IS NULL OR d.view_name = %(view)s)

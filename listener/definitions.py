@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Action = Literal["create", "alter", "set", "none", "not in files"]
 # What create_view takes where it is not given.
 DEFAULTS: dict[str, Any] = {"tenant_column": "tenant_id", "timezone": "UTC", "target_rls": False, "key_columns": []}
-WINDOW = ("quiet_period", "max_wait", "edge", "max_age")
+WINDOW = ("quiet_period", "max_wait", "edge", "max_age", "max_staleness")
 WINDOW_DEFAULTS = {"quiet_period": "00:00:00.25", "max_wait": "00:00:02", "edge": "leading"}
 
 
@@ -89,7 +89,7 @@ async def registered(connection: AsyncConnection[Any]) -> list[DictRow]:
                    quote_ident(v.target_schema) || '.' || quote_ident(v.target_name) AS target, v.query,
                    array_remove(v.key_columns, v.tenant_column)::text[] AS key_columns,
                    v.tenant_column::text, v.tenants_query, v.depends_on, v.time_zone AS timezone, v.target_rls,
-                   v.quiet_period::text, v.max_wait::text, v.edge, v.max_age::text,
+                   v.quiet_period::text, v.max_wait::text, v.edge, v.max_age::text, v.max_staleness::text,
                    cardinality(v.key_columns) AS keys,
                    ARRAY(SELECT DISTINCT r.rolname::text
                          FROM pg_class c, aclexplode(c.relacl) x JOIN pg_roles r ON r.oid = x.grantee
@@ -156,7 +156,8 @@ async def _compare_window(connection: AsyncConnection[Any], step: Step, file: Vi
             """
             SELECT w.quiet_period::text,
                    coalesce(%(max_wait)s::interval, greatest('2 s', w.quiet_period))::text AS max_wait,
-                   coalesce(%(edge)s, 'leading') AS edge, (%(max_age)s::interval)::text AS max_age
+                   coalesce(%(edge)s, 'leading') AS edge, (%(max_age)s::interval)::text AS max_age,
+                   (%(max_staleness)s::interval)::text AS max_staleness
             FROM (SELECT coalesce(%(quiet_period)s::interval, '250 ms') AS quiet_period) w
             """,
             {name: file.options.get(name) for name in WINDOW},
@@ -227,10 +228,13 @@ async def set_window(connection: AsyncConnection[Any], step: Step) -> None:
     await connection.execute(
         """
         SELECT listener.set_window(%(view)s, %(quiet_period)s::interval, %(max_wait)s::interval, %(edge)s,
-                                   %(max_age)s::interval, without_max_age => %(without)s)
+                                   %(max_age)s::interval, without_max_age => %(without_max_age)s,
+                                   max_staleness => %(max_staleness)s::interval,
+                                   without_max_staleness => %(without_max_staleness)s)
         """,
         {name: step.window.get(name) for name in WINDOW}
-        | {"view": step.view, "without": "max_age" in step.window and step.window["max_age"] is None},
+        | {f"without_{name}": step.window.get(name, "") is None for name in ("max_age", "max_staleness")}
+        | {"view": step.view},
     )
 
 

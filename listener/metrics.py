@@ -45,6 +45,18 @@ class Metrics:
             ["view"],
             registry=r,
         )
+        self.view_staleness = Gauge(
+            "listener_view_staleness_seconds",
+            "Age of the oldest change that the view does not show, whatever keeps it, a pause included.",
+            ["view"],
+            registry=r,
+        )
+        self.view_max_staleness = Gauge(
+            "listener_view_max_staleness_seconds",
+            "How old that may get: the view's max_staleness, where it has one.",
+            ["view"],
+            registry=r,
+        )
         self.dead_letters = Gauge("listener_dead_letters", "Open dead letters.", ["view"], registry=r)
         self.paused = Gauge(
             "listener_paused", "1 where the view is paused; its keys do not count as dirty.", ["view"], registry=r
@@ -87,11 +99,19 @@ class Metrics:
 
     def show(self, views: Iterable[Mapping[str, Any]]) -> None:
         """Takes view_queries.view_gauges over; a view that was dropped is no longer shown."""
-        gauges = (self.dirty_keys, self.oldest_dirty_age, self.dead_letters, self.paused)
-        for gauge in gauges:
+        gauges = {
+            "dirty_keys": self.dirty_keys,
+            "oldest_dirty_age": self.oldest_dirty_age,
+            "dead_letters": self.dead_letters,
+            "paused": self.paused,
+            "staleness": self.view_staleness,
+            "max_staleness": self.view_max_staleness,
+        }
+        for gauge in gauges.values():
             gauge.clear()
         for view in views:
             # From the first look on it is 0, so that its first rise is seen.
             self.drift.labels(view["view"])
-            for gauge, value in zip(gauges, ("dirty_keys", "oldest_dirty_age", "dead_letters", "paused"), strict=True):
-                gauge.labels(view["view"]).set(view[value])
+            for name, gauge in gauges.items():
+                if view[name] is not None:
+                    gauge.labels(view["view"]).set(view[name])

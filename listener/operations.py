@@ -29,7 +29,8 @@ class Difference:
     """One key whose target does not equal its definition, or could not be compared with it.
 
     `missing` rows are only in the definition, `extra` ones only in the target. `stale`: a change is known that will
-    be refreshed; otherwise the target is wrong. `error`: why there was no comparison; where even the tenants could not
+    be refreshed; `moved`: the definition depends on the time, which has gone on since; otherwise the target is wrong.
+    `error`: why there was no comparison; where even the tenants could not
     be listed, `tenant_id` is None.
     """
 
@@ -39,11 +40,14 @@ class Difference:
     extra: int = 0
     stale: bool = False
     error: str | None = None
+    moved: bool = False
 
     @property
     def verdict(self) -> str:
         """What it is in one word."""
-        return "failed" if self.error is not None else "stale" if self.stale else "different"
+        if self.error is not None:
+            return "failed"
+        return "stale" if self.stale else "moved" if self.moved else "different"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +65,13 @@ class Tally:
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         self.first: dict[str | None, Failed] = {}
+        self.seconds = 0.0  # that the server took for them
 
     def add(self, result: Outcome | Failed) -> None:
         """Counts one."""
         if isinstance(result, Outcome):
             self.outcomes[result.outcome] += 1
+            self.seconds += result.duration or 0
             return
         self.outcomes["failed"] += 1
         self.first.setdefault(result.error.sqlstate, result)
@@ -78,6 +84,22 @@ async def refresh_one(connection: AsyncConnection[Any], view: str, tenant: str, 
         outcome = await refresh_now(connection, RefreshKey(0, view, tenant))
         if outcome.outcome != "busy" or anyio.current_time() > deadline:
             return outcome
+        await anyio.sleep(BUSY_WAIT)
+
+
+async def refresh_all_views(
+    connection: AsyncConnection[Any], tenant: str, patience: float = 30
+) -> list[dict[str, Any]]:
+    """Refreshes all views of a tenant now, in one transaction; a row per view, in the order of what they read.
+
+    Tried again for up to `patience` seconds while somebody else is at one of them: what reads that one must come after.
+    Raises psycopg.Error, with the view's name in it, where one fails; then nothing was written.
+    """
+    deadline = anyio.current_time() + patience
+    while True:
+        rows = await view_queries.refresh_all_for_tenant(connection, tenant)
+        if all(row["outcome"] != "busy" for row in rows) or anyio.current_time() > deadline:
+            return rows
         await anyio.sleep(BUSY_WAIT)
 
 
@@ -183,7 +205,8 @@ async def _compare(connection: AsyncConnection[Any], view: str, tenant: str) -> 
         return Difference(view, tenant, error=str(from_database(error)))
     if not (found["missing"] or found["extra"]):
         return None
-    return Difference(view, tenant, found["missing"], found["extra"], found["stale"])
+    moved = not found["stale"] and await view_queries.depends_on_time(connection, view)
+    return Difference(view, tenant, found["missing"], found["extra"], found["stale"], moved=moved)
 
 
 def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool:
@@ -226,6 +249,8 @@ def reasons(facts: DictRow) -> list[str]:
     dirty = facts["version"] is not None and facts["version"] != facts["refreshed_version"]
     if dirty:
         lines.append(f"the key has been dirty for {facts['dirty_age']:.1f} s")
+    if facts["app_correlation_id"] and (dirty or facts["undrained"]):
+        lines.append(f"the application's correlation id of its newest change is {facts['app_correlation_id']}")
     lines += _waits_for(facts, dirty=dirty)
     if not lines and facts["version"] is None and facts["refreshed_version"] is None:
         lines.append("no change of this tenant was ever captured, and it was never refreshed")
@@ -278,4 +303,5 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "updated": outcome.updated,
         "deleted": outcome.deleted,
         "version": outcome.version,
+        "seconds": outcome.duration,
     }

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Outcome:
     """What a refresh did.
 
-    Rows of the target inserted, updated, deleted; the dirty version that is now reflected. `expanded` wrote "all
+    Rows of the target inserted, updated, deleted; the dirty version that is now reflected; how many seconds the server
+    took, None where it did nothing. `expanded` wrote "all
     tenants" out as `inserted` keys; `fresh`, `busy` and `paused` did nothing: another replica had shown the version, is
     at it, or nobody is to be.
     """
@@ -25,6 +26,7 @@ class Outcome:
     updated: int = 0
     deleted: int = 0
     version: int = 0
+    duration: float | None = None
 
 
 async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
@@ -36,7 +38,8 @@ async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
     if change.aged:
         return await refresh_now(connection, key)
     cursor = await connection.execute(
-        "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh_dirty(%s, %s::text, %s::text, %s)",
+        "SELECT outcome, inserted, updated, deleted, version, duration"
+        " FROM listener.refresh_dirty(%s, %s::text, %s::text, %s)",
         (key.view_id, key.view, key.tenant, change.version),
     )
     return _outcome(await cursor.fetchone())
@@ -45,7 +48,7 @@ async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
 async def refresh_now(connection: AsyncConnection[Any], key: RefreshKey) -> Outcome:
     """Refreshes the key whether it is dirty or not. Raises as refresh()."""
     cursor = await connection.execute(
-        "SELECT outcome, inserted, updated, deleted, version FROM listener.refresh_key(%s::text, %s::text)",
+        "SELECT outcome, inserted, updated, deleted, version, duration FROM listener.refresh_key(%s::text, %s::text)",
         (key.view, key.tenant),
     )
     return _outcome(await cursor.fetchone())
@@ -53,4 +56,5 @@ async def refresh_now(connection: AsyncConnection[Any], key: RefreshKey) -> Outc
 
 def _outcome(row: tuple[Any, ...] | None) -> Outcome:
     assert row is not None
-    return Outcome(row[0], row[1] or 0, row[2] or 0, row[3] or 0, row[4] or 0)
+    duration = None if row[5] is None else row[5].total_seconds()
+    return Outcome(row[0], row[1] or 0, row[2] or 0, row[3] or 0, row[4] or 0, duration)

@@ -30,6 +30,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "max_wait": str,
     "edge": str,
     "max_age": str,
+    "max_staleness": str,
     "timezone": str,
     "target_rls": bool,
     "whole": bool,

@@ -13,20 +13,23 @@ from psycopg.rows import DictRow, dict_row
 async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
     """Per view: dirty keys, the age in seconds of the oldest, open dead letters, 1 where it is paused, else 0.
 
-    A paused view is stale because somebody wants it so: its keys are not counted as dirty.
+    A paused view is stale because somebody wants it so: its keys are not counted as dirty. `staleness` counts all that
+    listener.staleness() does, in seconds; `max_staleness` is None where the view has no limit.
     """
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
             """
             SELECT v.name AS view, v.target_schema, v.target_name,
-                   coalesce(d.keys, 0) AS dirty_keys,
-                   coalesce(extract(epoch FROM clock_timestamp() - d.since), 0)::float8 AS oldest_dirty_age,
+                   CASE WHEN v.paused_at IS NULL THEN s.dirty_keys ELSE 0 END AS dirty_keys,
+                   CASE WHEN v.paused_at IS NULL AND s.dirty_since IS NOT NULL
+                        THEN extract(epoch FROM clock_timestamp() - s.dirty_since) ELSE 0 END::float8
+                       AS oldest_dirty_age,
                    (SELECT count(*) FROM listener.dead_letter l
                     WHERE l.view_id = v.id AND l.status = 'open') AS dead_letters,
-                   (v.paused_at IS NOT NULL)::int AS paused
-            FROM listener.managed_view v
-            LEFT JOIN (SELECT k.view_id, count(*) AS keys, min(k.dirty_since) AS since
-                       FROM listener.dirty k GROUP BY k.view_id) d ON d.view_id = v.id AND v.paused_at IS NULL
+                   (v.paused_at IS NOT NULL)::int AS paused,
+                   coalesce(extract(epoch FROM s.staleness), 0)::float8 AS staleness,
+                   extract(epoch FROM s.max_staleness)::float8 AS max_staleness
+            FROM listener.managed_view v JOIN listener.staleness() s ON s.view_id = v.id
             ORDER BY v.name
             """
         )
@@ -119,6 +122,22 @@ async def forget(connection: AsyncConnection[Any], tenant: str, view: str | None
         return await cursor.fetchall()
 
 
+async def refresh_all_for_tenant(connection: AsyncConnection[Any], tenant: str) -> list[DictRow]:
+    """listener.refresh_all_for_tenant: what was done with each view, and how many seconds it took."""
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            """
+            SELECT r.view_name AS view, r.outcome, coalesce(r.inserted, 0) AS inserted,
+                   coalesce(r.updated, 0) AS updated, coalesce(r.deleted, 0) AS deleted,
+                   coalesce(r.version, 0) AS version,
+                   extract(epoch FROM r.duration)::float8 AS seconds
+            FROM listener.refresh_all_for_tenant(%s::text) r
+            """,
+            (tenant,),
+        )
+        return await cursor.fetchall()
+
+
 async def is_paused(connection: AsyncConnection[Any], view: str) -> bool:
     """Whether the view is paused. Raises psycopg.Error, LSN01, where there is no such view."""
     row = await (
@@ -155,6 +174,7 @@ async def views(connection: AsyncConnection[Any]) -> list[DictRow]:
             """
             SELECT v.name AS view, quote_ident(v.target_schema) || '.' || quote_ident(v.target_name) AS target,
                    v.quiet_period, v.max_wait, v.edge, v.max_age, v.paused_at IS NOT NULL AS paused,
+                   s.staleness, s.max_staleness, coalesce(s.staleness > s.max_staleness, false) AS too_stale,
                    (SELECT string_agg(u.name, ', ' ORDER BY u.name) FROM listener.view_reads r
                     JOIN listener.managed_view u ON u.id = r.upstream_id WHERE r.view_id = v.id) AS reads,
                    count(f.tenant_id) AS keys,
@@ -162,8 +182,9 @@ async def views(connection: AsyncConnection[Any]) -> list[DictRow]:
                    count(*) FILTER (WHERE f.status = 'failing') AS failing,
                    count(*) FILTER (WHERE f.status = 'quarantined') AS quarantined,
                    min(f.dirty_since) AS dirty_since, max(f.refreshed_at) AS last_refreshed_at
-            FROM listener.managed_view v LEFT JOIN listener.freshness f ON f.view_name = v.name
-            GROUP BY v.id ORDER BY v.name
+            FROM listener.managed_view v JOIN listener.staleness() s ON s.view_id = v.id
+            LEFT JOIN listener.freshness f ON f.view_name = v.name
+            GROUP BY v.id, s.staleness, s.max_staleness ORDER BY v.name
             """
         )
         return await cursor.fetchall()
@@ -182,6 +203,20 @@ async def compare(connection: AsyncConnection[Any], view: str, tenant: str) -> D
         row = await cursor.fetchone()
         assert row is not None
         return row
+
+
+async def depends_on_time(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the rows of the definition change with the time alone."""
+    cursor = await connection.execute(
+        """
+        SELECT EXISTS (SELECT FROM listener.find_view(%s) v
+                       CROSS JOIN LATERAL listener.time_dependence(to_regclass('listener.definition_' || v.id)) t
+                       WHERE t.dependence = 'time')
+        """,
+        (view,),
+    )
+    row = await cursor.fetchone()
+    return bool(row and row[0])
 
 
 async def explain_key(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:

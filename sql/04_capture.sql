@@ -7,6 +7,8 @@
 -- It says nothing where the session has set listener.notify to 'off'; nor, while no mode was chosen, where prepared
 -- transactions are allowed: PREPARE TRANSACTION refuses a transaction that has notified. A transaction rings for its
 -- first eight statements, once more for all tenants, and then no more: one commit wakes whoever listens once.
+-- source_name NULL: the installation hides names. Then it notifies once, of nobody and no table, in the words of
+-- ring_for_all(), which a service of any release understands.
 CREATE OR REPLACE FUNCTION listener.ring(source_id integer, source_name text, mode text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $function$
 DECLARE
@@ -16,6 +18,11 @@ DECLARE
 BEGIN
     IF rung > 8 OR current_setting('listener.notify', true) = 'off'
        OR (mode IS NULL AND current_setting('max_prepared_transactions') <> '0') THEN
+        RETURN;
+    END IF;
+    IF source_name IS NULL THEN
+        PERFORM set_config('listener.rung', '9', true),
+                pg_notify('listener_changes', '{"tenant_id": null, "source": "listener"}');
         RETURN;
     END IF;
     PERFORM set_config('listener.rung', (rung + 1)::text, true);
@@ -43,7 +50,8 @@ CREATE OR REPLACE FUNCTION listener.generate_capture(source_id integer) RETURNS 
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     source listener.source;
-    mode text := (SELECT i.notify FROM listener.installation i);
+    mode text;
+    notify_names boolean;
     form record;
     log_tenants text;
     log_moves text;
@@ -54,6 +62,7 @@ DECLARE
     renamed text;
 BEGIN
     SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = source_id;
+    SELECT i.notify, i.notify_names INTO mode, notify_names FROM listener.installation i;
     PERFORM listener.generate_tenant_of(source.id);
     IF listener.tracks_by_view() THEN
         SELECT string_agg(CASE WHEN t.attnum IS NULL THEN 'true' ELSE format(
@@ -88,7 +97,7 @@ BEGIN
     IF pg_catalog.pg_sequence_last_value('listener.doorbell'::pg_catalog.regclass)
            > pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) * 1000 THEN
         RETURN NULL;
-    END IF;$sql$ END, source.id, source.schema_name || '.' || source.table_name, mode) END;
+    END IF;$sql$ END, source.id, CASE WHEN notify_names THEN source.schema_name || '.' || source.table_name END, mode) END;
     FOR form IN SELECT e.event, n.by_name, n.suffix,
                        CASE e.event
                            WHEN 'insert' THEN listener.touched_tenants(source, 'new_rows', n.by_name, false)

@@ -18,6 +18,23 @@ BEGIN
 END
 $function$;
 
+-- set_notify_names(names): whether a notification names the table and the tenant. false: it says only that something was
+-- written, since each role that can connect to the database can LISTEN.
+CREATE OR REPLACE FUNCTION listener.set_notify_names(names boolean) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+BEGIN
+    IF names IS NULL THEN
+        RAISE EXCEPTION 'names must be true or false' USING ERRCODE = 'LSN02';
+    END IF;
+    UPDATE listener.installation SET notify_names = names;
+    PERFORM listener.generate_capture(s.id) FROM listener.source s
+    WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = s.relid);
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
 -- hold_lease(): takes or extends the doorbell's lease: for the next half second writers need not notify.
 CREATE OR REPLACE FUNCTION listener.hold_lease() RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$

@@ -2,13 +2,15 @@
 -- other files, because the two are told apart throughout.
 
 -- check_source(relation, tenant_column): raises LSN03 for a table that triggers cannot cover, and for a tenant column
--- that is missing, is computed only when read, or is of a type that another role could give code of its own to.
+-- that is missing, is computed only when read, is of a type that another role could give code of its own to, or has a collation
+-- that takes different texts for equal: capture logs one of them, and the rows of the other would stay as they are.
 CREATE OR REPLACE FUNCTION listener.check_source(relation regclass, tenant_column name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     class record;
     column_type oid;
     column_generated "char";
+    column_collation regcollation;
     refusal text;
 BEGIN
     SELECT c.relname, n.nspname, c.relkind, c.relpersistence,
@@ -31,8 +33,9 @@ BEGIN
     IF tenant_column IS NULL THEN
         RETURN;
     END IF;
-    SELECT coalesce(nullif(t.typbasetype, 0), t.oid), a.attgenerated INTO column_type, column_generated
+    SELECT coalesce(nullif(t.typbasetype, 0), t.oid), a.attgenerated, l.oid INTO column_type, column_generated, column_collation
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_collation l ON l.oid = a.attcollation AND NOT l.collisdeterministic
     WHERE a.attrelid = relation AND a.attname = tenant_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF column_type IS NULL THEN
         RAISE EXCEPTION '% has no column %', relation, tenant_column USING ERRCODE = 'LSN03';
@@ -45,6 +48,13 @@ BEGIN
     IF column_type <> ALL ('{uuid,text,varchar,bpchar,name,int2,int4,int8}'::regtype[]) THEN
         RAISE EXCEPTION 'tenant column % of % is of type %', tenant_column, relation, column_type::regtype
             USING ERRCODE = 'LSN03', HINT = 'Supported are uuid, text, varchar, char, bigint, integer and smallint.';
+    END IF;
+    IF column_collation IS NOT NULL THEN
+        RAISE EXCEPTION 'tenant column % of % has the collation %, which takes different texts for equal', tenant_column, relation,
+            column_collation
+            USING ERRCODE = 'LSN03',
+                  HINT = format('Give it a deterministic one (ALTER TABLE %s ALTER %I TYPE … COLLATE "C"), or let a change refresh every '
+                                'tenant: listener.add_source(%L).', relation, tenant_column, relation::text);
     END IF;
 END
 $function$;

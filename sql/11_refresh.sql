@@ -95,7 +95,7 @@ DECLARE
     difference text := format('SELECT * FROM listener_private.%I($1)', 'difference_' || managed.id);
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
-    callers_settings jsonb;
+    custom jsonb := listener.custom_settings(managed);
 BEGIN
     PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
@@ -115,12 +115,18 @@ BEGIN
         PERFORM set_config('plan_cache_mode', 'auto', true);
     END IF;
 
-    callers_settings := listener.use_settings(listener.custom_settings(managed));
+    IF custom <> '{}' THEN
+        custom := listener.use_settings(custom);
+    END IF;
+
     EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
     -- Before anything is called by a name that is not qualified: what the definition calls may have set a path.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
             pg_catalog.set_config('app.execution_context', callers_context, true);
-    PERFORM listener.use_settings(callers_settings), listener.give_back_tenant(callers_tenant);
+    PERFORM listener.give_back_tenant(callers_tenant);
+    IF custom <> '{}' THEN
+        PERFORM listener.use_settings(custom);
+    END IF;
     IF twice IS NOT NULL THEN
         RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
             USING ERRCODE = 'LSN04', HINT = 'Its key columns are ' || array_to_string(managed.key_columns, ', ')

@@ -130,31 +130,38 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 $function$;
 
 -- explain_key(view, tenant_id): what is known of one key, for "why is this stale?". Ages in seconds.
+--   app_correlation_id: what the application set as app.correlation_id with the newest change that is not shown, if it did
 CREATE OR REPLACE FUNCTION listener.explain_key(
     view text, tenant_id text,
     OUT view_name text, OUT tenant text, OUT paused boolean, OUT undrained bigint, OUT oldest_undrained_age float8,
     OUT version bigint, OUT refreshed_version bigint, OUT dirty_age float8, OUT due_in float8, OUT refreshed_age float8,
     OUT all_tenants_pending boolean, OUT failures integer, OUT retry_in float8, OUT last_error text,
     OUT letter_id uuid, OUT lock_holder integer, OUT lock_holder_query text, OUT drain_holder integer,
-    OUT correlation_id text)
+    OUT correlation_id text, OUT app_correlation_id text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 DECLARE
     managed listener.managed_view := listener.find_view(view);
     now_at timestamptz := clock_timestamp();
+    logged_with text;
 BEGIN
     view_name := managed.name;
     tenant := listener.canonical_tenant(tenant_id, managed.tenant_type);
     paused := managed.paused_at IS NOT NULL;
-    SELECT count(*), extract(epoch FROM now_at - min(c.changed_at)) INTO undrained, oldest_undrained_age
+    SELECT count(*), extract(epoch FROM now_at - min(c.changed_at)),
+           (array_agg(c.app_correlation_id ORDER BY c.changed_at DESC) FILTER (WHERE c.app_correlation_id <> ''))[1]
+    INTO undrained, oldest_undrained_age, logged_with
     FROM listener.unconsumed() c
     WHERE (explain_key.tenant = '' OR c.tenant IN (explain_key.tenant, '')) AND (c.view_id = managed.id OR c.source_id IN (
         SELECT s.source_id FROM listener.view_source s WHERE s.view_id = managed.id));
     SELECT f.version, f.refreshed_version, extract(epoch FROM now_at - f.dirty_since),
            extract(epoch FROM f.due_at - now_at), extract(epoch FROM now_at - f.refreshed_at),
-           f.failures, extract(epoch FROM f.retry_at - now_at), f.last_error, f.correlation_id
-    INTO version, refreshed_version, dirty_age, due_in, refreshed_age, failures, retry_in, last_error, correlation_id
+           f.failures, extract(epoch FROM f.retry_at - now_at), f.last_error, f.correlation_id,
+           f.app_correlation_id
+    INTO version, refreshed_version, dirty_age, due_in, refreshed_age, failures, retry_in, last_error, correlation_id,
+         app_correlation_id
     FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = explain_key.tenant;
+    app_correlation_id := coalesce(logged_with, app_correlation_id);
     all_tenants_pending := managed.tenant_column IS NOT NULL AND EXISTS (SELECT FROM listener.freshness f WHERE f.view_name = managed.name AND f.tenant_id = '');
     SELECT d.id INTO letter_id FROM listener.dead_letter d
     WHERE d.view_id = managed.id AND d.tenant = explain_key.tenant AND d.status = 'open';
@@ -186,4 +193,39 @@ BEGIN
     -- The first of a chain first: the others wait for it.
     ORDER BY (SELECT count(*) FROM listener.view_upstream u WHERE u.view_id = v.id), v.name;
 END
+$function$;
+
+-- staleness(): how old the oldest change is that a view does not show, whatever keeps it: not drained yet, waiting for its
+-- refresh, failing, paused, or shown so far only by a view that this one reads. One row per view.
+--   dirty_keys, dirty_since   of what is drained, and the view's own
+--   since                     of all; NULL: nothing is known that is not shown
+--   max_staleness             NULL too for a view that does not have its place yet: nobody reads it
+CREATE OR REPLACE FUNCTION listener.staleness()
+RETURNS TABLE (view_id integer, view_name text, dirty_keys bigint, dirty_since timestamptz, since timestamptz,
+               staleness interval, max_staleness interval)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH drained AS MATERIALIZED (
+        SELECT k.view_id, count(*) AS keys, min(k.dirty_since) AS since FROM listener.dirty k GROUP BY k.view_id
+    ), logged AS MATERIALIZED (
+        -- As the drain dates them: a transaction that stayed open is not staleness of ours.
+        SELECT c.source_id, c.view_id,
+               CASE WHEN c.source_id IS NULL THEN min(c.changed_at) ELSE greatest(min(c.changed_at), (
+                   SELECT l.drained_at FROM listener.drain_log l ORDER BY l.id DESC LIMIT 1)) END AS since
+        FROM listener.unconsumed() c GROUP BY c.source_id, c.view_id
+    ), own AS MATERIALIZED (
+        SELECT o.view_id, min(o.since) AS since
+        FROM (SELECT d.view_id, d.since FROM drained d
+              UNION ALL SELECT l.view_id, l.since FROM logged l WHERE l.view_id IS NOT NULL
+              UNION ALL SELECT w.view_id, l.since FROM logged l JOIN listener.view_source w ON w.source_id = l.source_id) o
+        GROUP BY o.view_id
+    )
+    SELECT v.id, v.name, coalesce(d.keys, 0), d.since, s.since, clock_timestamp() - s.since,
+           CASE WHEN v.replaces IS NULL AND NOT EXISTS (
+               SELECT FROM listener.adoption a WHERE a.view_id = v.id AND a.state = 'filling') THEN v.max_staleness END
+    FROM listener.managed_view v
+    LEFT JOIN drained d ON d.view_id = v.id
+    CROSS JOIN LATERAL (
+        SELECT min(o.since) AS since FROM own o
+        WHERE o.view_id = v.id
+           OR o.view_id IN (SELECT u.upstream_id FROM listener.view_upstream u WHERE u.view_id = v.id)) s
 $function$;

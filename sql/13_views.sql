@@ -13,6 +13,9 @@
 --   max_age         refresh each key at least so often: for queries that depend on the time
 --   timezone        the time zone that the query is read and computed in
 --   target_rls      row-level security on the target, by app.current_tenant_id
+--   max_staleness   how old a change that is not shown may get before an alert: docs/operations.md, ListenerTooStale
+--   compute_role    the role that the query is computed as, where its team's code is to reach nothing of other teams; left
+--                   out: that of the installation. check_compute_role() says what it must be
 -- It is read and computed under the session's other settings, DateStyle say: view.settings keeps them.
 -- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
 -- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
@@ -21,7 +24,8 @@ CREATE OR REPLACE FUNCTION listener.create_view(
     name text, query text, key_columns name[] DEFAULT '{}', tenant_column name DEFAULT 'tenant_id',
     tenants_query text DEFAULT NULL, depends_on regclass[] DEFAULT NULL,
     quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
-    max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', target_rls boolean DEFAULT false)
+    max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', target_rls boolean DEFAULT false,
+    max_staleness interval DEFAULT NULL, compute_role name DEFAULT NULL)
 RETURNS void
 LANGUAGE plpgsql AS $function$
 #variable_conflict use_variable
@@ -95,7 +99,11 @@ BEGIN
     view.max_age := max_age;
     view.time_zone := timezone;
     view.target_rls := target_rls;
-    PERFORM listener.check_window(view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone);
+    view.max_staleness := max_staleness;
+    view.compute_role := compute_role;
+    PERFORM listener.check_compute_role(compute_role);
+    PERFORM listener.check_window(
+        view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone, view.max_staleness);
 
     view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
     PERFORM listener.generate_computing(view);
@@ -158,7 +166,8 @@ $function$;
 
 -- check_window(...): raises LSN02 where a window makes no sense.
 CREATE OR REPLACE FUNCTION listener.check_window(
-    quiet_period interval, max_wait interval, edge text, max_age interval, time_zone text) RETURNS void
+    quiet_period interval, max_wait interval, edge text, max_age interval, time_zone text,
+    max_staleness interval DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     wrong text := CASE
@@ -166,7 +175,9 @@ DECLARE
         WHEN max_wait < quiet_period THEN format('max_wait (%s) must not be shorter than quiet_period (%s)', max_wait, quiet_period)
         WHEN edge NOT IN ('leading', 'trailing') THEN format('edge must be leading or trailing, not %s', edge)
         WHEN max_age <= '0' THEN 'max_age must be longer than 0'
-        WHEN greatest(quiet_period, max_wait, max_age) > '1 year' THEN 'no window is longer than a year'
+        WHEN max_staleness < max_wait OR max_staleness <= '0' THEN format(
+            'max_staleness (%s) must not be shorter than max_wait (%s), for which each change may wait', max_staleness, max_wait)
+        WHEN greatest(quiet_period, max_wait, max_age, max_staleness) > '1 year' THEN 'no window is longer than a year'
         WHEN NOT EXISTS (SELECT FROM pg_timezone_names t WHERE lower(t.name) = lower(time_zone))
             THEN format('there is no time zone %L', time_zone) END;
 BEGIN
@@ -176,11 +187,12 @@ BEGIN
 END
 $function$;
 
--- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` takes that away. A running
--- service takes it over with the next change or sweep.
+-- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` and `without_max_staleness`
+-- take that away. A running service takes it over with the next change or sweep.
 CREATE OR REPLACE FUNCTION listener.set_window(
     view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
-    max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false) RETURNS void
+    max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false, max_staleness interval DEFAULT NULL,
+    without_max_staleness boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
@@ -188,13 +200,15 @@ DECLARE
 BEGIN
     PERFORM listener.check_window(
         coalesce(set_window.quiet_period, managed.quiet_period), coalesce(set_window.max_wait, managed.max_wait),
-        coalesce(set_window.edge, managed.edge), coalesce(set_window.max_age, managed.max_age), managed.time_zone);
+        coalesce(set_window.edge, managed.edge), coalesce(set_window.max_age, managed.max_age), managed.time_zone,
+        CASE WHEN NOT without_max_staleness THEN coalesce(set_window.max_staleness, managed.max_staleness) END);
     -- What is to take its place too: the window is none of its own.
     UPDATE listener.managed_view v SET
         quiet_period = coalesce(set_window.quiet_period, v.quiet_period),
         max_wait = coalesce(set_window.max_wait, v.max_wait),
         edge = coalesce(set_window.edge, v.edge),
-        max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END
+        max_age = CASE WHEN NOT without_max_age THEN coalesce(set_window.max_age, v.max_age) END,
+        max_staleness = CASE WHEN NOT without_max_staleness THEN coalesce(set_window.max_staleness, v.max_staleness) END
     WHERE managed.id IN (v.id, v.replaces);
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
@@ -209,6 +223,39 @@ DECLARE
 BEGIN
     EXECUTE pg_catalog.format('GRANT SELECT ON %I.%I TO %I', managed.target_schema, managed.target_name, role);
     PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- set_compute_role(view, role): has a view computed as another role from now on; NULL: as that of the installation. What the
+-- one before was granted of its target and its definition is taken from it; what the new one is to read it must have been granted.
+-- Raises LSN03 as check_compute_role() and check_readable() do, having done nothing.
+CREATE OR REPLACE FUNCTION listener.set_compute_role(view text, role name) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view;
+    before name;
+    target text;
+BEGIN
+    PERFORM listener.lock_registration(), listener.check_compute_role(role);
+    managed := listener.find_view(view);
+    before := listener.grantee_of(managed);
+    managed.compute_role := role;
+    target := format('%I.%I', managed.target_schema, managed.target_name);
+    IF managed.strategy = 'materialized view' THEN
+        RAISE EXCEPTION '% is a materialized view, and its owner''s rights compute it', managed.name USING ERRCODE = 'LSN03';
+    END IF;
+    PERFORM listener.check_readable(to_regclass('listener.definition_' || managed.id), listener.grantee_of(managed)),
+            listener.check_readable(to_regclass('listener.tenants_' || managed.id), listener.grantee_of(managed));
+    UPDATE listener.managed_view v SET compute_role = role WHERE v.id = managed.id;
+    EXECUTE format('REVOKE ALL ON %s, listener.%I, listener.%I FROM %I', target, 'definition_' || managed.id,
+                   'tenants_' || managed.id, before);
+    PERFORM listener.grant_target(managed), listener.grant_definition(managed), listener.generate_difference(managed);
+    IF managed.target_rls THEN
+        EXECUTE format('ALTER POLICY listener_list ON %s TO %I', target, listener.grantee_of(managed));
+    END IF;
+    -- Under row-level security another role may see other rows.
+    PERFORM listener.mark_all_dirty(managed.id), set_config('role', previous_role, true);
 END
 $function$;
 

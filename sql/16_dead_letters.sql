@@ -22,7 +22,7 @@ BEGIN
         retry_in := extract(epoch FROM base);
         RETURN;
     END IF;
-    SELECT s.ctid AS at, s.failures INTO known FROM listener.refresh_state s
+    SELECT s.ctid AS at, s.failures, s.refreshed_version INTO known FROM listener.refresh_state s
     WHERE s.view_id = record_failure.view_id AND s.tenant = record_failure.tenant
     ORDER BY s.refreshed_at DESC NULLS LAST LIMIT 1;
     failures := coalesce(known.failures, 0) + 1;
@@ -49,8 +49,10 @@ BEGIN
                record_failure.exception_class, message, record_failure.traceback, record_failure.worker, failures,
                coalesce(record_failure.correlation_id, gen_random_uuid()::text),
                jsonb_build_object('view', v.name, 'tenant_id', record_failure.tenant),
+               -- The newest that the application gave: of a change since then it may not have given any.
                (SELECT k.app_correlation_id FROM listener.dirty_key k
                 WHERE k.view_id = record_failure.view_id AND k.tenant = record_failure.tenant
+                  AND k.version > coalesce(known.refreshed_version, -1) AND k.app_correlation_id IS NOT NULL
                 ORDER BY k.version DESC LIMIT 1)
         FROM listener.managed_view v WHERE v.id = record_failure.view_id
         ON CONFLICT (view_id, tenant) WHERE status = 'open' AND view_id IS NOT NULL AND tenant IS NOT NULL
@@ -90,5 +92,5 @@ CREATE OR REPLACE VIEW listener.worker_failed_jobs AS
 SELECT d.id, d.id::text AS task_id, 'listener.refresh'::text AS task_name, 'listener'::text AS queue, d.worker,
        jsonb_build_array(d.view_name, d.tenant) AS task_args, d.arguments AS task_kwargs, d.tenant AS tenant_id,
        d.error_type, d.exception_class, d.error_message, d.traceback, d.retry_count, d.status, d.correlation_id,
-       d.failed_at
+       d.failed_at, d.app_correlation_id
 FROM listener.dead_letter d;

@@ -74,37 +74,39 @@ BEGIN
 END
 $function$;
 
--- uncast(term): the term without casts that tell tenants apart as canonical_tenant() does. A text that became a number or a
--- uuid does not become text again: '07' and '7' would be one.
-CREATE OR REPLACE FUNCTION listener.uncast(term text) RETURNS text
+-- uncast(term): the term without its casts, and these from the innermost on: t for text or varchar, n for an integer, u for uuid.
+-- Which of them matter, keeps_tenant() says.
+CREATE OR REPLACE FUNCTION listener.uncast(INOUT term text, OUT casts text)
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE peeled (term, casts) AS (
         SELECT uncast.term, ''
         UNION ALL
-        SELECT t.part[1], (CASE WHEN t.part[2] IN ('text', 'varchar') THEN 't' ELSE 'n' END) || p.casts
+        SELECT t.part[1], CASE WHEN t.part[2] IN ('text', 'varchar') THEN 't' WHEN t.part[2] = 'uuid' THEN 'u' ELSE 'n' END || p.casts
         FROM peeled p
         CROSS JOIN LATERAL regexp_match(p.term, '^\((.+)\)::(uuid|text|varchar|bigint|integer|smallint)$') AS t (part)
         WHERE t.part IS NOT NULL
     )
-    SELECT CASE WHEN p.casts ~ '^t*n*$' THEN p.term END
-    FROM peeled p ORDER BY length(p.casts) DESC LIMIT 1
+    SELECT p.term, p.casts FROM peeled p ORDER BY length(p.casts) DESC LIMIT 1
 $function$;
 
 -- equalities(qual, constant): what a condition says is equal whenever it is true; each both ways. A side is a column of an
--- alias, as plain_text() writes names, or the constant, where alias and name are NULL.
+-- alias, as plain_text() writes names, or the constant, where alias and name are NULL; and the casts that it went through.
 CREATE OR REPLACE FUNCTION listener.equalities(qual text, constant text)
-RETURNS TABLE (alias text, name text, other_alias text, other_name text)
+RETURNS TABLE (alias text, name text, casts text, other_alias text, other_name text, other_casts text)
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH sides AS (
-        SELECT regexp_match(listener.uncast(s.part[1]), t.pattern) AS a, regexp_match(listener.uncast(s.part[2]), t.pattern) AS b
+        SELECT regexp_match(a.term, t.pattern) AS a, a.casts AS a_casts, regexp_match(b.term, t.pattern) AS b, b.casts AS b_casts
         FROM listener.and_members(listener.plain_text(qual, constant)) AS m (member)
         CROSS JOIN LATERAL regexp_match(m.member, '^([^ ]+) = ([^ ]+)$') AS s (part)
+        CROSS JOIN LATERAL listener.uncast(s.part[1]) AS a
+        CROSS JOIN LATERAL listener.uncast(s.part[2]) AS b
         CROSS JOIN (VALUES ('^(?:(K)(?:::(?:uuid|text|bigint))?|'
                             '([a-z_][a-z0-9_]*|Q[0-9a-f]{32})\.([a-z_][a-z0-9_]*|Q[0-9a-f]{32}))$')) AS t (pattern)
         WHERE s.part IS NOT NULL
     )
-    SELECT x.a[2], x.a[3], x.b[2], x.b[3]
-    FROM (SELECT s.a, s.b FROM sides s UNION ALL SELECT s.b, s.a FROM sides s) AS x (a, b)
+    SELECT x.a[2], x.a[3], x.a_casts, x.b[2], x.b[3], x.b_casts
+    FROM (SELECT s.a, s.a_casts, s.b, s.b_casts FROM sides s UNION ALL SELECT s.b, s.b_casts, s.a, s.a_casts FROM sides s)
+         AS x (a, a_casts, b, b_casts)
     WHERE x.a[2] IS NOT NULL AND x.b IS NOT NULL
 $function$;
 
@@ -117,9 +119,9 @@ $function$;
 
 -- implied(plan, constant): what the conditions of a plan make of each other: only rows of `alias` in which the column
 -- `name` has the tenant's value matter to the result, if that is so for other_name of other_alias; where that is NULL, it is
--- so by the constant itself.
+-- so by the constant itself. That holds for what the casts make of both.
 CREATE OR REPLACE FUNCTION listener.implied(plan jsonb, constant text)
-RETURNS TABLE (alias text, name text, other_alias text, other_name text)
+RETURNS TABLE (alias text, name text, casts text, other_alias text, other_name text, other_casts text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 BEGIN
@@ -134,7 +136,7 @@ BEGIN
                 FROM nodes n WHERE n.node ? 'Alias') s
             WHERE s.is_scan AND s.named = 1
         ), conditions AS MATERIALIZED (
-            SELECT n.path, n.depth, n.type, n.node ->> 'Join Type' AS join_type, c.kind, e.alias, e.name, e.other_alias, e.other_name
+            SELECT n.path, n.depth, n.type, n.node ->> 'Join Type' AS join_type, c.kind, e.*
             FROM nodes n
             CROSS JOIN unnest('{Filter,Index Cond,Hash Cond,Merge Cond,Join Filter}'::text[]) AS c (kind)
             CROSS JOIN LATERAL listener.equalities(n.node ->> c.kind, constant) e
@@ -152,11 +154,11 @@ BEGIN
                     AND ((b.path = o.path[:b.depth] AND o.path[:b.depth + 1] IS DISTINCT FROM c.path[:b.depth + 1])
                       OR (b.path = s.path[:b.depth] AND s.path[:b.depth + 1] IS DISTINCT FROM c.path[:b.depth + 1])))
         )
-        SELECT n.alias, n.name, n.other_alias, n.other_name FROM named n
+        SELECT n.alias, n.name, n.casts, n.other_alias, n.other_name, n.other_casts FROM named n
         WHERE n.path = n.scan AND n.kind IN ('Filter', 'Index Cond')
           AND n.type IN ('Seq Scan', 'Index Scan', 'Index Only Scan', 'Bitmap Heap Scan')
         UNION
-        SELECT n.alias, n.name, n.other_alias, n.other_name
+        SELECT n.alias, n.name, n.casts, n.other_alias, n.other_name, n.other_casts
         FROM named n
         -- The side of the join on which the scan is.
         JOIN nodes side ON side.path = n.scan[:n.depth + 1]

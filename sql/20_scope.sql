@@ -23,8 +23,8 @@
 --     proves nothing.
 --   * The text of a plan names the columns of a UNION by those of its first arm. A name that would have to be seen through a
 --     set operation is not understood.
---   * Casts between the types that a tenant can have do not merge two tenants, as canonical_tenant() tells tenants apart;
---     one to a shorter type, or a collation that takes different texts for equal, does.
+--   * Equal columns are one tenant only where their texts, in the form of the view's tenant type, are equal too. Which casts keep
+--     that, and which operators and collations are not PostgreSQL's own: 20_equality.sql.
 --   * A materialized view or a foreign table holds rows whose origin is not seen here.
 
 -- tenant_views(relation): the views through which a view or a materialized view reads, each with how deep it stands. The planner
@@ -283,6 +283,7 @@ DECLARE
     facts jsonb;
     bound text[] := ARRAY[]::text[];
     found text[];
+    own text := listener.foreign_equality(definition);
 BEGIN
     RETURN QUERY
         SELECT NULL::regclass, false, false,
@@ -326,7 +327,29 @@ BEGIN
         WHERE CASE WHEN plans.stood_in THEN s.node ->> 'Schema' ~ '^pg_temp' AND t.relname = s.node ->> 'Relation Name'
                    ELSE t.relid = r.oid OR t.relid IN (SELECT p.relid FROM pg_partition_ancestors(r.oid) p) END
         ORDER BY t.relid = r.oid DESC LIMIT 1) i ON true;
-    SELECT jsonb_agg(i) INTO facts FROM listener.implied(plans.by_constant, plans.constant) i;
+    -- Each with what it is good for: `tells` that both are one tenant; `links` a row to the one that its look-up finds.
+    WITH read AS MATERIALIZED (
+        SELECT s.alias, listener.plain_text(quote_ident(a.attname), '') AS name, coalesce(nullif(t.typbasetype, 0), t.oid) AS type,
+               a.attcollation AS collation, l.collisdeterministic IS NOT FALSE AS deterministic,
+               -- Somebody's own type, whose = the look-up may not have found.
+               coalesce(nullif(t.typbasetype, 0), t.oid) = ANY (ARRAY(
+                   SELECT o.oprleft FROM pg_operator o WHERE o.oprname = '=' AND o.oprleft >= 16384)) AS own
+        FROM jsonb_to_recordset(scans) AS s (alias text, relid oid)
+        JOIN pg_attribute a ON a.attrelid = s.relid AND a.attnum > 0 AND NOT a.attisdropped
+        JOIN pg_type t ON t.oid = a.atttypid
+        LEFT JOIN pg_collation l ON l.oid = a.attcollation
+    )
+    SELECT jsonb_agg(to_jsonb(i) || jsonb_build_object(
+        'tells', r.deterministic AND listener.keeps_tenant(r.type, i.casts, tenant_type)
+                 AND (i.other_alias IS NULL OR coalesce(o.deterministic AND listener.keeps_tenant(o.type, i.other_casts, tenant_type), false)),
+        -- A look-up compares by the types' own equality, with no cast.
+        'links', coalesce(NOT r.own AND NOT o.own AND (r.deterministic AND o.deterministic OR r.collation = o.collation)
+                 AND ((i.casts = '' AND i.other_casts = '')
+                      OR (listener.keeps_tenant(r.type, i.casts, 'text') AND listener.keeps_tenant(o.type, i.other_casts, 'text'))), false)))
+    INTO facts
+    FROM listener.implied(plans.by_constant, plans.constant) i
+    JOIN read r ON r.alias = i.alias AND r.name = i.name
+    LEFT JOIN read o ON o.alias = i.other_alias AND o.name = i.other_name;
 
     -- Until nothing more follows: alias.name is bound to the tenant; alias.* says so of the rows as a whole.
     LOOP
@@ -334,13 +357,13 @@ BEGIN
             SELECT * FROM jsonb_to_recordset(scans) AS s (alias text, relid oid, source integer, name text, through oid,
                                                           keys text[], referenced text[], traceable boolean)
         ), fact AS (
-            SELECT * FROM jsonb_to_recordset(facts) AS f (alias text, name text, other_alias text, other_name text)
+            SELECT * FROM jsonb_to_recordset(facts) AS f (alias text, name text, other_alias text, other_name text, tells boolean, links boolean)
         )
         SELECT array_agg(b.name) INTO found FROM (
             SELECT u.name FROM unnest(bound) AS u (name)
             UNION
             SELECT f.alias || '.' || f.name FROM fact f
-            WHERE f.other_alias IS NULL OR f.other_alias || '.' || f.other_name = ANY (bound)
+            WHERE f.tells AND (f.other_alias IS NULL OR f.other_alias || '.' || f.other_name = ANY (bound))
             UNION
             SELECT s.alias || '.*' FROM scan s WHERE s.traceable AND s.alias || '.' || s.name = ANY (bound)
             UNION
@@ -351,7 +374,7 @@ BEGIN
             WHERE s.traceable AND s.through IS NOT NULL AND cardinality(s.keys) > 0 AND NOT EXISTS (
                 SELECT FROM generate_subscripts(s.keys, 1) AS k (n)
                 WHERE NOT EXISTS (SELECT FROM fact f
-                                  WHERE f.alias = s.alias AND f.name = s.keys[k.n] AND f.other_alias = o.alias
+                                  WHERE f.links AND f.alias = s.alias AND f.name = s.keys[k.n] AND f.other_alias = o.alias
                                     AND f.other_name = CASE WHEN o.relid = s.through THEN s.referenced[k.n] ELSE o.keys[k.n] END))
         ) AS b (name);
         EXIT WHEN cardinality(found) IS NOT DISTINCT FROM cardinality(bound) OR found IS NULL;
@@ -391,11 +414,20 @@ BEGIN
             WHERE s.kind IS NULL OR s.kind IN ('m', 'f') OR s.name IS NOT NULL OR s.through IS NOT NULL OR s.finds IS NOT NULL
             GROUP BY s.relid, s.alias, s.path, s.proven, s.kind, s.finds, i.name, i.keys, s.traceable
         )
-        SELECT j.relid::regclass, j.proven OR j.finds IS NOT NULL, j.indexed,
-               CASE WHEN j.hidden THEN format('a function of the query reads %s: join it in the query itself', j.relid::regclass)
+        SELECT j.relid::regclass, (j.proven OR j.finds IS NOT NULL) AND own IS NULL, j.indexed,
+               CASE WHEN own IS NOT NULL
+                    THEN format('the query has %s, by which two tenants may be equal: compare tenants by an = of PostgreSQL''s own, '
+                                'without it', own)
+                    WHEN j.hidden THEN format('a function of the query reads %s: join it in the query itself', j.relid::regclass)
                     WHEN j.finds IS NOT NULL
                     THEN format('a change to %s refreshes every tenant, although the query looks for the tenant in its column %I: '
                                 'SELECT listener.add_source(%L, %L)', j.relid::regclass, j.finds, j.relid::regclass, j.finds)
+                    WHEN NOT j.proven AND EXISTS (
+                        SELECT FROM jsonb_to_recordset(facts) AS f (alias text, name text, other_alias text, casts text, other_casts text,
+                                                                    tells boolean, links boolean)
+                        WHERE f.alias = j.alias AND NOT f.tells AND NOT f.links AND f.casts || f.other_casts <> '')
+                    THEN format('%s is compared by a cast, under which two tenants may be equal: compare columns of one type as they are',
+                                j.relid::regclass)
                     WHEN NOT j.proven
                     THEN listener.scope_advice(plans.by_constant, facts, j.path, j.kind, j.traceable, j.alias, tenant_column, j.name, j.keys)
                     WHEN NOT j.indexed THEN listener.index_advice(j.relid, CASE WHEN j.name IS NULL THEN j.keys ELSE ARRAY[j.name] END) END
@@ -446,7 +478,7 @@ BEGIN
     END IF;
     WITH bound AS (
         SELECT s.path FROM listener.plan_scans(plan) s
-        JOIN jsonb_to_recordset(facts) AS f (alias text, other_alias text) ON f.alias = s.alias AND f.other_alias IS NULL
+        JOIN jsonb_to_recordset(facts) AS f (alias text, other_alias text, tells boolean) ON f.alias = s.alias AND f.other_alias IS NULL AND f.tells
     )
     SELECT n.node ->> 'Node Type' AS type, n.node ->> 'Parent Relationship' AS place, n.node ->> 'Subplan Name' AS subplan,
            n.node ? 'Grouping Sets' AS sets

@@ -115,6 +115,12 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         -- One that fails is tried again, and is a dead letter soon.
         WHERE coalesce(r.failures, 0) = 0
         GROUP BY v.id
+    ), limited AS (
+        SELECT s.*, EXISTS (SELECT FROM listener.dead_letter d WHERE d.view_id = s.view_id AND d.status = 'open') AS has_letters,
+               (SELECT p.name FROM listener.view_upstream u JOIN listener.managed_view p ON p.id = u.upstream_id
+                WHERE u.view_id = s.view_id AND p.paused_at IS NOT NULL ORDER BY p.name LIMIT 1) AS paused_upstream
+        FROM listener.staleness() s JOIN listener.managed_view v ON v.id = s.view_id AND v.paused_at IS NULL
+        WHERE s.staleness > s.max_staleness
     ), undrained AS (
         SELECT clock_timestamp() - min(c.changed_at) AS age, count(*) AS changes FROM listener.unconsumed() c
     )
@@ -125,6 +131,14 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            CASE WHEN w.runs THEN 'listener sweep' ELSE 'listener run' END
     FROM stale s CROSS JOIN service w
     WHERE s.age > greatest(20 * s.max_wait, interval '1 min')
+    UNION ALL
+    SELECT 'progress', 'error', l.view_name, l.view_name,
+           format('it does not show a change that is %s old, and its max_staleness is %s.',
+                  listener.seconds_text(l.staleness), listener.seconds_text(l.max_staleness)),
+           CASE WHEN l.has_letters THEN 'listener dead-letters retry --view ' || listener.shell_word(l.view_name)
+                WHEN l.paused_upstream IS NOT NULL THEN 'listener resume ' || listener.shell_word(l.paused_upstream)
+                WHEN w.runs THEN 'listener sweep' ELSE 'listener run' END
+    FROM limited l CROSS JOIN service w
     UNION ALL
     SELECT 'progress', 'error', NULL, 'listener.change_log',
            format('%s logged up to %s ago, and nobody drained them%s.',
@@ -187,6 +201,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM listener.managed_view v
     WHERE v.paused_at IS NULL
       AND NOT EXISTS (SELECT FROM stale s WHERE s.name = v.name AND s.age > greatest(20 * s.max_wait, interval '1 min'))
+      AND NOT EXISTS (SELECT FROM limited l WHERE l.view_id = v.id)
 $function$;
 
 -- zone_differs(one, other): whether two time zones show another local time in some season.

@@ -78,8 +78,8 @@ async def test_refresh_by_hand_says_what_it_did(books: Database) -> None:
     async with transaction(books) as application:
         await book(application, ANNA, 100)
     ended = listener("refresh", "mv_realtime_revenue", "--tenant", str(ANNA).upper(), "--json", url=books.url())
-    assert json.loads(ended.stdout) | {"version": 0} == {
-        "outcome": "refreshed", "inserted": 0, "updated": 1, "deleted": 0, "version": 0,
+    assert json.loads(ended.stdout) | {"version": 0, "seconds": 0} == {
+        "outcome": "refreshed", "inserted": 0, "updated": 1, "deleted": 0, "version": 0, "seconds": 0,
     }  # fmt: skip
 
 

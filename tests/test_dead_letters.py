@@ -65,7 +65,7 @@ async def test_letters_are_found_by_view_and_tenant_however_they_are_spelled(boo
     everyone = letters(books)
     assert everyone[0].keys() == {
         "id", "view_name", "tenant_id", "status", "error_type", "sqlstate", "exception_class", "error_message",
-        "retry_count", "correlation_id", "worker", "failed_at", "traceback", "view_id",
+        "retry_count", "correlation_id", "app_correlation_id", "worker", "failed_at", "traceback", "view_id",
     }  # fmt: skip
     assert {(letter["view_name"], letter["tenant_id"]) for letter in everyone} == {
         (view, str(tenant)) for view in ("shares", "doubts") for tenant in (ANNA, BEN)

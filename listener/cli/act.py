@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from listener import console, errors, operations, view_queries
-from listener.cli.session import AnyView, Connection, Json, Tenant, View, app, known_key, retry_policy, with_connection
+from listener.cli.session import AnyView, Connection, Json, Tenant, app, known_key, retry_policy, with_connection
 from listener.operations import Failed
 from listener.refresh import Outcome
 from listener.settings import load
@@ -16,37 +16,53 @@ from listener.settings import load
 
 @app.command()
 def refresh(
-    view: View,
+    view: Annotated[str | None, typer.Argument(help="name of a managed view; left out with --all-views")] = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="the tenant's id")] = None,
     all_tenants: Annotated[bool, typer.Option("--all-tenants", help="every tenant of the view")] = False,
+    all_views: Annotated[
+        bool, typer.Option("--all-views", help="every view of the tenant, in the order in which they read each other")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Refreshes one tenant of a view now, or all of them; a view that has no tenants as a whole."""
+    """Refreshes one tenant of a view now, or all of them; a view that has no tenants as a whole.
+
+    With --all-views, all views of one tenant in one transaction: an error of one takes back the others.
+    """
+    if all_views and (view is not None or all_tenants or tenant is None):
+        raise errors.SetupError("--all-views needs --tenant ID, and neither a view nor --all-tenants.")
+    if view is None and not all_views:
+        raise errors.SetupError("the view is missing.", hint="Give one, or --all-views.")
     if tenant is not None and all_tenants:
         raise errors.SetupError("give either --tenant ID or --all-tenants.")
 
     async def act(connection: Connection) -> None:
-        if tenant is None and not all_tenants:
-            if await view_queries.has_tenants(connection, view):
+        if view is not None and all_tenants:
+            await _refresh_all_tenants(connection, view, as_json=as_json)
+        elif view is not None:
+            if tenant is None and await view_queries.has_tenants(connection, view):
                 raise errors.SetupError("give either --tenant ID or --all-tenants.")
-            await _refresh_one(connection, view, None, as_json=as_json)
-            return
-        if tenant is not None:
             await _refresh_one(connection, view, tenant, as_json=as_json)
-            return
-        name = await view_queries.view_name(connection, view)
-        tally = await _shown(name, operations.refresh_all(connection, name), as_json=as_json)
-        tenants = tally.outcomes.total()
-        if as_json:
-            console.print_json({"view": name, "tenants": tenants, **_counts(tally), "errors": _errors(tally)})
-        else:
-            console.out.print(f"{console.count(tenants, 'tenant')} of {name}: {_counted(tally)}")
-        if tally.outcomes["paused"]:
-            console.error(_paused(name))
-        if tally.outcomes["refreshed"] != tenants:
-            raise typer.Exit(1)
+        elif tenant is not None:
+            await _refresh_all_views(connection, tenant, as_json=as_json)
 
     with_connection(act)
+
+
+async def _refresh_all_tenants(connection: Connection, view: str, *, as_json: bool) -> None:
+    name = await view_queries.view_name(connection, view)
+    tally = await _shown(name, operations.refresh_all(connection, name), as_json=as_json)
+    tenants = tally.outcomes.total()
+    if as_json:
+        console.print_json(
+            {"view": name, "tenants": tenants, **_counts(tally), "seconds": tally.seconds, "errors": _errors(tally)}
+        )
+    else:
+        took = f", took {console.duration(tally.seconds)}" if tally.seconds else ""
+        console.out.print(f"{console.count(tenants, 'tenant')} of {name}: {_counted(tally)}{took}")
+    if tally.outcomes["paused"]:
+        console.error(_paused(name))
+    if tally.outcomes["refreshed"] != tenants:
+        raise typer.Exit(1)
 
 
 async def _refresh_one(connection: Connection, view: str, tenant: str | None, *, as_json: bool) -> None:
@@ -64,7 +80,27 @@ async def _refresh_one(connection: Connection, view: str, tenant: str | None, *,
             hint=f"See: listener explain {name}{option}",
         )
     if not as_json:
-        console.out.print(", ".join(f"{name} {value}" for name, value in row.items()))
+        seconds = row.pop("seconds")
+        took = [f"took {console.duration(seconds)}"] if seconds is not None else []
+        console.out.print(", ".join([f"{name} {value}" for name, value in row.items()] + took))
+
+
+async def _refresh_all_views(connection: Connection, tenant: str, *, as_json: bool) -> None:
+    if not tenant or not await view_queries.is_tenant_of_any_view(connection, tenant):
+        raise errors.SetupError(f"no view has a tenant {tenant!r}.")
+    rows = await operations.refresh_all_views(connection, tenant)
+    if as_json:
+        console.print_json({"tenant_id": tenant, "views": rows})
+    else:
+        shown = [row | {"seconds": console.duration(row["seconds"])} for row in rows]
+        console.out.print(console.table(shown, rows[0]))
+    for row in rows:
+        if row["outcome"] == "paused":
+            console.error(_paused(row["view"]))
+        elif row["outcome"] == "busy":
+            console.error(f"another session has been refreshing {row['view']} all the while.")
+    if any(row["outcome"] in {"paused", "busy"} for row in rows):
+        raise typer.Exit(1)
 
 
 def _paused(view: str) -> str:

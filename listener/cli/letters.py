@@ -162,6 +162,7 @@ async def _retry(connection: Connection, letter: dict[str, Any]) -> dict[str, An
     except psycopg.Error as error:
         if connection.closed:
             raise
-        return {**row, "outcome": f"failed: {errors.from_database(error)}", "rows": None}
+        return {**row, "outcome": f"failed: {errors.from_database(error)}", "rows": None, "seconds": None}
     changed = outcome.inserted + outcome.updated + outcome.deleted
-    return {**row, "outcome": outcome.outcome, "rows": changed if outcome.outcome == "refreshed" else None}
+    rows = changed if outcome.outcome == "refreshed" else None
+    return {**row, "outcome": outcome.outcome, "rows": rows, "seconds": outcome.duration}

@@ -31,6 +31,11 @@ DROP FUNCTION IF EXISTS listener.refresh(text, bigint), listener.refresh(text, u
     listener.create_definition(integer, text, text, text),
     listener.grant_definition(integer),
     listener.record_refresh(integer, text, bigint, timestamptz, bigint, bigint, bigint, text);
+DROP FUNCTION IF EXISTS listener.create_view(
+    text, text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean);
+DROP FUNCTION IF EXISTS listener.set_window(text, interval, interval, text, interval, boolean);
+DROP FUNCTION IF EXISTS listener.check_window(interval, interval, text, interval, text);
+DROP FUNCTION IF EXISTS listener.explain_key(text, text);
 DO $difference$
 DECLARE
     routine regprocedure;
@@ -41,3 +46,16 @@ BEGIN
     END LOOP;
 END
 $difference$;
+-- What these return is another row.
+DROP FUNCTION IF EXISTS listener.uncast(text);
+DROP FUNCTION IF EXISTS listener.equalities(text, text);
+DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
+
+-- The view that holds the query of a materialized view which is made again, where that query shows the owner no rows.
+ALTER TABLE listener.adoption ADD COLUMN query_view name;
+-- They have an argument more now, `owner`.
+DROP FUNCTION IF EXISTS listener.carried(regclass, text, "char", name[], jsonb, jsonb);
+DROP FUNCTION IF EXISTS listener.begin_adoption(text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean, text);
+DROP FUNCTION IF EXISTS listener.plan_adoption(text, name[], name, text);
+DROP FUNCTION IF EXISTS listener.unadopting(listener.managed_view, listener.adoption);
+DROP FUNCTION IF EXISTS listener.whole_digests(text);
