@@ -21,7 +21,8 @@ FUNCTIONS: LiteralString = """
     CREATE FUNCTION public.who_is() RETURNS text LANGUAGE sql STABLE BEGIN ATOMIC SELECT session_user::text; END;
     CREATE FUNCTION public.client() RETURNS text LANGUAGE plpgsql STABLE AS
         'BEGIN /* session_user */ RETURN inet_client_addr(); END';
-    CREATE FUNCTION public.region() RETURNS text LANGUAGE sql STABLE AS $$ SELECT current_setting('app.region', true) $$;
+    CREATE FUNCTION public.region() RETURNS text LANGUAGE sql STABLE
+        AS $$ SELECT current_setting('app.region', true) $$;
     CREATE FUNCTION public.setting(name text) RETURNS text LANGUAGE sql STABLE AS 'SELECT current_setting(name, true)';
     CREATE FUNCTION public.comment() RETURNS text LANGUAGE plpgsql STABLE AS 'BEGIN -- session_user
         RETURN 1; END';
@@ -42,13 +43,20 @@ REFUSED: dict[str, tuple[LiteralString, LiteralString]] = {
     "application_name": ("SELECT tenant_id, current_setting('application_name') FROM public.o", "application_name"),
     "client_encoding": ("SELECT tenant_id, pg_client_encoding() FROM public.o", "pg_client_encoding()"),
     "a setting by a column": ("SELECT tenant_id, current_setting(raw, true) FROM public.o", "current_setting"),
-    "a setting put together": ("SELECT tenant_id, current_setting('app.' || raw, true) FROM public.o", "current_setting"),
+    "a setting put together": (
+        "SELECT tenant_id, current_setting('app.' || raw, true) FROM public.o",
+        "current_setting",
+    ),
     "in the condition": ("SELECT tenant_id, id FROM public.o WHERE raw = CURRENT_SETTING('work_mem')", "work_mem"),
-    "all settings": ("SELECT tenant_id, (SELECT count(*) FROM pg_show_all_settings()) FROM public.o", "pg_show_all_settings()"),
+    "all settings": (
+        "SELECT tenant_id, (SELECT count(*) FROM pg_show_all_settings()) FROM public.o",
+        "pg_show_all_settings()",
+    ),
 }
 ALLOWED: list[LiteralString] = [
     "SELECT tenant_id, id, current_user AS who, current_schema AS home, current_catalog AS here FROM public.o",
-    "SELECT tenant_id, id, current_setting('app.current_tenant_id') AS t, current_setting('app.execution_context', true) AS c FROM public.o",
+    "SELECT tenant_id, id, current_setting('app.current_tenant_id') AS t FROM public.o",
+    "SELECT tenant_id, id, current_setting('app.execution_context', true) AS c FROM public.o",
     "SELECT tenant_id, id, current_setting('DateStyle') AS d, current_setting('server_version') AS v FROM public.o",
     "SELECT tenant_id, id, 'session_user' AS word, public.comment() AS c FROM public.o",
 ]
@@ -107,15 +115,23 @@ async def test_what_is_the_same_for_every_session_is_taken_without_a_word(
             assert [line for line in await register(database, query) if "session" in line or "setting" in line] == []
             for caller in (one_caller, other):
                 await caller.execute("SELECT listener.refresh('v', 't1'::text)")
-                assert await rows(caller, "SELECT missing, extra, held FROM listener.compare('v', 't1'::text)") == [(0, 0, 4)]
+                assert await rows(caller, "SELECT missing, extra, held FROM listener.compare('v', 't1'::text)") == [
+                    (0, 0, 4)
+                ]
             await one_caller.execute("SELECT listener.drop_view('v')")
 
 
-@pytest.mark.parametrize("source", ["current_setting('app.region', true)", "public.region()"])
+REGIONS: dict[str, LiteralString] = {
+    "in the query": "SELECT tenant_id, id, current_setting('app.region', true) AS region FROM public.o",
+    "in a function": "SELECT tenant_id, id, public.region() AS region FROM public.o",
+}
+
+
+@pytest.mark.parametrize("where", REGIONS)
 async def test_a_custom_setting_is_the_one_of_the_registration_for_every_caller(
-    database: Database, superuser: AsyncConnection[Any], source: str
+    database: Database, superuser: AsyncConnection[Any], where: str
 ) -> None:
-    said = await register(database, f"SELECT tenant_id, id, {source} AS region FROM public.o", app__region="north")
+    said = await register(database, REGIONS[where], app__region="north")
     assert "NOTICE: v is computed with app.region = 'north', whatever the caller has" in said
     shown: LiteralString = "SELECT DISTINCT region FROM public.v"
     async with database.connect("listener_migrator") as caller, database.connect("listener_service") as service:
@@ -128,7 +144,10 @@ async def test_a_custom_setting_is_the_one_of_the_registration_for_every_caller(
         assert await one(caller, "SELECT current_setting('app.region')") == "south"
         assert await one(service, "SELECT nullif(current_setting('app.region', true), '')") is None
         name = await one(caller, "SELECT listener.begin_alter('v', max_age => '1 hour')")
-        assert await one(superuser, "SELECT settings ->> 'app.region' FROM listener.managed_view WHERE name = %s", name) == "north"
+        assert (
+            await one(superuser, "SELECT settings ->> 'app.region' FROM listener.managed_view WHERE name = %s", name)
+            == "north"
+        )
         assert await one(caller, "SELECT current_setting('app.region')") == "south"
 
 
@@ -151,7 +170,8 @@ async def test_a_policy_or_a_setting_that_nobody_can_name_is_warned_of(
         """
         ALTER TABLE public.o ENABLE ROW LEVEL SECURITY;
         CREATE POLICY tenant ON public.o USING (
-            tenant_id = current_setting('app.current_tenant_id', true) OR session_user = 'admin' OR raw = current_setting('app.region', true));
+            tenant_id = current_setting('app.current_tenant_id', true) OR session_user = 'admin'
+            OR raw = current_setting('app.region', true));
         CREATE POLICY listing ON public.o FOR SELECT TO listener_service USING (true);
         """
     )

@@ -25,20 +25,23 @@ TABLES: LiteralString = """
 """
 # A column for each setting that reaches a result.
 QUERY: LiteralString = """
-    SELECT tenant_id, id, raw::date AS day, at::text AS at_text, at::date::text AS day_text, '01/02/03'::date AS constant,
-           at >= '01/03/2026 00:00' AS later, tstzrange(at, NULL) AS range, ARRAY[at, at] AS times, ROW(at, raw)::text AS pair,
+    SELECT tenant_id, id, raw::date AS day, at::text AS at_text, at::date::text AS day_text,
+           '01/02/03'::date AS constant, at >= '01/03/2026 00:00' AS later, tstzrange(at, NULL) AS range,
+           ARRAY[at, at] AS times, ROW(at, raw)::text AS pair,
            interval '1 month 2 days -3 hours' AS span, (interval '1 month 2 days -3 hours')::text AS span_text,
            interval '-1 2:03:04' AS signed, ARRAY['a', NULL, 'NULL']::text[]::text::text[] AS nulls,
            '{b,NULL}'::text[] AS read_nulls, ARRAY[NULL, 'NULL', raw] AS texts, quote_ident('plain') AS quoted,
            to_tsvector(words)::text AS lexemes, (0.1::float8 + 0.2)::text AS float, '\\x01'::bytea::text AS bytes,
-           current_setting('lc_monetary') AS money, current_setting('lc_numeric') AS numbers, current_setting('lc_time') AS months,
-           current_setting('xmloption') AS xml, current_setting('xmlbinary') AS base, '2026-01-01 00:00 EST'::timestamptz AS zone,
+           current_setting('lc_monetary') AS money, current_setting('lc_numeric') AS numbers,
+           current_setting('lc_time') AS months, current_setting('xmloption') AS xml,
+           current_setting('xmlbinary') AS base, '2026-01-01 00:00 EST'::timestamptz AS zone,
            ('2026-01-0' || id || ' 00:00 EST')::timestamptz AS read_zone
     FROM public.o
 """
 PLAIN: LiteralString = "RESET ALL"
 HOSTILE: LiteralString = """
-    SET DateStyle = 'SQL, DMY'; SET IntervalStyle = 'sql_standard'; SET TimeZone = 'Europe/Moscow'; SET array_nulls = off;
+    SET DateStyle = 'SQL, DMY'; SET IntervalStyle = 'sql_standard'; SET TimeZone = 'Europe/Moscow';
+    SET array_nulls = off;
     SET quote_all_identifiers = on; SET default_text_search_config = 'pg_catalog.simple'; SET lc_monetary = 'POSIX';
     SET lc_numeric = 'POSIX'; SET lc_time = 'POSIX'; SET xmloption = 'document'; SET xmlbinary = 'hex';
     SET timezone_abbreviations = 'Australia'; SET extra_float_digits = -3; SET bytea_output = 'escape';
@@ -46,9 +49,9 @@ HOSTILE: LiteralString = """
 """
 OTHERS: dict[str, LiteralString] = {
     "German": "SET DateStyle = 'German'; SET IntervalStyle = 'postgres_verbose'; SET TimeZone = 'Europe/Moscow'",
-    "Postgres, DMY": "SET DateStyle = 'Postgres, DMY'; SET IntervalStyle = 'iso_8601'; SET TimeZone = 'America/New_York'",
+    "Postgres, DMY": "SET DateStyle = 'Postgres, DMY'; SET IntervalStyle = 'iso_8601'; SET TimeZone = 'US/Eastern'",
     "ISO, DMY, arrays without NULL": "SET DateStyle = 'ISO, DMY'; SET array_nulls = off",
-    "ISO, MDY, an English configuration": "SET DateStyle = 'ISO, MDY'; SET default_text_search_config = 'pg_catalog.english'",
+    "an English configuration": "SET DateStyle = 'ISO, MDY'; SET default_text_search_config = 'pg_catalog.english'",
 }
 # As the view pins them for everybody: what no session of a caller can have right for itself.
 PINNED: LiteralString = "SET extra_float_digits = 1; SET bytea_output = 'hex'; SET row_security = on"
@@ -68,7 +71,8 @@ async def shown(connection: AsyncConnection[Any], relation: LiteralString) -> li
 
 async def register(session: AsyncConnection[Any], keys: LiteralString, zone: str) -> None:
     await session.execute(
-        "SELECT listener.create_view('v', %s, key_columns => %s, timezone => %s)", (QUERY.replace("\\\\", "\\"), keys, zone)
+        "SELECT listener.create_view('v', %s, key_columns => %s, timezone => %s)",
+        (QUERY.replace("\\\\", "\\"), keys, zone),
     )
 
 
@@ -90,10 +94,16 @@ async def test_a_view_is_what_its_query_returned_where_it_was_registered(
             if caller is hostile:
                 await caller.execute(HOSTILE)
             await superuser.execute("DELETE FROM public.v")
-            assert await rows(caller, "SELECT inserted, updated, deleted FROM listener.refresh('v', 't1'::text)") == [(4, 0, 0)]
+            assert await rows(caller, "SELECT inserted, updated, deleted FROM listener.refresh('v', 't1'::text)") == [
+                (4, 0, 0)
+            ]
             assert await shown(superuser, "public.v") == expected
-            assert await rows(caller, "SELECT inserted, updated, deleted FROM listener.refresh('v', 't1'::text)") == [(0, 0, 0)]
-            assert await rows(caller, "SELECT missing, extra, held FROM listener.compare('v', 't1'::text)") == [(0, 0, 4)]
+            assert await rows(caller, "SELECT inserted, updated, deleted FROM listener.refresh('v', 't1'::text)") == [
+                (0, 0, 0)
+            ]
+            assert await rows(caller, "SELECT missing, extra, held FROM listener.compare('v', 't1'::text)") == [
+                (0, 0, 4)
+            ]
         # A value that is another one is seen, however the view's settings write it.
         await superuser.execute("UPDATE public.v SET range = tstzrange(lower(range) + '1 h', NULL) WHERE id = 3")
         assert await rows(hostile, "SELECT missing, extra, held FROM listener.compare('v', 't1'::text)") == [(1, 1, 4)]
@@ -114,23 +124,29 @@ async def test_no_setting_of_a_caller_reaches_a_result(
             for setting in HOSTILE.split(";"):
                 of = {"role": "ROLE listener_migrator IN DATABASE {}", "database": "DATABASE {}"}[where]
                 await superuser.execute(
-                    sql.SQL("ALTER " + of + setting.replace("\n", " ")).format(sql.Identifier(database.name))  # type: ignore[arg-type]
+                    sql.SQL("ALTER " + of + setting.replace("\n", " ")).format(sql.Identifier(database.name))
                 )
         async with database.connect("listener_migrator") as caller:
             if where == "session":
                 await caller.execute(HOSTILE)
             assert await one(caller, "SHOW array_nulls") == "off"
-            assert await rows(caller, "SELECT inserted, updated, deleted FROM listener.refresh('v', 't1'::text)") == [(0, 0, 0)]
+            assert await rows(caller, "SELECT inserted, updated, deleted FROM listener.refresh('v', 't1'::text)") == [
+                (0, 0, 0)
+            ]
             await superuser.execute("DELETE FROM public.v")
             await caller.execute("SELECT listener.refresh('v', 't1'::text)")
             assert await one(caller, "SHOW DateStyle") == "SQL, DMY", "the caller's are its own again"
             assert await one(caller, "SHOW timezone_abbreviations") == "Australia"
     finally:
-        await superuser.execute(sql.SQL("ALTER ROLE listener_migrator IN DATABASE {} RESET ALL").format(sql.Identifier(database.name)))
+        await superuser.execute(
+            sql.SQL("ALTER ROLE listener_migrator IN DATABASE {} RESET ALL").format(sql.Identifier(database.name))
+        )
     async with database.connect() as plain:
         await plain.execute("RESET ALL")
         await plain.execute("SET DateStyle = 'ISO, MDY'; SET TimeZone = 'UTC'; SET IntervalStyle = 'postgres'")
-        await plain.execute("SET bytea_output = 'hex'; SET extra_float_digits = 1; SET row_security = on; SET array_nulls = on")
+        await plain.execute(
+            "SET bytea_output = 'hex'; SET extra_float_digits = 1; SET row_security = on; SET array_nulls = on"
+        )
         assert await shown(plain, "public.v") == before
 
 
@@ -157,7 +173,10 @@ async def test_a_literal_is_read_in_the_views_time_zone_also_where_it_is_made_ag
         name = await one(author, "SELECT listener.begin_alter('v', max_age => '1 hour')")
         await author.execute("SELECT listener.expand(%s)", (name,))
         await author.execute("SELECT listener.refresh(%s, 't1'::text)", (name,))
-        assert await one(author, "SELECT settings ->> 'DateStyle' FROM listener.managed_view WHERE name = %s", name) == "ISO, DMY"
+        assert (
+            await one(author, "SELECT settings ->> 'DateStyle' FROM listener.managed_view WHERE name = %s", name)
+            == "ISO, DMY"
+        )
         await author.execute("SELECT listener.drain()")
         await author.execute("SELECT listener.finish_alter('v')")
     assert await rows(superuser, found) == [(1, True), (2, True)]
@@ -169,7 +188,9 @@ async def test_a_backslash_that_a_session_reads_otherwise_is_refused(
     async with database.connect("listener_migrator") as author:
         await author.execute("SET standard_conforming_strings = off; SET escape_string_warning = off")
         with pytest.raises(psycopg.Error, match="backslash") as refused:
-            await author.execute("SELECT listener.create_view('v', E'SELECT tenant_id, ''a\\\\tb'' AS t FROM public.o')")
+            await author.execute(
+                "SELECT listener.create_view('v', E'SELECT tenant_id, ''a\\\\tb'' AS t FROM public.o')"
+            )
         assert refused.value.sqlstate == "LSN03"
         assert refused.value.diag.message_hint == "SET standard_conforming_strings = on."
         await author.execute("SELECT listener.create_view('v', 'SELECT tenant_id, id FROM public.o')")

@@ -1,4 +1,4 @@
-"""A materialized view that is adopted stays what it was computed as, under the database's settings, whatever the adopting session has."""
+"""An adopted materialized view stays as it was computed, under the database's settings, whatever the session has."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ pytestmark = pytest.mark.anyio
 MATERIALIZED: LiteralString = """
     INSERT INTO public.o VALUES ('t2', 5, '2026-03-01 00:00+01', '03/04/2026');
     CREATE MATERIALIZED VIEW public.days AS
-        SELECT tenant_id, id, raw::date AS day, at::date::text AS shown, '01/02/03'::date AS constant, '-1 2:03:04'::interval AS span,
-               ARRAY['a', NULL, 'NULL']::text[] AS nulls, at >= '2026-03-01 00:00' AS later
+        SELECT tenant_id, id, raw::date AS day, at::date::text AS shown, '01/02/03'::date AS constant,
+               '-1 2:03:04'::interval AS span, ARRAY['a', NULL, 'NULL']::text[] AS nulls,
+               at >= '2026-03-01 00:00' AS later
         FROM public.o WHERE at <> '1890-01-01 00:00';
     CREATE UNIQUE INDEX ON public.days (tenant_id, id);
     CREATE VIEW public.on_top AS SELECT id, day FROM public.days
@@ -29,7 +30,9 @@ MATERIALIZED: LiteralString = """
     ALTER VIEW public.on_top OWNER TO listener_owner;
 """
 CONTENT: LiteralString = "SELECT to_jsonb(d) FROM public.days d ORDER BY d.id"
-QUERIES: LiteralString = "SELECT listener.query_of('public.days'::regclass::oid), listener.query_of('public.on_top'::regclass::oid)"
+QUERIES: LiteralString = (
+    "SELECT listener.query_of('public.days'::regclass::oid), listener.query_of('public.on_top'::regclass::oid)"
+)
 
 
 @pytest.fixture
@@ -43,7 +46,9 @@ async def superuser(database: Database) -> AsyncIterator[AsyncConnection[Any]]:
 async def set_up(database: Database, superuser: AsyncConnection[Any], setting: LiteralString) -> AsyncIterator[None]:
     """The materialized view, as a session computes it that has the database's settings alone."""
     if setting:
-        await superuser.execute(sql.SQL("ALTER DATABASE {} SET {}").format(sql.Identifier(database.name), sql.SQL(setting)))
+        await superuser.execute(
+            sql.SQL("ALTER DATABASE {} SET {}").format(sql.Identifier(database.name), sql.SQL(setting))
+        )
     async with database.connect() as plain:
         await plain.execute(MATERIALIZED.replace("\\\\", "\\"))
     yield
@@ -58,7 +63,14 @@ async def refresh_all(session: AsyncConnection[Any], name: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["", "DateStyle = 'SQL, DMY'", "DateStyle = 'German'", "DateStyle = 'DMY'", "TimeZone = 'Europe/Vienna'", "IntervalStyle = 'sql_standard'"],
+    [
+        "",
+        "DateStyle = 'SQL, DMY'",
+        "DateStyle = 'German'",
+        "DateStyle = 'DMY'",
+        "TimeZone = 'Europe/Vienna'",
+        "IntervalStyle = 'sql_standard'",
+    ],
 )
 async def test_a_materialized_view_is_adopted_and_given_back_as_it_was_computed(
     database: Database, superuser: AsyncConnection[Any], setting: LiteralString
@@ -67,10 +79,16 @@ async def test_a_materialized_view_is_adopted_and_given_back_as_it_was_computed(
         before = await rows(plain, CONTENT)
         queries = await rows(plain, QUERIES)
         if not setting:
-            assert [row[0]["day"] for row in before] == ["2003-01-02", "2007-05-06", "2009-07-08", "2012-10-11", "2026-03-04"]
+            assert [row[0]["day"] for row in before] == [
+                "2003-01-02",
+                "2007-05-06",
+                "2009-07-08",
+                "2012-10-11",
+                "2026-03-04",
+            ]
         async with database.connect("listener_migrator") as adopter, database.connect("listener_service") as service:
             for statement in HOSTILE.split(";"):
-                await adopter.execute(statement)  # type: ignore[arg-type]
+                await adopter.execute(statement)
             name = await one(adopter, "SELECT listener.begin_adoption('public.days')")
             await refresh_all(service, name)
             assert await rows(plain, "SELECT count(*) FROM listener.differing_tenants(%s)", name) == [(0,)]
@@ -78,7 +96,12 @@ async def test_a_materialized_view_is_adopted_and_given_back_as_it_was_computed(
             assert await one(plain, "SELECT relkind FROM pg_class WHERE oid = 'public.days'::regclass") == "r"
             assert await rows(plain, CONTENT) == before
             assert (await rows(plain, QUERIES))[0][1] == queries[0][1]
-            assert await one(plain, "SELECT sum(missing + extra) FROM unnest('{t1,t2}'::text[]) t, listener.compare(%s, t)", name) == 0
+            assert (
+                await one(
+                    plain, "SELECT sum(missing + extra) FROM unnest('{t1,t2}'::text[]) t, listener.compare(%s, t)", name
+                )
+                == 0
+            )
             assert await one(adopter, "SHOW DateStyle") == "SQL, DMY", "the adopter's own"
             await adopter.execute("SELECT listener.begin_unadoption(%s)", (name,))
             await adopter.execute("SELECT listener.fill_unadoption(%s)", (name,))
@@ -95,7 +118,7 @@ async def test_a_kept_materialized_view_is_refreshed_under_the_databases_setting
         before = await rows(plain, CONTENT)
         async with database.connect("listener_migrator") as keeper:
             for statement in HOSTILE.split(";"):
-                await keeper.execute(statement)  # type: ignore[arg-type]
+                await keeper.execute(statement)
             await keeper.execute("SELECT listener.keep_materialized_view('public.days')")
             await keeper.execute("SELECT listener.refresh('days', ''::text)")
             assert await rows(plain, CONTENT) == before
@@ -108,8 +131,12 @@ async def test_an_array_that_the_database_would_read_otherwise_is_refused(
     database: Database, superuser: AsyncConnection[Any]
 ) -> None:
     async with set_up(database, superuser, ""):
-        await superuser.execute(sql.SQL("ALTER DATABASE {} SET array_nulls = off").format(sql.Identifier(database.name)))
-        await superuser.execute("CREATE MATERIALIZED VIEW public.nulls AS SELECT tenant_id, '{a,NULL}'::text[] AS x FROM public.o")
+        await superuser.execute(
+            sql.SQL("ALTER DATABASE {} SET array_nulls = off").format(sql.Identifier(database.name))
+        )
+        await superuser.execute(
+            "CREATE MATERIALIZED VIEW public.nulls AS SELECT tenant_id, '{a,NULL}'::text[] AS x FROM public.o"
+        )
         await superuser.execute("ALTER MATERIALIZED VIEW public.nulls OWNER TO listener_owner")
         for call in ("begin_adoption", "keep_materialized_view"):
             async with database.connect("listener_migrator") as adopter:

@@ -1,4 +1,4 @@
-"""app.current_tenant_id in the session that calls: what a refresh leaves there, and what the policies of an application make of it."""
+"""What a refresh leaves in app.current_tenant_id of the calling session, and what policies make of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.anyio
 TABLES: LiteralString = """
     DO $$ BEGIN IF to_regrole('tenants_app') IS NULL THEN CREATE ROLE tenants_app LOGIN; END IF; END $$;
     CREATE TABLE public.sales (tenant_id uuid, v int);
-    INSERT INTO public.sales VALUES ('11111111-1111-4111-8111-111111111111', 1), ('22222222-2222-4222-8222-222222222222', 2);
+    INSERT INTO public.sales VALUES
+        ('11111111-1111-4111-8111-111111111111', 1), ('22222222-2222-4222-8222-222222222222', 2);
     ALTER TABLE public.sales ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
     ALTER TABLE public.sales OWNER TO listener_owner;
     GRANT SELECT ON public.sales TO listener_service, tenants_app;
@@ -52,7 +53,8 @@ async def protect(database: Database, superuser: AsyncConnection[Any], tenant: L
     async with database.connect("listener_migrator") as author:
         await author.execute(
             "SELECT listener.create_view('v', 'SELECT tenant_id, sum(v) AS v FROM public.sales GROUP BY 1', "
-            "key_columns => '{tenant_id}', tenants_query => 'SELECT ''11111111-1111-4111-8111-111111111111''', depends_on => '{}')"
+            "key_columns => '{tenant_id}', depends_on => '{}', "
+            "tenants_query => 'SELECT ''11111111-1111-4111-8111-111111111111''')"
         )
 
 
@@ -63,7 +65,11 @@ async def test_a_session_that_named_no_tenant_sees_no_rows_afterwards_as_it_did_
 ) -> None:
     await protect(database, superuser, tenant)
     await superuser.execute("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA listener TO tenants_app")
-    called = {"refresh": REFRESH, "compare": REFRESH.replace("refresh", "compare"), "tenants": "SELECT listener.tenants('v')"}[call]
+    called = {
+        "refresh": REFRESH,
+        "compare": REFRESH.replace("refresh", "compare"),
+        "tenants": "SELECT listener.tenants('v')",
+    }[call]
     async with database.connect("tenants_app") as caller:
         assert await rows(caller, READS) == [(0,)]
         await caller.execute(called)
@@ -126,7 +132,9 @@ async def test_doctor_names_a_policy_that_raises_and_the_statement_that_helps(
     database: Database, superuser: AsyncConnection[Any], tenant: LiteralString
 ) -> None:
     await protect(database, superuser, tenant)
-    found: LiteralString = "SELECT level, object, mend FROM listener.row_security_findings() WHERE problem LIKE 'its policy tenant raises%'"
+    found: LiteralString = """
+        SELECT level, object, mend FROM listener.row_security_findings() WHERE problem LIKE 'its policy tenant raises%'
+    """
     ((level, table, mend),) = await rows(superuser, found)
     assert (level, table) == ("warning", "public.sales")
     if tenant == BY_FUNCTION:
@@ -140,4 +148,6 @@ async def test_doctor_names_a_policy_that_raises_and_the_statement_that_helps(
         assert await rows(caller, READS) == [(0,)]
     async with database.connect("listener_service") as service:
         await service.execute(REFRESH)
-        assert await rows(service, "SELECT missing, extra, held FROM listener.compare('v', %s::text)", ANNA) == [(0, 0, 1)]
+        assert await rows(service, "SELECT missing, extra, held FROM listener.compare('v', %s::text)", ANNA) == [
+            (0, 0, 1)
+        ]
