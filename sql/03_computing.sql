@@ -172,7 +172,7 @@ $function$;
 -- planning_settings(): what a plan is made under: each condition where it is applied, each scan one, no parallel worker.
 CREATE OR REPLACE FUNCTION listener.planning_settings() RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT '{"search_path": "pg_catalog, pg_temp", "jit": "off", "standard_conforming_strings": "on",
+    SELECT '{"search_path": "pg_catalog, pg_temp", "jit": "off", "standard_conforming_strings": "on", "quote_all_identifiers": "off",
              "max_parallel_workers_per_gather": "0", "enable_partition_pruning": "off", "constraint_exclusion": "off",
              "enable_partitionwise_join": "off", "enable_partitionwise_aggregate": "off", "enable_memoize": "off",
              "work_mem": "64kB", "hash_mem_multiplier": "1", "client_min_messages": "warning", "enable_seqscan": "on",

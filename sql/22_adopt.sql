@@ -42,7 +42,7 @@ DECLARE
     zone text := coalesce(timezone, listener.default_time_zone());
     age interval := listener.adopted_max_age(old, max_age);
     -- The materialized view was computed under these, and create_view() takes the session's.
-    previous jsonb := listener.use_settings(listener.default_settings());
+    previous jsonb := listener.use_settings(listener.default_settings() || '{"standard_conforming_strings": "on"}');
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
@@ -50,6 +50,7 @@ BEGIN
     SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old;
     query := listener.query_of(old);
+    PERFORM listener.check_written(old, query);
     SELECT a.* INTO before FROM listener.adoption a
     WHERE a.state = 'filling' AND a.schema_name = class.nspname AND a.relation_name = class.relname;
     -- What is under way a rehearsal leaves alone: taking it back takes locks from the sources.

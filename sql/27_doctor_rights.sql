@@ -409,7 +409,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'row security', 'warning', NULL, p.relation::text,
            format('its policy %I raises in a session that names no tenant and named one before, or refreshed something: '
                   'PostgreSQL leaves the setting as an empty text, which is no %s.', p.policy, p.type),
-           coalesce(format('ALTER POLICY %I ON %s %s;', p.policy, p.relation, p.mended),
+           coalesce(format('ALTER POLICY %I ON %s ', p.policy, p.relation) || p.mended || ';',
                     'Take nullif(current_setting(…, true), '''') in the function that it calls.')
     FROM listener.raising_policies() p
     UNION ALL
