@@ -173,6 +173,10 @@ async def _fill(connection: AsyncConnection[Any], view: str, by: By) -> int:
 
 async def _check(connection: AsyncConnection[Any], view: str, request: Request, tell: Tell) -> None:
     async for _, _, difference in operations.verify(connection, [view]):
+        if difference is not None and difference.untenanted and request.strategy == BY_TENANT:
+            raise _NotByTenantError(
+                f"computed alone, other rows come out for rows without a tenant ({difference.missing} of them)"
+            )
         if difference is not None and difference.verdict != "stale":
             raise SetupError(
                 f"{view} is {difference.verdict} for {difference.tenant_id or 'all tenants'}: "

@@ -29,8 +29,9 @@ class Difference:
     """One key whose target does not equal its definition, or could not be compared with it.
 
     `missing` rows are only in the definition, `extra` ones only in the target. `stale`: a change is known that will
-    be refreshed; otherwise the target is wrong. `error`: why there was no comparison; where even the tenants could not
-    be listed, `tenant_id` is None.
+    be refreshed; `undetermined`: the definition has more than one right result; otherwise the target is wrong.
+    `untenanted`: the missing rows have no tenant, so `tenant_id` is None and no target ever has them. `error`: why there
+    was no comparison; where even the tenants could not be listed, `tenant_id` is None.
     """
 
     view: str
@@ -38,12 +39,18 @@ class Difference:
     missing: int = 0
     extra: int = 0
     stale: bool = False
+    undetermined: bool = False
+    untenanted: bool = False
     error: str | None = None
 
     @property
     def verdict(self) -> str:
         """What it is in one word."""
-        return "failed" if self.error is not None else "stale" if self.stale else "different"
+        if self.error is not None:
+            return "failed"
+        if self.untenanted:
+            return "without a tenant"
+        return "stale" if self.stale else "not determined" if self.undetermined else "different"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +181,15 @@ async def verify(
 ) -> AsyncIterator[tuple[int, int, Difference | None]]:
     """Compares every key of the views with its definition; yields done, total and the difference if there is one.
 
-    What cannot be compared is a Difference with an error, and stops no other key.
+    What cannot be compared is a Difference with an error, and stops no other key. Rows that have no tenant, and so no key,
+    are one Difference a view.
     """
     keys: list[tuple[str, str]] = []
     unlisted: list[Difference] = []
     for name in names:
         try:
+            if untenanted := await view_queries.rows_without_tenant(connection, name):
+                unlisted.append(Difference(name, None, untenanted, untenanted=True))
             keys += [(name, tenant) for tenant in await view_queries.tenants(connection, name)]
         except psycopg.Error as error:
             if _ends_it_all(connection, error):
@@ -201,7 +211,8 @@ async def _compare(connection: AsyncConnection[Any], view: str, tenant: str) -> 
         return Difference(view, tenant, error=str(from_database(error)))
     if not (found["missing"] or found["extra"]):
         return None
-    return Difference(view, tenant, found["missing"], found["extra"], found["stale"])
+    undetermined = not found["stale"] and await view_queries.is_undetermined(connection, view, tenant)
+    return Difference(view, tenant, found["missing"], found["extra"], found["stale"], undetermined)
 
 
 def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool:

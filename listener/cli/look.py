@@ -138,12 +138,16 @@ def explain(view: View, tenant: MaybeTenant = None, as_json: Json = False) -> No
     with_connection(act)
 
 
+VERDICTS = ("stale", "different", "not determined", "failed")
+
+
 @app.command()
 def verify(view: AnyView = None, as_json: Json = False) -> None:
     """Compares every target with its definition, exactly, tenant by tenant; exit 1 where they differ.
 
-    Tells stale (a known change will be refreshed) from different (the target is wrong) and failed (the comparison
-    itself raised; the others go on).
+    Tells stale (a known change will be refreshed) from different (the target is wrong), not determined (the definition has
+    more than one right result) and failed (the comparison itself raised; the others go on). Rows that have no tenant are
+    counted: no target has them.
     """
 
     async def act(connection: Connection) -> None:
@@ -162,7 +166,8 @@ def verify(view: AnyView = None, as_json: Json = False) -> None:
         verdicts = Counter(difference.verdict for difference in found)
         counts = {
             "compared": done - sum(d.verdict == "failed" and d.tenant_id is not None for d in found),
-            **{verdict: verdicts[verdict] for verdict in ("stale", "different", "failed")},
+            **{verdict: verdicts[verdict] for verdict in VERDICTS},
+            "rows_without_tenant": sum(d.missing for d in found if d.untenanted),
         }
         rows = [
             {"view": d.view, "tenant_id": d.tenant_id, "missing": d.missing, "extra": d.extra, "verdict": d.verdict,
@@ -173,8 +178,10 @@ def verify(view: AnyView = None, as_json: Json = False) -> None:
         elif found:
             console.out.print(console.table(rows, [n for n in rows[0] if n != "error" or verdicts["failed"]]))
         if not as_json:
-            told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("stale", "different", "failed"))
-            console.out.print(f"{console.count(counts['compared'], 'key')} compared, {told}")
+            told = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict] or verdict != "not determined"]
+            if counts["rows_without_tenant"]:
+                told.append(f"{console.count(counts['rows_without_tenant'], 'row')} without a tenant")
+            console.out.print(f"{console.count(counts['compared'], 'key')} compared, {', '.join(told)}")
         if found:
             raise typer.Exit(1)
 

@@ -50,3 +50,8 @@ $difference$;
 DROP FUNCTION IF EXISTS listener.uncast(text);
 DROP FUNCTION IF EXISTS listener.equalities(text, text);
 DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
+-- drift_version: what a key showed when check_drift() last had it refreshed, since nothing explained how it differed.
+-- undetermined_version: the same where it differed again with no change in between: its definition has more than one right result.
+ALTER TABLE listener.refresh_state
+    ADD COLUMN drift_version bigint,
+    ADD COLUMN undetermined_version bigint;
