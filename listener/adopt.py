@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 import psycopg
 
 from listener import adoptions, operations, view_queries
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 BY_TENANT, WHOLE, KEPT = "tenant", "whole", "materialized view"
 REFUSED = "LSN03"
 NAMED = 3  # tenants in a message
+WRITE_IT_LOCAL = "Write the query so that PostgreSQL can show it; `listener inventory` says what is in the way."
+BUSY_PATIENCE, BUSY_PAUSE = 30.0, 0.1  # seconds
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,11 @@ class Adopted:
 
 
 class _NotByTenantError(Exception):
-    """A tenant's rows are others when they are computed alone; the text says whose."""
+    """A tenant's rows are others when they are computed alone, or may be; the text says whose, or why."""
+
+    def __init__(self, text: str, hint: str = "Leave --strategy away.") -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 async def adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, by: By, patience: float) -> Adopted:
@@ -67,6 +75,42 @@ async def adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, 
     and SetupError; whatever was made beside the materialized view is gone then, but where only the swap's locks were
     not to be had: the next run goes on there.
     """
+
+    async def attempt(given: Request) -> Adopted:
+        if given.strategy == KEPT:
+            return Adopted(await adoptions.keep(connection, given), KEPT)
+        must_be_proven = given.strategy == BY_TENANT and not request.strategy
+        async with adoptions.rehearsal(connection):
+            await _check_locality(connection, await adoptions.begin(connection, given), must_be_proven=must_be_proven)
+        return await _adopt(connection, given, tell, by, patience, must_be_proven=must_be_proven)
+
+    return await _first_that_works(connection, request, tell, attempt)
+
+
+async def rehearse(connection: AsyncConnection[Any], request: Request, tell: Tell) -> Request:
+    """What adopt() would do, by the strategy that it would take; tells and raises as adopt() does. Changes nothing.
+
+    It compares as adopt() compares, which takes as long as a REFRESH, and does not fill: two rows with one key only
+    that shows.
+    """
+
+    async def attempt(given: Request) -> Request:
+        async with adoptions.rehearsal(connection):
+            if given.strategy == KEPT:
+                await adoptions.keep(connection, given)
+                return given
+            view = await adoptions.begin(connection, given)
+            await _check_locality(connection, view, must_be_proven=given.strategy == BY_TENANT and not request.strategy)
+            await _check_tenants(connection, view, given, tell)
+            return given
+
+    return await _first_that_works(connection, request, tell, attempt)
+
+
+async def _first_that_works(
+    connection: AsyncConnection[Any], request: Request, tell: Tell, attempt: Callable[[Request], Awaitable[Result]]
+) -> Result:
+    """The first strategy that is not refused; why others are is told."""
     strategies = [request.strategy] if request.strategy else [BY_TENANT, WHOLE, KEPT]
     if BY_TENANT in strategies and not await adoptions.has_column(connection, request.name, request.tenant_column):
         if request.strategy:
@@ -74,15 +118,12 @@ async def adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, 
         tell(f"not by tenant: it has no column {request.tenant_column}")
         strategies.remove(BY_TENANT)
     for strategy in strategies:
-        if strategy == KEPT:
-            return Adopted(await adoptions.keep(connection, request), KEPT)
         try:
-            must_be_proven = strategy == BY_TENANT and not request.strategy
-            return await _adopt(connection, request.by(strategy), tell, by, patience, must_be_proven=must_be_proven)
+            return await attempt(request.by(strategy))
         except _NotByTenantError as reason:
             if request.strategy:
                 raise SetupError(
-                    f"{request.name} cannot be refreshed by tenant: {reason}.", hint="Leave --strategy away."
+                    f"{request.name} cannot be refreshed by tenant: {reason}.", hint=reason.hint
                 ) from reason
             tell(f"not by tenant: {reason}")
         except psycopg.Error as error:
@@ -103,12 +144,7 @@ async def _adopt(
     tell(f"SHARE ROW EXCLUSIVE on {', '.join(plan['source'])}, for a moment each: capture triggers")
     tell(f"key ({', '.join(plan['key']) or 'the whole row'}), time zone {request.timezone or plan['time zone'][0]}")
     async with _taken_back(connection, view):
-        # Equal rows are no proof: ranks of equal sums, or of no rows at all, are the same by chance.
-        if must_be_proven and not await adoptions.is_tenant_local(connection, view):
-            raise _NotByTenantError(
-                "it is not proven that a tenant's rows depend on its own alone; "
-                "--strategy tenant compares them as they are now"
-            )
+        await _check_locality(connection, view, must_be_proven=must_be_proven)
         keys = await _fill(connection, view, by)
         await _check(connection, view, request, tell)
         await adoptions.analyze(connection, view)
@@ -117,8 +153,19 @@ async def _adopt(
     return Adopted(view, request.strategy or BY_TENANT, keys, tuple(plan["lock"]), done.locked, done.attempts)
 
 
+async def _check_locality(connection: AsyncConnection[Any], view: str, *, must_be_proven: bool) -> None:
+    """Equal rows are no proof: ranks of equal sums, or of no rows at all, are the same by chance."""
+    if why := await adoptions.why_not_by_tenant(connection, view):
+        raise _NotByTenantError(why, hint=WRITE_IT_LOCAL)
+    if must_be_proven and not await adoptions.is_tenant_local(connection, view):
+        raise _NotByTenantError(
+            "it is not proven that a tenant's rows depend on its own alone; "
+            "--strategy tenant compares them as they are now"
+        )
+
+
 async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patience: float) -> Adopted:
-    """Gives the materialized view back, filled, and drops the managed view. Raises as adopt()."""
+    """Gives the materialized view back, filled and compared, and drops the managed view. Raises as adopt()."""
     view, strategy, state = await adoptions.state(connection, name)
     locks: tuple[str, ...] = ()
     locked, attempts = 0.0, 0
@@ -128,12 +175,24 @@ async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patie
         await adoptions.begin_back(connection, view)
         async with _taken_back(connection, view):
             tell(f"filling {plan['name'][0]} beside its target")
-            await adoptions.fill_back(connection, view)
+            await _fill_back(connection, view)
             await adoptions.analyze(connection, view)
         done = await _swap(connection, view, adoptions.finish_back, tell, patience, is_read=True)
         locked, attempts = done.locked, done.attempts
     await adoptions.drop(connection, view)
     return Adopted(view, strategy, locks=locks, locked=locked, attempts=attempts)
+
+
+async def _fill_back(connection: AsyncConnection[Any], view: str) -> None:
+    """Where the rows are the target's, that is brought up to date first: as of one now() if that counts."""
+    from_target, depends_on_time = await adoptions.fills_from_target(connection, view)
+    if from_target:
+        await operations.catch_up(connection, view)
+    async with connection.transaction():
+        if from_target and depends_on_time:
+            for tenant in await view_queries.tenants(connection, view):
+                await operations.refresh_one(connection, view, tenant)
+        await adoptions.fill_back(connection, view)
 
 
 @asynccontextmanager
@@ -173,25 +232,62 @@ async def _fill(connection: AsyncConnection[Any], view: str, by: By) -> int:
 
 async def _check(connection: AsyncConnection[Any], view: str, request: Request, tell: Tell) -> None:
     async for _, _, difference in operations.verify(connection, [view]):
-        if difference is not None and difference.verdict != "stale":
-            raise SetupError(
-                f"{view} is {difference.verdict} for {difference.tenant_id or 'all tenants'}: "
-                f"{difference.error or f'{difference.missing} rows are missing, {difference.extra} too many'}."
-            )
+        if difference is None or difference.verdict == "stale":
+            continue
+        # The time went on since it was filled.
+        if difference.verdict == "moved" and await _is_exact_now(connection, view, difference.tenant_id or ""):
+            continue
+        raise SetupError(
+            f"{view} is {difference.verdict} for {difference.tenant_id or 'all tenants'}: "
+            f"{difference.error or f'{difference.missing} rows are missing, {difference.extra} too many'}."
+        )
+    await _check_tenants(connection, view, request, tell)
+    if await adoptions.hidden_from_owner(connection, view) and (
+        changed := await adoptions.rows_changed(connection, view)
+    ):
+        tell(f"{changed} rows are others than at the last refresh of the materialized view")
+
+
+async def _is_exact_now(connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
+    """Refreshed and compared in one transaction, at one now(); who is at the key is waited for."""
+    deadline = anyio.current_time() + BUSY_PATIENCE
+    while True:
+        if await adoptions.refresh_and_compare(connection, view, tenant):
+            return True
+        if anyio.current_time() > deadline:
+            return False
+        await anyio.sleep(BUSY_PAUSE)
+
+
+async def _check_tenants(connection: AsyncConnection[Any], view: str, request: Request, tell: Tell) -> None:
+    """Each tenant's rows against those of the whole query, unless the planner spares it."""
     if request.strategy != BY_TENANT:
         return
     if await adoptions.is_proven(connection, view):
         tell("by tenant: PostgreSQL's planner shows that each one's rows depend on its own alone")
         return
     differing = await adoptions.differing_tenants(connection, view)
+    named = ", ".join("rows without a tenant" if tenant is None else tenant for tenant in differing[:NAMED])
+    more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+    hidden = await adoptions.hidden_from_owner(connection, view)
+    if hidden is None:
+        if differing:
+            raise _NotByTenantError(f"computed alone, other rows come out for {named}{more}")
+        same = "by tenant: each one's rows are the same computed alone and with all others"
+        if not await adoptions.is_tenant_local(connection, view):
+            same += ", by the rows that there are now; it is not proven that they stay so"
+        tell(same)
+        return
     if differing:
-        named = ", ".join("rows without a tenant" if tenant is None else tenant for tenant in differing[:NAMED])
-        more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
-        raise _NotByTenantError(f"computed alone, other rows come out for {named}{more}")
-    same = "by tenant: each one's rows are the same computed alone and with all others"
-    if not await adoptions.is_tenant_local(connection, view):
-        same += ", by the rows that there are now; it is not proven that they stay so"
-    tell(same)
+        raise _NotByTenantError(
+            f"the materialized view has rows of {named}{more}, which the tenants query does not list",
+            hint="Name a query that lists every tenant: --tenants-query.",
+        )
+    source, owner = hidden
+    tell(
+        "by tenant: PostgreSQL's planner shows that each one's rows depend on its own alone; they are not compared "
+        f"with the whole query, since its owner {owner} does not see all rows of {source}"
+    )
 
 
 async def _swap(

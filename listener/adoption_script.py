@@ -12,7 +12,7 @@ ADOPT = """\
 
 -- Locks {sources}: SHARE ROW EXCLUSIVE, for a moment each.
 {begin};
--- makes the target beside it, with the key ({key}), computed in the time zone {zone}, and runs
+-- makes the target beside it, with the key ({key}), refreshed {how}, computed in the time zone {zone}, and runs
 {beside}
 {losses}
 -- The service fills it; without the service:
@@ -40,7 +40,7 @@ UNADOPT = """\
 SELECT listener.begin_unadoption({view});
 -- runs
 {beside}
-SELECT listener.fill_unadoption({view});
+{fill}
 SELECT listener.analyze_replacement({view});
 
 -- Locks {locks}: ACCESS EXCLUSIVE, for a moment.
@@ -53,6 +53,14 @@ SELECT listener.drop_view({view}, keep_target => true);
 """
 
 
+# The rows are the target's: all of one now().
+REFRESHED = """\
+BEGIN;
+SELECT count(*) FROM listener.tenants({view}) t CROSS JOIN LATERAL listener.refresh({view}, t) r;
+{fill}
+COMMIT;"""
+
+
 def script(request: Request, plan: Plan, begin: str) -> str:
     """What adopt would do; `begin` is the statement that begins it."""
     view = adoptions.literal(plan["view"][0])
@@ -60,6 +68,7 @@ def script(request: Request, plan: Plan, begin: str) -> str:
         begin=begin,
         sources=_in_one_line(plan["source"]),
         key=_in_one_line(plan["key"]) or "the whole row",
+        how=_how(request, plan),
         zone=_in_one_line([request.timezone or plan["time zone"][0]]),
         losses="".join(f"-- {_in_one_line([loss])}\n" for loss in plan["loss"]),
         by_tenant=DIFFERING.format(view=view) if request.tenant_column else "-- As a whole: there are no tenants.",
@@ -69,7 +78,19 @@ def script(request: Request, plan: Plan, begin: str) -> str:
 
 def script_back(plan: Plan) -> str:
     """What unadopt would do."""
-    return UNADOPT.format(**_common(plan))
+    view = adoptions.literal(plan["view"][0])
+    fill = f"SELECT listener.fill_unadoption({view});"
+    if plan["now"]:
+        fill = REFRESHED.format(view=view, fill=fill)
+    if plan["filled"]:
+        fill += f"\n-- runs\n{_commented(plan['filled'])}"
+    return UNADOPT.format(fill=fill, **_common(plan))
+
+
+def _how(request: Request, plan: Plan) -> str:
+    strategy = "by tenant" if request.tenant_column else "as a whole"
+    age = request.max_age or _in_one_line(plan["max_age"])
+    return f"{strategy}, each key at least once in {_in_one_line([age])}" if age else strategy
 
 
 def _common(plan: Plan) -> dict[str, str]:

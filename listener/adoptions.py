@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +31,7 @@ class Request:
     max_age: str | None = None
     timezone: str | None = None
     target_rls: bool = False
+    owner: str | None = None
 
     def by(self, strategy: str) -> Request:
         """The same by this strategy: a view that is refreshed as a whole has no tenants."""
@@ -53,7 +56,7 @@ def begin_statement(request: Request, *, path: sql.Composable | None = None) -> 
         if (columns := getattr(request, name)) is not None:
             cast = "name[]" if name == "key_columns" else "regclass[]"
             given[name] = sql.SQL("{}::{}").format(sql.Literal(list(columns)), sql.SQL(cast))
-    for name in ("tenants_query", "quiet_period", "max_wait", "max_age", "timezone"):
+    for name in ("tenants_query", "quiet_period", "max_wait", "max_age", "timezone", "owner"):
         if (value := getattr(request, name)) is not None:
             given[name] = sql.Literal(value)
     if request.target_rls:
@@ -76,15 +79,27 @@ async def begin(connection: AsyncConnection[Any], request: Request) -> str:
     return str(await queries.first(connection, begin_statement(request, path=queries.ROLES_PATH)))
 
 
+@asynccontextmanager
+async def rehearsal(connection: AsyncConnection[Any]) -> AsyncIterator[None]:
+    """A transaction in which adopting is tried, without triggers and without notices; it is rolled back."""
+    async with connection.transaction(force_rollback=True):
+        await connection.execute("SET LOCAL client_min_messages = error")
+        await connection.execute("SELECT listener.begin_rehearsal()")
+        yield
+
+
 async def plan(connection: AsyncConnection[Any], request: Request) -> Plan:
     """What adopt would do. Raises psycopg.Error where it would refuse the materialized view."""
     keys = None if request.key_columns is None else list(request.key_columns)
     return await _plan(
         connection,
-        sql.SQL("SELECT * FROM listener.plan_adoption(%s, %s::name[], %s::name, {})").format(queries.ROLES_PATH),
+        sql.SQL("SELECT * FROM listener.plan_adoption(%s, %s::name[], %s::name, %s::name, {})").format(
+            queries.ROLES_PATH
+        ),
         request.name,
         keys,
         request.tenant_column,
+        request.owner,
     )
 
 
@@ -211,6 +226,50 @@ async def is_tenant_local(connection: AsyncConnection[Any], view: str) -> bool:
     )
 
 
+async def why_not_by_tenant(connection: AsyncConnection[Any], view: str) -> str | None:
+    """Why nothing can say whether its rows are right; None: something can."""
+    found = await queries.first(connection, "SELECT listener.why_not_by_tenant(%s)", view)
+    return None if found is None else str(found)
+
+
+async def hidden_from_owner(connection: AsyncConnection[Any], view: str) -> tuple[str, str] | None:
+    """A table that row-level security hides rows of from the owner of the materialized view, and that owner."""
+    cursor = await connection.execute(
+        """
+        SELECT h.hidden::text, a.owner_role
+        FROM listener.managed_view v JOIN listener.adoption a ON a.view_id = v.id
+        CROSS JOIN LATERAL (SELECT listener.hidden_from_owner(a.relid) AS hidden) h
+        WHERE v.name = %s AND h.hidden IS NOT NULL
+        """,
+        (view,),
+    )
+    return await cursor.fetchone()
+
+
+async def rows_changed(connection: AsyncConnection[Any], view: str) -> int | None:
+    """How many rows are others than the materialized view has; None: not known."""
+    found = await queries.first(connection, "SELECT listener.rows_changed(%s)", view)
+    return None if found is None else int(found)
+
+
+async def refresh_and_compare(connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
+    """Whether a tenant's rows, refreshed for this, are those of the query at one now(). False too while it is busy."""
+    return bool(
+        await queries.first(
+            connection,
+            """
+            SELECT c.stale OR (r.outcome = 'refreshed' AND c.missing + c.extra = 0)
+            FROM listener.refresh(%s, %s::text) r
+            CROSS JOIN LATERAL listener.compare(%s, CASE WHEN r.outcome IS NOT NULL THEN %s::text END) c
+            """,
+            view,
+            tenant,
+            view,
+            tenant,
+        )
+    )
+
+
 async def differing_tenants(connection: AsyncConnection[Any], view: str) -> list[str | None]:
     """The tenants that cannot be computed alone."""
     cursor = await connection.execute("SELECT d.tenant FROM listener.differing_tenants(%s) d", (view,))
@@ -234,8 +293,16 @@ async def begin_back(connection: AsyncConnection[Any], view: str) -> None:
     await connection.execute("SELECT listener.begin_unadoption(%s)", (view,))
 
 
+async def fills_from_target(connection: AsyncConnection[Any], view: str) -> tuple[bool, bool]:
+    """Whether what is filled back are the rows of the target, and whether they depend on the time."""
+    cursor = await connection.execute("SELECT is_so, depends_on_time FROM listener.fills_from_target(%s)", (view,))
+    row = await cursor.fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
 async def fill_back(connection: AsyncConnection[Any], view: str) -> None:
-    """Fills it."""
+    """Fills it, and compares it with the query."""
     await connection.execute("SELECT listener.fill_unadoption(%s)", (view,))
 
 

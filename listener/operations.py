@@ -29,7 +29,8 @@ class Difference:
     """One key whose target does not equal its definition, or could not be compared with it.
 
     `missing` rows are only in the definition, `extra` ones only in the target. `stale`: a change is known that will
-    be refreshed; otherwise the target is wrong. `error`: why there was no comparison; where even the tenants could not
+    be refreshed; `moved`: the definition depends on the time, which has gone on since; otherwise the target is wrong.
+    `error`: why there was no comparison; where even the tenants could not
     be listed, `tenant_id` is None.
     """
 
@@ -39,11 +40,14 @@ class Difference:
     extra: int = 0
     stale: bool = False
     error: str | None = None
+    moved: bool = False
 
     @property
     def verdict(self) -> str:
         """What it is in one word."""
-        return "failed" if self.error is not None else "stale" if self.stale else "different"
+        if self.error is not None:
+            return "failed"
+        return "stale" if self.stale else "moved" if self.moved else "different"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +205,8 @@ async def _compare(connection: AsyncConnection[Any], view: str, tenant: str) -> 
         return Difference(view, tenant, error=str(from_database(error)))
     if not (found["missing"] or found["extra"]):
         return None
-    return Difference(view, tenant, found["missing"], found["extra"], found["stale"])
+    moved = not found["stale"] and await view_queries.depends_on_time(connection, view)
+    return Difference(view, tenant, found["missing"], found["extra"], found["stale"], moved=moved)
 
 
 def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool:

@@ -205,6 +205,20 @@ async def compare(connection: AsyncConnection[Any], view: str, tenant: str) -> D
         return row
 
 
+async def depends_on_time(connection: AsyncConnection[Any], view: str) -> bool:
+    """Whether the rows of the definition change with the time alone."""
+    cursor = await connection.execute(
+        """
+        SELECT EXISTS (SELECT FROM listener.find_view(%s) v
+                       CROSS JOIN LATERAL listener.time_dependence(to_regclass('listener.definition_' || v.id)) t
+                       WHERE t.dependence = 'time')
+        """,
+        (view,),
+    )
+    row = await cursor.fetchone()
+    return bool(row and row[0])
+
+
 async def explain_key(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:
     """listener.explain_key for one key."""
     async with connection.cursor(row_factory=dict_row) as cursor:

@@ -60,6 +60,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                    FROM pg_inherits i WHERE i.inhrelid = $2))
 $function$;
 
+-- is_rehearsal(): whether this transaction only tries what adopting would do: see begin_rehearsal(). The transaction's own number
+-- says so, which no setting of a session can be by chance or for long.
+CREATE OR REPLACE FUNCTION listener.is_rehearsal() RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(current_setting('listener.rehearsal', true) = pg_current_xact_id_if_assigned()::text, false)
+$function$;
+
 -- attach_capture(source_ids, attempts): creates the triggers that are missing or wrong, takes those away that are on
 -- tables which are no part of the source any more, and notes the state. ENABLE ALWAYS: session_replication_role =
 -- replica must not silence them. CREATE TRIGGER waits for writers and makes later ones wait, so it gives way after
@@ -71,6 +78,16 @@ DECLARE
     attempt integer := 0;
     previous_timeout text := current_setting('lock_timeout');
 BEGIN
+    IF listener.is_rehearsal() THEN
+        FOR wanted IN
+            SELECT DISTINCT t.relation, c.relowner FROM unnest(source_ids) AS s (id) CROSS JOIN LATERAL listener.wanted_triggers(s.id) t
+            JOIN pg_class c ON c.oid = t.relation WHERE NOT pg_has_role(c.relowner, 'USAGE') ORDER BY 1
+        LOOP
+            RAISE EXCEPTION 'role % cannot put capture triggers on %: it is no member of the role that owns it', current_user, wanted.relation
+                USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I.', pg_get_userbyid(wanted.relowner), current_user);
+        END LOOP;
+        RETURN;
+    END IF;
     LOOP
         BEGIN
             PERFORM set_config('lock_timeout', '200ms', true);

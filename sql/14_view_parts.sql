@@ -44,26 +44,64 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHERE c.oid = policy.polrelid)
 $function$;
 
--- hides_rows(relation): whether row-level security hides rows of a table from the service as long as it names no tenant: no
--- permissive policy lets it read them all, or a restrictive one takes some away.
-CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid) RETURNS boolean
+-- hides_rows(relation, reader): whether row-level security hides rows of a table from a role as long as no tenant is named: no
+-- permissive policy lets it read them all, or a restrictive one takes some away. What else a policy may let through without
+-- a tenant is not looked into: it counts as hidden.
+CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid, reader oid) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT EXISTS (
-        SELECT FROM listener.installation i
-        JOIN pg_roles o ON o.rolname = i.service_role AND NOT o.rolbypassrls AND NOT o.rolsuper
+        SELECT FROM pg_roles r
         JOIN pg_class c ON c.oid = relation AND c.relrowsecurity
-        WHERE NOT EXISTS (SELECT FROM pg_policy p
-                          WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
-                            AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
+        WHERE r.oid = reader AND NOT r.rolbypassrls AND NOT r.rolsuper
+          AND (c.relforcerowsecurity OR NOT pg_has_role(reader, c.relowner, 'USAGE'))
+          AND (NOT EXISTS (SELECT FROM pg_policy p
+                           WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
+                             AND (pg_get_expr(p.polqual, p.polrelid) = 'true' OR listener.lists_target(p))
+                             AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
+                                         WHERE o.role = 0 OR pg_has_role(reader, o.role, 'USAGE')))
+               OR EXISTS (SELECT FROM pg_policy p
+                          WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')
                             AND EXISTS (SELECT FROM unnest(p.polroles) o (role)
-                                        WHERE o.role = 0 OR pg_has_role(i.service_role, o.role, 'USAGE')))
-           OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')))
+                                        WHERE o.role = 0 OR pg_has_role(reader, o.role, 'USAGE')))))
 $function$;
 
--- hidden_source(relation): a table that the view reads and that hides rows from the service. NULL: there is none.
+-- hides_rows(relation): the same for the role that definitions are computed as.
+CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT listener.hides_rows(relation, (SELECT to_regrole(quote_ident(i.compute_role))::oid FROM listener.installation i))
+$function$;
+
+-- hidden_source(relation, reader): a table that a view, or a materialized view, reads and that hides rows when `reader` runs the
+-- view's query. A nested view reads with the rights of its own owner, unless it is security_invoker. NULL: there is none.
+CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass, reader oid) RETURNS regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH RECURSIVE walk (relid, read_by, reads_as) AS (
+        SELECT relation::oid, reader, reader
+        UNION
+        SELECT c.oid, w.reads_as,
+               CASE WHEN c.relkind <> 'v' THEN NULL
+                    WHEN EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o
+                                 WHERE o.option_name = 'security_invoker' AND o.option_value::boolean) THEN reader
+                    ELSE c.relowner END
+        FROM walk w
+        JOIN pg_rewrite r ON r.ev_class = w.relid AND w.reads_as IS NOT NULL
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
+        JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('r', 'p', 'v') AND c.oid <> w.relid
+    )
+    SELECT w.relid::regclass FROM walk w WHERE w.relid <> relation AND listener.hides_rows(w.relid, w.read_by)
+    ORDER BY w.relid LIMIT 1
+$function$;
+
+-- hidden_source(relation): the same for the role that definitions are computed as.
 CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass) RETURNS regclass
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT r.relid::regclass FROM listener.reads(relation) r WHERE listener.hides_rows(r.relid) ORDER BY r.relid LIMIT 1
+    SELECT listener.hidden_source(relation, (SELECT to_regrole(quote_ident(i.compute_role))::oid FROM listener.installation i))
+$function$;
+
+-- hidden_from_owner(relation): the same of a materialized view for the role that owns it, which REFRESH computes it as.
+CREATE OR REPLACE FUNCTION listener.hidden_from_owner(relation regclass) RETURNS regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT listener.hidden_source(relation, (SELECT c.relowner FROM pg_class c WHERE c.oid = relation))
 $function$;
 
 -- check_listable(view_id): raises LSN03 where row-level security would hide tenants from the service, which lists them
@@ -108,7 +146,9 @@ BEGIN
     SELECT string_agg(format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %I',
                              n.nspname, role, r.relid::regclass, role), '; ') INTO denied
     FROM listener.reads(relation) r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE NOT has_any_column_privilege(role, r.relid, 'SELECT') OR NOT has_schema_privilege(role, n.oid, 'USAGE');
+    -- What is ours is granted with the view.
+    WHERE n.nspname <> 'listener'
+      AND (NOT has_any_column_privilege(role, r.relid, 'SELECT') OR NOT has_schema_privilege(role, n.oid, 'USAGE'));
     IF denied IS NOT NULL THEN
         RAISE EXCEPTION 'role % may not read what the query reads', role USING ERRCODE = 'LSN03', HINT = denied || ';';
     END IF;
@@ -359,8 +399,7 @@ BEGIN
     END IF;
     EXECUTE format('COMMENT ON TABLE %s IS %L', target,
                    'Kept fresh by listener from listener.definition_' || view.id || '; not to be written by hand.');
-    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', target, grantee);
-    PERFORM listener.grant_definition(view);
+    PERFORM listener.grant_target(view), listener.grant_definition(view);
     IF NOT has_schema_privilege(grantee, view.target_schema, 'USAGE') THEN
         RAISE EXCEPTION 'role % has no USAGE on schema %', grantee, view.target_schema USING ERRCODE = 'LSN03',
             HINT = format('GRANT USAGE ON SCHEMA %I TO %I;', view.target_schema, grantee);
@@ -389,7 +428,16 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT 'nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL'
 $function$;
 
--- grant_definition(view): whoever computes the view reads its definition and its tenants query.
+-- grant_target(view): what computes the view writes its target.
+CREATE OR REPLACE FUNCTION listener.grant_target(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %I.%I TO %I', view.target_schema, view.target_name,
+                   listener.grantee_of(view));
+END
+$function$;
+
+-- grant_definition(view): what computes the view reads its definition and its tenants query.
 CREATE OR REPLACE FUNCTION listener.grant_definition(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN

@@ -6,7 +6,8 @@
 --   max_age, timezone, depends_on  as for create_view
 -- Refreshes with CONCURRENTLY where it has a unique index for that, else its readers wait meanwhile, which a notice says.
 -- The owner of this schema must be a member of the view's owner: only that one may refresh it. A refresh that takes longer than
--- LISTENER_STATEMENT_TIMEOUT is cancelled. Raises LSN03 where it is none, or has not such an owner.
+-- LISTENER_STATEMENT_TIMEOUT is cancelled. Raises LSN03 where it is none, or has not such an owner, or where that owner does not see
+-- all rows: see check_refreshable().
 CREATE OR REPLACE FUNCTION listener.keep_materialized_view(
     relation regclass, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
     max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', depends_on regclass[] DEFAULT NULL)
@@ -30,6 +31,7 @@ BEGIN
         RAISE EXCEPTION 'only %, who owns it, and its members may refresh %', pg_get_userbyid(kept.relowner), relation
             USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', pg_get_userbyid(kept.relowner), current_user);
     END IF;
+    PERFORM listener.check_refreshable(relation);
     view.target_schema := kept.nspname;
     view.target_name := kept.relname;
     view.name := listener.free_name(kept.nspname, kept.relname);
@@ -63,6 +65,24 @@ BEGIN
 END
 $function$;
 
+-- check_refreshable(relation): raises LSN03 where row-level security hides rows from the owner of a materialized view: REFRESH
+-- runs the query as that role, with no tenant, and would empty the view.
+CREATE OR REPLACE FUNCTION listener.check_refreshable(relation regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    hidden regclass := listener.hidden_from_owner(relation);
+    owner name := (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = relation);
+BEGIN
+    IF hidden IS NOT NULL THEN
+        RAISE EXCEPTION '% cannot be refreshed: its owner % does not see all rows of % without a tenant, so REFRESH would empty it',
+                relation, owner, hidden
+            USING ERRCODE = 'LSN03',
+                  HINT = format('Adopt it by tenant. Or let its owner, and with that each session of that role, see all rows: '
+                                'CREATE POLICY listener_refresh ON %s FOR SELECT TO %I USING (true);', hidden, owner);
+    END IF;
+END
+$function$;
+
 -- grant_kept(relation): what verify needs of it.
 CREATE OR REPLACE FUNCTION listener.grant_kept(relation regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -81,11 +101,12 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 $function$;
 
 -- refresh_statement(view): the body of listener_private.difference_<id>(tenant) for a materialized view. How many rows differ
--- PostgreSQL does not tell. CONCURRENTLY needs rows that were there before.
+-- PostgreSQL does not tell. CONCURRENTLY needs rows that were there before. Row-level security may bind its owner by now.
 CREATE OR REPLACE FUNCTION listener.refresh_statement(view listener.managed_view) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT format($body$
 BEGIN
+    PERFORM listener.check_refreshable(%1$L::regclass);
     IF listener.concurrent_index(%1$L::regclass) IS NOT NULL
        AND (SELECT c.relispopulated FROM pg_class c WHERE c.oid = %1$L::regclass) THEN
         REFRESH MATERIALIZED VIEW CONCURRENTLY %1$s;

@@ -41,6 +41,19 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY g.ord, s.step
 $function$;
 
+-- handed_on(grants, old_owner, new_owner, still_reads): the grants on a relation of `old_owner` as they are on one that takes its
+-- place and belongs to `new_owner`, who now grants what the old owner granted. still_reads: the old owner keeps SELECT.
+CREATE OR REPLACE FUNCTION listener.handed_on(grants jsonb, old_owner name, new_owner name, still_reads boolean) RETURNS jsonb
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN old_owner = new_owner THEN grants ELSE (
+        SELECT coalesce(jsonb_agg(CASE WHEN g ->> 'grantor' = old_owner THEN g || jsonb_build_object('grantor', new_owner) ELSE g END
+                                  ORDER BY ord), '[]')
+        FROM jsonb_array_elements(CASE WHEN still_reads THEN jsonb_build_array(jsonb_build_object(
+            'column', NULL, 'privilege', 'SELECT', 'grantable', false, 'grantor', new_owner, 'grantee', old_owner)) ELSE '[]' END || grants)
+            WITH ORDINALITY AS e (g, ord)
+        WHERE g ->> 'grantee' IS DISTINCT FROM new_owner) END
+$function$;
+
 -- indexes_of(relation): its valid indexes. is_key: it is unique, and on plain columns alone. rest: what follows USING.
 CREATE OR REPLACE FUNCTION listener.indexes_of(relation regclass)
 RETURNS TABLE (id oid, name name, is_unique boolean, is_key boolean, columns name[], rest text)
@@ -72,13 +85,14 @@ $function$;
 --             must bear the name below. A table of ours has no other unique index (one statement deletes, updates and
 --             inserts, in no order): the others are made without being unique
 --   written   indexes that are to be made otherwise than `old` has them: name -> {"unique", "rest"}
+--   owner     whom `new` is to belong to; left out: the owner of `old`. What it grants is what that one granted: handed_on()
 -- Indexes and statistics get the name listener_new_<oid of the old one>, which swap() replaces by the old one's.
 CREATE OR REPLACE FUNCTION listener.carried(
-    old regclass, new text, kind "char", keys name[], written jsonb, grants jsonb) RETURNS SETOF text
+    old regclass, new text, kind "char", keys name[], written jsonb, grants jsonb, owner name DEFAULT NULL) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH class AS (
         SELECT c.*, n.nspname, CASE kind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'TABLE' END AS word,
-               pg_get_userbyid(c.relowner) AS owner
+               coalesce(carried.owner, pg_get_userbyid(c.relowner)) AS new_owner, pg_get_userbyid(c.relowner) AS old_owner
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old
     ), indexes AS (
         SELECT i.id, i.name, coalesce((written -> i.name ->> 'unique')::boolean, i.is_unique) AS is_unique,
@@ -87,7 +101,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                                                WHERE k.is_key AND k.columns = keys), false) AS is_there
         FROM listener.indexes_of(old) i WHERE i.name NOT LIKE 'listener\_key\_%'
     ), statements (ord, part, statement) AS (
-        SELECT 1, 0::bigint, format('ALTER TABLE %s OWNER TO %I', new, c.owner) FROM class c
+        SELECT 1, 0::bigint, format('ALTER TABLE %s OWNER TO %I', new, c.new_owner) FROM class c
         UNION ALL
         SELECT 2, 0, format('ALTER TABLE %s SET TABLESPACE %I', new, s.spcname)
         FROM class c JOIN pg_tablespace s ON s.oid = c.reltablespace
@@ -157,7 +171,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         FROM class c CROSS JOIN indexes i JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = i.id
         UNION ALL
         SELECT 11, g.ord, g.statement FROM class c
-        CROSS JOIN LATERAL listener.granted(grants, new, c.owner) WITH ORDINALITY AS g (statement, ord)
+        CROSS JOIN LATERAL listener.granted(listener.handed_on(grants, c.old_owner, c.new_owner, kind = 'r'), new, c.new_owner) WITH ORDINALITY AS g (statement, ord)
     )
     SELECT s.statement FROM statements s ORDER BY s.ord, s.part, s.statement
 $function$;

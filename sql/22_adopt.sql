@@ -9,8 +9,9 @@
 -- arguments are those of create_view.
 --   key_columns     left out: proposed_key()
 --   tenant_column   NULL: the view is refreshed as a whole
---   max_age         left out: an hour where the query depends on the time
+--   max_age         left out: where the query depends on the time, an hour if that counts by days, else a minute
 --   timezone        left out: the database's. A materialized view was computed in that of whoever refreshed it
+--   owner           the role that the target belongs to; left out: the owner of the materialized view, who then may write it
 -- Called again with the same arguments it goes on from what is there, and with others it starts over.
 -- Returns the name of the managed view. Raises LSN02, and LSN03 where something is tied to the materialized view, or as
 -- create_view does; then nothing was done.
@@ -18,7 +19,7 @@ CREATE OR REPLACE FUNCTION listener.begin_adoption(
     name text, key_columns name[] DEFAULT NULL, tenant_column name DEFAULT 'tenant_id', tenants_query text DEFAULT NULL,
     depends_on regclass[] DEFAULT NULL, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL,
     edge text DEFAULT NULL, max_age interval DEFAULT NULL, timezone text DEFAULT NULL, target_rls boolean DEFAULT false,
-    search_path text DEFAULT pg_catalog.current_setting('search_path'))
+    owner name DEFAULT NULL, search_path text DEFAULT pg_catalog.current_setting('search_path'))
 RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
@@ -31,7 +32,10 @@ DECLARE
     request jsonb := jsonb_build_object(
         'key_columns', key_columns, 'tenant_column', tenant_column, 'tenants_query', tenants_query,
         'depends_on', depends_on::text, 'quiet_period', quiet_period, 'max_wait', max_wait, 'edge', edge,
-        'max_age', max_age, 'timezone', timezone, 'target_rls', target_rls);
+        'max_age', max_age, 'timezone', timezone, 'target_rls', target_rls)
+        || CASE WHEN owner IS NULL THEN '{}' ELSE jsonb_build_object('owner', owner) END;
+    rehearsed boolean := listener.is_rehearsal();
+    beside_name name := CASE WHEN rehearsed THEN 'listener_try_' ELSE 'listener_new_' END || old::oid;
     beside text;
     query text;
     keys name[];
@@ -42,13 +46,14 @@ DECLARE
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
-    PERFORM listener.check_swappable(old), listener.check_sources(old);
+    PERFORM listener.check_swappable(old), listener.check_sources(old), listener.check_new_owner(old, owner);
     SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old;
     query := listener.query_of(old);
     SELECT a.* INTO before FROM listener.adoption a
     WHERE a.state = 'filling' AND a.schema_name = class.nspname AND a.relation_name = class.relname;
-    IF FOUND THEN
+    -- What is under way a rehearsal leaves alone: taking it back takes locks from the sources.
+    IF FOUND AND NOT rehearsed THEN
         SELECT v.* INTO STRICT managed FROM listener.managed_view v WHERE v.id = before.view_id;
         IF before.relid = old AND before.definition = query AND before.request = request
            AND to_regclass(format('%I.%I', managed.target_schema, managed.target_name)) IS NOT NULL THEN
@@ -59,7 +64,7 @@ BEGIN
         PERFORM listener.drop_view(managed.name);
     END IF;
     keys := listener.adopted_key(old, key_columns, tenant_column);
-    beside := format('%I.%I', class.nspname, 'listener_new_' || old::oid);
+    beside := format('%I.%I', class.nspname, beside_name);
     PERFORM set_config('search_path', begin_adoption.search_path, true);
     PERFORM listener.create_view(
         name => beside, query => query, key_columns => keys, tenant_column => tenant_column, tenants_query => tenants_query,
@@ -70,24 +75,26 @@ BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     -- Known by the name that it will have, from the beginning.
     UPDATE listener.managed_view v SET name = listener.free_name(class.nspname, class.relname)
-    WHERE (v.target_schema, v.target_name) = (class.nspname, ('listener_new_' || old::oid)::name)
+    WHERE (v.target_schema, v.target_name) = (class.nspname, beside_name)
     RETURNING v.* INTO managed;
     PERFORM listener.check_same_columns(old, beside::regclass);
     PERFORM listener.revoke_defaults(beside::regclass);
-    PERFORM listener.name_key_index(old, beside::regclass, managed.id);
-    FOREACH statement IN ARRAY ARRAY(
-        SELECT s FROM listener.carried(old, beside, 'r', managed.key_columns, '{}', listener.only_select(listener.grants_of(old))) s)
-    LOOP
-        EXECUTE statement;
-    END LOOP;
+    IF before.view_id IS NULL OR NOT rehearsed THEN
+        PERFORM listener.name_key_index(old, beside::regclass, managed.id);
+        FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.adopting(old, beside, managed.key_columns, owner) s) LOOP
+            EXECUTE statement;
+        END LOOP;
+    END IF;
     INSERT INTO listener.adoption (view_id, state, schema_name, relation_name, relid, owner_role, definition, indexes,
                                    grants, request)
     VALUES (managed.id, 'filling', class.nspname, class.relname, old, class.owner, query, listener.noted_indexes(old),
             listener.grants_of(old), request);
     IF age IS DISTINCT FROM max_age THEN
-        RAISE NOTICE '% depends on the time: each key is refreshed once an hour at least; max_age says how often', old;
+        RAISE NOTICE '% depends on the time: each key is refreshed at least once %; max_age says how often', old,
+            CASE WHEN age < '1 hour' THEN 'a minute' ELSE 'an hour' END;
     END IF;
-    FOREACH statement IN ARRAY ARRAY(SELECT l FROM listener.losses(old, managed.key_columns) l) LOOP
+    FOREACH statement IN ARRAY ARRAY(SELECT l FROM listener.losses(old, managed.key_columns) l
+                                     UNION ALL SELECT listener.clock_advice(old)) LOOP
         RAISE NOTICE '%', statement;
     END LOOP;
     PERFORM listener.use_settings(previous), set_config('role', previous_role, true);
@@ -151,7 +158,7 @@ $function$;
 -- has another name, fail, and be tried again, so pause(view) before this spares the log an error.
 -- Returns how long readers were locked out. Raises lock_not_available, or object_not_in_prerequisite_state while a key was
 -- not filled yet, having done nothing: try again. Raises LSN03 where the materialized view is not the one that this was
--- begun with, and where something is tied to it by now.
+-- begun with, where something is tied to it by now, and as check_comparable().
 CREATE OR REPLACE FUNCTION listener.finish_adoption(view text) RETURNS interval
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -177,9 +184,9 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'The service fills it, and so does `listener refresh --all-tenants`.';
     END IF;
     new := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
-    PERFORM listener.check_swappable(old);
+    PERFORM listener.check_swappable(old), listener.check_comparable(managed.name);
     PERFORM listener.carry_again(old, new, managed.id, ARRAY(
-        SELECT s FROM listener.carried(old, new::text, 'r', managed.key_columns, '{}', listener.only_select(listener.grants_of(old))) s));
+        SELECT s FROM listener.adopting(old, new::text, managed.key_columns, (adoption.request ->> 'owner')::name) s));
     UPDATE listener.adoption a SET indexes = listener.noted_indexes(old), grants = listener.grants_of(old)
     WHERE a.view_id = managed.id;
     locked := (listener.swap(old, new));
@@ -192,14 +199,18 @@ BEGIN
 END
 $function$;
 
--- drop_beside(view): drops the materialized view that was made beside its target, where there is one.
+-- drop_beside(view): drops the materialized view that was made next to its target, and the view with its query, where there are any.
 CREATE OR REPLACE FUNCTION listener.drop_beside(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     beside text := format('%I.%I', view.target_schema, listener.name_beside(view));
+    query_view name := (SELECT a.query_view FROM listener.adoption a WHERE a.view_id = view.id);
 BEGIN
     IF to_regclass(beside) IS NOT NULL THEN
         EXECUTE format('DROP MATERIALIZED VIEW %s', beside);
+    END IF;
+    IF query_view IS NOT NULL THEN
+        EXECUTE format('DROP VIEW IF EXISTS %I.%I', view.target_schema, query_view);
     END IF;
 END
 $function$;
@@ -220,7 +231,7 @@ BEGIN
         PERFORM listener.drop_view(managed.name);
     ELSE
         PERFORM listener.drop_beside(managed);
-        UPDATE listener.adoption a SET state = 'adopted' WHERE a.view_id = managed.id;
+        UPDATE listener.adoption a SET state = 'adopted', query_view = NULL WHERE a.view_id = managed.id;
     END IF;
     PERFORM set_config('role', previous_role, true);
 END

@@ -1,35 +1,16 @@
 -- Whether a view that is being adopted can be refreshed by tenant: proven, or computed both ways.
 
 -- digest_statement(view, rows): counts and hashes the rows of a query by tenant, columns as comparison_statement() takes
--- them. The hash is a sum, which knows no order.
+-- them: tenant, held, digest. The hash is a sum, which knows no order. A view without tenants has the one tenant ''.
 CREATE OR REPLACE FUNCTION listener.digest_statement(view listener.managed_view, rows text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT format('SELECT q.%I::pg_catalog.text, pg_catalog.count(*), pg_catalog.sum(pg_catalog.hashtextextended(pg_catalog.concat_ws(''|'', %s), 0)::pg_catalog.numeric) FROM %s GROUP BY 1',
-        view.tenant_column,
+    SELECT format('SELECT %s AS tenant, pg_catalog.count(*) AS held, pg_catalog.sum(pg_catalog.hashtextextended(pg_catalog.concat_ws(''|'', %s), 0)::pg_catalog.numeric) AS digest FROM %s GROUP BY 1',
+        CASE WHEN view.tenant_column IS NULL THEN '''''::pg_catalog.text' ELSE format('q.%I::pg_catalog.text', view.tenant_column) END,
         string_agg(CASE WHEN i.type IN ('double precision', 'real') THEN format('pg_catalog.to_char(q.%I, ''9.99999999999EEEE'')', i.attname)
                         ELSE format('pg_catalog.quote_nullable(%s)', listener.text_of(view, format('q.%I', i.attname))) END, ', ' ORDER BY i.attnum),
         rows)
     FROM listener.images(format('%I.%I', view.target_schema, view.target_name)::regclass,
                          ('listener.definition_' || view.id)::regclass) i
-$function$;
-
--- whole_digests(view): by tenant, the rows of the materialized view's query computed as a whole, with its owner's rights
--- as REFRESH computes them.
-CREATE OR REPLACE FUNCTION listener.whole_digests(view text) RETURNS TABLE (tenant text, held bigint, digest numeric)
-LANGUAGE plpgsql STABLE
-SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres'
-SET extra_float_digits = 1 SET bytea_output = 'hex' SET jit = off AS $function$
-DECLARE
-    managed listener.managed_view := listener.find_view(view);
-    adoption listener.adoption := listener.find_adoption(view, '{filling}');
-    statement text := listener.digest_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n')));
-    previous_role text := current_setting('role');
-BEGIN
-    PERFORM set_config('role', adoption.owner_role, true), set_config('TimeZone', managed.time_zone, true),
-            set_config('search_path', managed.search_path, true);
-    RETURN QUERY EXECUTE statement;
-    PERFORM pg_catalog.set_config('role', previous_role, true);
-END
 $function$;
 
 -- tenant_digest(view, tenant_id): one tenant's rows of the definition, computed as refresh() computes them.
@@ -50,6 +31,26 @@ BEGIN
 END
 $function$;
 
+-- digests_statement(view, rows): digest_statement() as one jsonb array.
+CREATE OR REPLACE FUNCTION listener.digests_statement(view listener.managed_view, rows text) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format('SELECT COALESCE(pg_catalog.jsonb_agg(d), ''[]''::pg_catalog.jsonb) FROM (%s) AS d',
+                  listener.digest_statement(view, rows))
+$function$;
+
+-- tenants_held(adoption, tenant_column): the tenants of which the materialized view has rows now, with NULL where rows have none;
+-- none where it was never populated.
+CREATE OR REPLACE FUNCTION listener.tenants_held(adoption listener.adoption, tenant_column name) RETURNS SETOF text
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF (SELECT c.relispopulated FROM pg_class c WHERE c.oid = adoption.relid) THEN
+        RETURN QUERY SELECT t FROM jsonb_array_elements_text(listener.evaluate_as(
+            adoption.owner_role, format('SELECT COALESCE(pg_catalog.jsonb_agg(DISTINCT m.%I::pg_catalog.text), ''[]''::pg_catalog.jsonb) FROM %s m',
+                                        tenant_column, adoption.relid::regclass), NULL)) t;
+    END IF;
+END
+$function$;
+
 -- is_by_tenant(view): while a view is being adopted, whether it is proven that a tenant's rows depend on that tenant's rows
 -- alone (see tenant_scope()), the view lists every tenant that the materialized view has, and no row-level security may
 -- show the service other rows than the materialized view's owner. Costs next to nothing; where it says no,
@@ -60,39 +61,134 @@ DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{filling}');
-    unlisted boolean;
     proven boolean;
 BEGIN
     SELECT bool_and(s.proven) INTO proven
     FROM listener.tenant_scope(to_regclass('listener.definition_' || managed.id), managed.tenant_column, managed.tenant_type) s;
     SELECT proven AND NOT bool_or(c.relrowsecurity) INTO proven
     FROM listener.tenant_inputs(adoption.relid, managed.tenant_column) i JOIN pg_class c ON c.oid = i.relid;
-    IF (SELECT c.relispopulated FROM pg_class c WHERE c.oid = adoption.relid) THEN
-        EXECUTE format('SELECT EXISTS (SELECT m.%I::text FROM %s m EXCEPT SELECT listener.tenants(%L))', managed.tenant_column,
-                       adoption.relid::regclass, managed.name) INTO unlisted;
+    IF proven THEN
+        proven := NOT EXISTS (SELECT h FROM listener.tenants_held(adoption, managed.tenant_column) h EXCEPT SELECT listener.tenants(managed.name));
     END IF;
     PERFORM set_config('role', previous_role, true);
-    RETURN coalesce(proven AND NOT unlisted, false);
+    RETURN coalesce(proven, false);
+END
+$function$;
+
+-- why_not_by_tenant(view): while a view is being adopted by tenant: why its rows can be checked against nothing. NULL: they can.
+-- Where row-level security hides rows from the owner of the materialized view, neither the whole query nor what REFRESH
+-- returns is right. Then each tenant's rows are right by proof, or not known to be right.
+CREATE OR REPLACE FUNCTION listener.why_not_by_tenant(view text) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    adoption listener.adoption := listener.find_adoption(view, '{filling}');
+    hidden regclass := listener.hidden_from_owner(adoption.relid);
+    doubt text;
+BEGIN
+    IF hidden IS NULL OR managed.tenant_column IS NULL THEN
+        RETURN NULL;
+    END IF;
+    SELECT coalesce(min(s.advice), '') INTO doubt
+    FROM listener.tenant_scope(to_regclass('listener.definition_' || managed.id), managed.tenant_column, managed.tenant_type) s
+    WHERE NOT s.proven HAVING count(*) > 0;
+    RETURN format('its owner %s does not see all rows of %s without a tenant, so neither the whole query nor REFRESH can be trusted, and '
+                  'it is not proven that a tenant''s rows depend on its own alone%s', adoption.owner_role, hidden, ': ' || nullif(doubt, ''))
+    WHERE doubt IS NOT NULL;
+END
+$function$;
+
+-- check_comparable(view): raises LSN03 where why_not_by_tenant() has an answer.
+CREATE OR REPLACE FUNCTION listener.check_comparable(view text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    why text := listener.why_not_by_tenant(view);
+BEGIN
+    IF why IS NOT NULL THEN
+        RAISE EXCEPTION '% cannot be refreshed by tenant: %', view, why USING ERRCODE = 'LSN03',
+            HINT = 'Write the query so that PostgreSQL can show it; or let the owner of the materialized view see all rows.';
+    END IF;
 END
 $function$;
 
 -- differing_tenants(view): while a view is being adopted, the tenants whose rows are others when they are computed alone,
 -- as refresh() does, than when the whole query is: a rank among all tenants, say, or a tenant that the tenants query does
--- not list. No row: it can be refreshed by tenant. One snapshot for all of it, since each function called is STABLE.
+-- not list. No row: it can be refreshed by tenant. One statement computes all of it, in one snapshot and at one now().
 --   alone, whole   how many rows; they may be as many and differ
+-- Where row-level security hides rows from the owner of the materialized view, the whole query computes nothing that is worth
+-- comparing: then these are the tenants that have rows in the materialized view and in the query, and are not listed.
 -- Costs what the materialized view's REFRESH costs, and that of refreshing each tenant.
 CREATE OR REPLACE FUNCTION listener.differing_tenants(view text) RETURNS TABLE (tenant text, alone bigint, whole bigint)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+#variable_conflict use_column
 DECLARE
     previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+    adoption listener.adoption := listener.find_adoption(view, '{filling}');
+    differing jsonb;
+    is_done boolean;
 BEGIN
-    RETURN QUERY
-    SELECT coalesce(a.tenant, w.tenant), coalesce(a.held, 0), coalesce(w.held, 0)
-    FROM listener.whole_digests(view) w
-    FULL JOIN (SELECT t.tenant, d.held, d.digest FROM listener.tenants(view) AS t (tenant)
-               CROSS JOIN LATERAL listener.tenant_digest(view, t.tenant) d) a ON a.tenant = w.tenant
-    WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)
-    ORDER BY 1;
+    IF listener.hidden_from_owner(adoption.relid) IS NOT NULL THEN
+        RETURN QUERY
+            SELECT h.tenant, coalesce(d.held, 0), 0::bigint
+            FROM (SELECT t FROM listener.tenants_held(adoption, managed.tenant_column) t EXCEPT SELECT listener.tenants(managed.name)) AS h (tenant)
+            LEFT JOIN LATERAL (SELECT e.held FROM listener.tenant_digest(managed.name, h.tenant) e WHERE h.tenant <> '') d ON true
+            -- A tenant that is gone has none in the query.
+            WHERE d.held IS DISTINCT FROM 0 ORDER BY 1;
+    ELSE
+        PERFORM listener.check_may_act(adoption.owner_role);
+        -- As evaluate_as() does, but within the statement that computes the tenants: with that one's snapshot.
+        BEGIN
+            EXECUTE format('CREATE FUNCTION pg_temp.listener_evaluate(statement text, tenant text) RETURNS jsonb
+                            LANGUAGE plpgsql STABLE SECURITY DEFINER %s AS %L',
+                           listener.set_clauses(listener.settings_of(managed)), listener.evaluating_body());
+            EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', adoption.owner_role);
+            EXECUTE $sql$
+                WITH whole AS MATERIALIZED (
+                    SELECT w.* FROM pg_temp.listener_evaluate($1, NULL) AS e (found)
+                    CROSS JOIN LATERAL jsonb_to_recordset(e.found) AS w (tenant text, held bigint, digest numeric)
+                ), alone AS MATERIALIZED (
+                    SELECT t.tenant, d.held, d.digest FROM listener.tenants($2) AS t (tenant)
+                    CROSS JOIN LATERAL listener.tenant_digest($2, t.tenant) d
+                )
+                SELECT jsonb_agg(jsonb_build_array(coalesce(a.tenant, w.tenant), coalesce(a.held, 0), coalesce(w.held, 0)))
+                FROM whole w FULL JOIN alone a ON a.tenant = w.tenant
+                WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)$sql$
+            INTO differing
+            USING listener.digests_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n'))), managed.name;
+            is_done := true;
+            RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
+        EXCEPTION WHEN SQLSTATE 'LSN00' THEN
+            IF is_done IS NOT TRUE THEN
+                RAISE;
+            END IF;
+        END;
+        RETURN QUERY SELECT d ->> 0, (d ->> 1)::bigint, (d ->> 2)::bigint
+                     FROM jsonb_array_elements(coalesce(differing, '[]')) d ORDER BY 1;
+    END IF;
     PERFORM set_config('role', previous_role, true);
+END
+$function$;
+
+-- rows_changed(view): while a view is being adopted, how many rows the target has that the materialized view has not had since its
+-- last REFRESH, and the other way round; NULL where its owner cannot compare them.
+CREATE OR REPLACE FUNCTION listener.rows_changed(view text) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view := listener.find_view(view);
+    adoption listener.adoption := listener.find_adoption(view, '{filling}');
+    changed bigint;
+BEGIN
+    IF NOT managed.target_rls AND (SELECT c.relispopulated FROM pg_class c WHERE c.oid = adoption.relid) THEN
+        changed := listener.evaluate_as(adoption.owner_role, format(
+            'WITH old AS MATERIALIZED (SELECT ROW(o.*)::pg_catalog.text AS r FROM %s o),
+                  new AS MATERIALIZED (SELECT ROW(n.*)::pg_catalog.text AS r FROM %I.%I n)
+             SELECT pg_catalog.to_jsonb((SELECT pg_catalog.count(*) FROM (SELECT r FROM old EXCEPT ALL SELECT r FROM new) d)
+                    OPERATOR(pg_catalog.+) (SELECT pg_catalog.count(*) FROM (SELECT r FROM new EXCEPT ALL SELECT r FROM old) d))',
+            adoption.relid::regclass, managed.target_schema, managed.target_name), NULL)::text::bigint;
+    END IF;
+    PERFORM set_config('role', previous_role, true);
+    RETURN changed;
 END
 $function$;

@@ -68,12 +68,106 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM (SELECT coalesce(key_columns, listener.proposed_key(relation, tenant_column))) AS k (keys)
 $function$;
 
--- adopted_max_age(relation, max_age): an hour where none is given and the result depends on the time: whoever refreshed it by
--- a timer knew that rows leave it without a write.
+-- adopted_max_age(relation, max_age): what time_dependence() proposes where none is given and the result depends on the time:
+-- whoever refreshed it by a timer knew that rows leave it without a write.
 CREATE OR REPLACE FUNCTION listener.adopted_max_age(relation regclass, max_age interval) RETURNS interval
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT coalesce(max_age, (SELECT interval '1 hour' FROM listener.time_dependence(relation) t
-                              WHERE t.dependence = 'time' LIMIT 1))
+    SELECT coalesce(max_age, (SELECT min(t.max_age) FROM listener.time_dependence(relation) t WHERE t.dependence = 'time'))
+$function$;
+
+-- begin_rehearsal(): from here to its end, this transaction only tries what adopting would do, and the caller rolls it back: no
+-- trigger is put on a source, and no lock that a writer would notice is taken.
+CREATE OR REPLACE FUNCTION listener.begin_rehearsal() RETURNS void
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT set_config('listener.rehearsal', pg_current_xact_id()::text, true)
+$function$;
+
+-- check_new_owner(relation, owner): raises LSN03 where the target of a materialized view cannot be given to this role.
+CREATE OR REPLACE FUNCTION listener.check_new_owner(relation regclass, owner name) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    schema name := (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = relation);
+    given oid := to_regrole(quote_ident(owner));
+BEGIN
+    IF owner IS NULL THEN
+        RETURN;
+    ELSIF given IS NULL THEN
+        RAISE EXCEPTION 'there is no role %', quote_ident(owner) USING ERRCODE = 'LSN02';
+    ELSIF NOT pg_has_role(given, 'USAGE')
+          OR NOT pg_has_role(given, CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END) THEN
+        RAISE EXCEPTION 'nothing can be given to %: role % is no member of it', owner, current_user
+            USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', owner, current_user);
+    ELSIF NOT has_schema_privilege(given, schema, 'CREATE') THEN
+        RAISE EXCEPTION 'nothing can belong to % in the schema %', owner, schema
+            USING ERRCODE = 'LSN03', HINT = format('GRANT CREATE ON SCHEMA %I TO %I; it can be revoked afterwards.', schema, owner);
+    END IF;
+END
+$function$;
+
+-- clock_columns(relation): the columns of a view or a materialized view whose value counts the clock: now() is in the expression
+-- itself, and not in a condition, in what an aggregate counts, or cut to a day. Through subqueries and nested views it goes by
+-- the column's name. Found in the stored query; it decides on advice alone.
+CREATE OR REPLACE FUNCTION listener.clock_columns(relation regclass) RETURNS SETOF name
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    clocks oid[] := ARRAY(SELECT p.oid FROM pg_proc p WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.pronargs = 0
+                          AND p.proname IN ('now', 'transaction_timestamp', 'statement_timestamp', 'clock_timestamp'));
+    cuts oid[] := ARRAY(SELECT p.oid FROM pg_proc p WHERE p.pronamespace = 'pg_catalog'::regnamespace
+                        AND p.proname IN ('date_trunc', 'date'));
+    tree text;
+    token text[];
+    -- The nodes that the token is in, and of each: whether it cuts to a day, or is a column that counts the clock.
+    kinds text[];
+    marks boolean[];
+    depth integer;
+    found name[] := '{}';
+BEGIN
+    FOR tree IN
+        SELECT r.ev_action::text FROM (SELECT relation::oid AS relid UNION SELECT v.relid FROM listener.tenant_views(relation) v) n
+        JOIN pg_rewrite r ON r.ev_class = n.relid
+    LOOP
+        kinds := '{}';
+        marks := '{}';
+        depth := 0;
+        FOR token IN
+            SELECT m FROM regexp_matches(
+                tree, E'\\\\.|\\{([A-Z_]+)|(\\})|:(funcid|op|resname) ((?:\\\\.|[^\\s{}()\\\\])+)', 'g') AS m
+        LOOP
+            IF token[1] IS NOT NULL THEN
+                depth := depth + 1;
+                kinds[depth] := token[1];
+                marks[depth] := false;
+            ELSIF token[2] IS NOT NULL THEN
+                depth := depth - 1;
+            ELSIF token[3] = 'resname' AND kinds[depth] = 'TARGETENTRY' AND marks[depth] THEN
+                found := found || regexp_replace(token[4], E'\\\\(.)', E'\\1', 'g')::name;
+            ELSIF token[3] = 'funcid' AND token[4]::oid = ANY (cuts) THEN
+                marks[depth] := true;
+            ELSIF (token[3] = 'funcid' AND token[4]::oid = ANY (clocks))
+                  OR (token[3] = 'op' AND kinds[depth] = 'SQLVALUEFUNCTION' AND token[4] <> '0') THEN
+                FOR above IN REVERSE depth..2 LOOP
+                    IF kinds[above] = 'TARGETENTRY' THEN
+                        marks[above] := kinds[above - 1] = 'QUERY';
+                        EXIT;
+                    END IF;
+                    EXIT WHEN marks[above] OR kinds[above] IN ('AGGREF', 'WINDOWFUNC', 'QUERY');
+                END LOOP;
+            END IF;
+        END LOOP;
+    END LOOP;
+    RETURN QUERY SELECT a.attname FROM pg_attribute a
+                 WHERE a.attrelid = relation AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = ANY (found) ORDER BY a.attnum;
+END
+$function$;
+
+-- clock_advice(relation): what to do about clock_columns(); no row where there are none.
+CREATE OR REPLACE FUNCTION listener.clock_advice(relation regclass) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format('%s the clock: each refresh writes every row again, and between two refreshes the value is old. Return the time '
+                  'that is counted from, and count in a view on top of it',
+                  CASE count(*) WHEN 1 THEN 'the column ' || min(quote_ident(c.name)) || ' counts'
+                                ELSE 'the columns ' || string_agg(quote_ident(c.name), ', ') || ' count' END)
+    FROM listener.clock_columns(relation) AS c (name) HAVING count(*) > 0
 $function$;
 
 -- check_sources(relation): raises LSN03 where a materialized view reads another, whose changes fire no trigger.
@@ -95,6 +189,12 @@ CREATE OR REPLACE FUNCTION listener.only_select(grants jsonb) RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(jsonb_agg(g ORDER BY ord), '[]') FROM jsonb_array_elements(grants) WITH ORDINALITY AS e (g, ord)
     WHERE g ->> 'privilege' = 'SELECT'
+$function$;
+
+-- adopting(old, new, keys, owner): the statements that give the target what the materialized view has: see carried().
+CREATE OR REPLACE FUNCTION listener.adopting(old regclass, new text, keys name[], owner name) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT s FROM listener.carried(old, new, 'r', keys, '{}', listener.only_select(listener.grants_of(old)), owner) s
 $function$;
 
 -- losses(relation, keys): one line for each thing that a target of a materialized view does not have of it.
@@ -143,13 +243,14 @@ BEGIN
 END
 $function$;
 
--- plan_adoption(name, key_columns, tenant_column): what adopt would do, for somebody to read; it changes nothing.
+-- plan_adoption(name, key_columns, tenant_column, owner): what adopt would do, for somebody to read; it changes nothing.
 --   part   'name', 'view': of the relation, of the managed view; 'source': a table that gets capture triggers; 'beside': a statement that begin_adoption() runs after it made
 --          the target; 'swap': one of finish_adoption(); 'lock': a relation that the swap locks; 'key': the key columns;
---          'loss': what the target will not have; 'time zone': what is taken where none is given
+--          'loss': what the target will not have, or what to do about a column; 'time zone', 'max_age': what is taken where none
+--          is given
 -- Raises what begin_adoption() raises for the materialized view itself.
 CREATE OR REPLACE FUNCTION listener.plan_adoption(
-    name text, key_columns name[] DEFAULT NULL, tenant_column name DEFAULT 'tenant_id',
+    name text, key_columns name[] DEFAULT NULL, tenant_column name DEFAULT 'tenant_id', owner name DEFAULT NULL,
     search_path text DEFAULT pg_catalog.current_setting('search_path')) RETURNS TABLE (part text, statement text)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
@@ -159,7 +260,7 @@ DECLARE
     keys name[] := listener.adopted_key(old, key_columns, tenant_column);
     new name := 'listener_new_' || old::oid;
 BEGIN
-    PERFORM listener.check_swappable(old), listener.check_sources(old);
+    PERFORM listener.check_swappable(old), listener.check_sources(old), listener.check_new_owner(old, owner);
     RETURN QUERY
     SELECT 'name', old::text
     UNION ALL
@@ -178,15 +279,18 @@ BEGIN
     UNION ALL
     SELECT 'beside', s
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-    CROSS JOIN LATERAL listener.carried(old, format('%I.%I', n.nspname, new), 'r', keys, '{}',
-                                        listener.only_select(listener.grants_of(old))) s
+    CROSS JOIN LATERAL listener.adopting(old, format('%I.%I', n.nspname, new), keys, owner) s
     WHERE c.oid = old
     UNION ALL
     SELECT 'swap', s FROM listener.swapping(old, new) s
     UNION ALL
     SELECT 'loss', l FROM listener.losses(old, keys) l
     UNION ALL
-    SELECT 'time zone', listener.default_time_zone();
+    SELECT 'loss', a FROM listener.clock_advice(old) a
+    UNION ALL
+    SELECT 'time zone', listener.default_time_zone()
+    UNION ALL
+    SELECT 'max_age', a::text FROM listener.adopted_max_age(old, NULL) a WHERE a IS NOT NULL;
     PERFORM set_config('role', previous_role, true);
 END
 $function$;

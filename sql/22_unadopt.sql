@@ -1,8 +1,70 @@
--- Turning an adoption back: the materialized view is made anew beside the target, filled, and put in its place.
+-- Turning an adoption back: the materialized view is made again next to the target, filled, compared, and put in its place.
+--
+-- REFRESH computes a materialized view as its owner, with no tenant. Where row-level security hides rows from that role, REFRESH
+-- would leave the view empty, and there is no other way to put rows into one. So then its query stands in a view of its own, on
+-- which the materialized view is made: that view reads the target while REFRESH runs, and gets the query afterwards.
 
--- unadopting(view, adoption): the statements that make the materialized view anew beside the target, the first of them
--- that itself. Its definition is what it is by now, since a table that it reads may have another name.
-CREATE OR REPLACE FUNCTION listener.unadopting(view listener.managed_view, adoption listener.adoption) RETURNS SETOF text
+-- owner_back(adoption): whom the materialized view belongs to: who owns the target by now; or who owned it before, where the target
+-- was given to a role that adopt named.
+CREATE OR REPLACE FUNCTION listener.owner_back(view listener.managed_view, adoption listener.adoption) RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN pg_get_userbyid(c.relowner) = adoption.request ->> 'owner' THEN adoption.owner_role
+                ELSE pg_get_userbyid(c.relowner) END
+    FROM pg_class c WHERE c.oid = to_regclass(format('%I.%I', view.target_schema, view.target_name))
+$function$;
+
+-- query_back(view, adoption): the query of the materialized view. It is what it is by now, since a table that it reads may have
+-- another name.
+CREATE OR REPLACE FUNCTION listener.query_back(view listener.managed_view, adoption listener.adoption) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT rtrim(coalesce(listener.query_of(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n')
+$function$;
+
+-- query_view_name(view, adoption): a free name for the view that holds the query; NULL: none is needed, since the owner of the
+-- materialized view sees all rows.
+CREATE OR REPLACE FUNCTION listener.query_view_name(view listener.managed_view, adoption listener.adoption) RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT n.name
+    FROM generate_series(1, 100) AS g (number)
+    -- At most 63 bytes; a letter has four at most.
+    CROSS JOIN LATERAL (SELECT CASE WHEN octet_length(view.target_name) <= 52 THEN view.target_name::text ELSE left(view.target_name, 13) END
+                               || '_query' || CASE WHEN g.number > 1 THEN '_' || g.number ELSE '' END) AS n (name)
+    WHERE listener.hidden_source(to_regclass('listener.definition_' || view.id),
+                                 to_regrole(quote_ident(listener.owner_back(view, adoption)))) IS NOT NULL
+      AND to_regclass(format('%I.%I', view.target_schema, n.name)) IS NULL
+    ORDER BY g.number LIMIT 1
+$function$;
+
+-- making_query_view(view, adoption, name): the statements that make that view, for the time being with the rows of the target.
+CREATE OR REPLACE FUNCTION listener.making_query_view(view listener.managed_view, adoption listener.adoption, name name) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT s.statement
+    FROM (SELECT format('%I.%I', view.target_schema, name) AS made, format('%I.%I', view.target_schema, view.target_name) AS target) n
+    CROSS JOIN LATERAL (VALUES
+        (1, format(E'CREATE VIEW %s AS\nSELECT %s\nFROM %s', n.made, (
+                SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum)
+                FROM pg_attribute a JOIN pg_attribute t ON t.attrelid = n.target::regclass AND t.attname = a.attname AND t.attnum > 0
+                WHERE a.attrelid = to_regclass('listener.definition_' || view.id) AND a.attnum > 0), n.target)),
+        (2, format('GRANT SELECT ON %s TO %I', n.made, listener.owner_back(view, adoption))),
+        (3, format('COMMENT ON VIEW %s IS %L', n.made, format('The query of the materialized view %s.', n.target)))) AS s (step, statement)
+    ORDER BY s.step
+$function$;
+
+-- ending_query_view(view, adoption, name): the statements that give that view the query, and the owner of the materialized view.
+CREATE OR REPLACE FUNCTION listener.ending_query_view(view listener.managed_view, adoption listener.adoption, name name) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT s.statement
+    FROM (SELECT format('%I.%I', view.target_schema, name) AS made, i.service_role FROM listener.installation i) n
+    CROSS JOIN LATERAL (VALUES
+        (1, format(E'CREATE OR REPLACE VIEW %s WITH (security_invoker = true) AS\n%s', n.made, listener.query_back(view, adoption))),
+        (2, format('GRANT SELECT ON %s TO %I', n.made, n.service_role)),
+        (3, format('ALTER VIEW %s OWNER TO %I', n.made, listener.owner_back(view, adoption)))) AS s (step, statement)
+    ORDER BY s.step
+$function$;
+
+-- unadopting(view, adoption, query_view): the statements that make the materialized view again next to the target, the first of
+-- them that itself: of its query, or on the view that holds that.
+CREATE OR REPLACE FUNCTION listener.unadopting(view listener.managed_view, adoption listener.adoption, query_view name) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH names AS (
         SELECT format('%I.%I', view.target_schema, view.target_name)::regclass AS target,
@@ -17,12 +79,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
               SELECT g FROM names n CROSS JOIN LATERAL jsonb_array_elements(adoption.grants) g
               WHERE g ->> 'grantee' = n.service_role OR g ->> 'privilege' <> 'SELECT') AS u (g)
     )
-    SELECT format(E'CREATE MATERIALIZED VIEW %s AS\n%s\nWITH NO DATA', n.beside, rtrim(coalesce(
-        listener.query_of(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n'))
+    SELECT format(E'CREATE MATERIALIZED VIEW %s AS\n%s\nWITH NO DATA', n.beside,
+                  CASE WHEN query_view IS NULL THEN listener.query_back(view, adoption)
+                       ELSE format('SELECT * FROM %I.%I', view.target_schema, query_view) END)
     FROM names n
     UNION ALL
     SELECT s FROM names n CROSS JOIN grants g
-    CROSS JOIN LATERAL listener.carried(n.target, n.beside, 'm', '{}', adoption.indexes, g.all) s
+    CROSS JOIN LATERAL listener.carried(n.target, n.beside, 'm', '{}', adoption.indexes, g.all, listener.owner_back(view, adoption)) s
 $function$;
 
 -- check_unread(view): raises LSN03 where other managed views read its target.
@@ -39,8 +102,9 @@ BEGIN
 END
 $function$;
 
--- begin_unadoption(view): makes the materialized view anew, beside the target and empty: the definition as it stands,
--- owner, options, indexes with their uniqueness, grants and comments. Called again it starts over.
+-- begin_unadoption(view): makes the materialized view again, next to the target and empty: the definition as it is by now,
+-- owner, options, indexes with their uniqueness, grants and comments; and the view that holds its query, where one is needed.
+-- Called again it starts over.
 -- Raises LSN03 where other managed views read the target, or something is tied to it, and for a view that was not adopted.
 CREATE OR REPLACE FUNCTION listener.begin_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -70,31 +134,108 @@ BEGIN
     END IF;
     PERFORM listener.check_unread(managed), listener.check_swappable(target);
     PERFORM listener.drop_beside(managed);
-    FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.unadopting(managed, adoption) s) LOOP
+    adoption.query_view := listener.query_view_name(managed, adoption);
+    IF adoption.query_view IS NOT NULL THEN
+        FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.making_query_view(managed, adoption, adoption.query_view) s) LOOP
+            EXECUTE statement;
+        END LOOP;
+    END IF;
+    FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.unadopting(managed, adoption, adoption.query_view) s) LOOP
         EXECUTE statement;
         IF NOT created THEN
             PERFORM listener.revoke_defaults(format('%I.%I', managed.target_schema, listener.name_beside(managed))::regclass);
             created := true;
         END IF;
     END LOOP;
-    UPDATE listener.adoption a SET state = 'turning back', begun_at = clock_timestamp() WHERE a.view_id = managed.id;
+    UPDATE listener.adoption a SET state = 'turning back', begun_at = clock_timestamp(), query_view = adoption.query_view
+    WHERE a.view_id = managed.id;
     PERFORM set_config('role', previous_role, true);
 END
 $function$;
 
--- fill_unadoption(view): fills the materialized view, under the settings that the managed view had.
+-- fill_unadoption(view): fills the materialized view, under the settings of the managed view, and compares it tenant by tenant
+-- with the definition, computed as the service computes it, at the same now().
+-- Where the rows are the target's and depend on the time, each tenant is to be refreshed before, in the same transaction.
+-- Raises LSN03, and takes the filling back, where rows differ that no change of this moment explains.
 CREATE OR REPLACE FUNCTION listener.fill_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     previous_role text := listener.become_owner();
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{turning back}');
-    statement text := format('REFRESH MATERIALIZED VIEW %I.%I', managed.target_schema, listener.name_beside(managed));
-    previous jsonb := listener.use_settings(listener.registered_settings(managed));
+    beside text := format('%I.%I', managed.target_schema, listener.name_beside(managed));
+    statement text := format('REFRESH MATERIALIZED VIEW %s', beside);
+    started timestamptz := clock_timestamp();
+    previous jsonb;
 BEGIN
+    previous := listener.use_settings(listener.registered_settings(managed));
     PERFORM set_config('search_path', managed.search_path, true);
     EXECUTE statement;
-    PERFORM pg_catalog.set_config('role', previous_role, true), listener.use_settings(previous);
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    PERFORM listener.use_settings(previous);
+    IF adoption.query_view IS NOT NULL THEN
+        FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.ending_query_view(managed, adoption, adoption.query_view) s) LOOP
+            EXECUTE statement;
+        END LOOP;
+    END IF;
+    PERFORM listener.check_filled_back(managed, adoption, started);
+    IF adoption.query_view IS NOT NULL THEN
+        RAISE NOTICE 'the query of % is in the view %.% from now on: its owner % does not see all rows without a tenant, and a REFRESH '
+                     'would empty it, as before it was adopted', managed.name, managed.target_schema, adoption.query_view,
+                     listener.owner_back(managed, adoption);
+    END IF;
+    PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- check_filled_back(view, adoption, since): compares the materialized view that was filled since then with the definition. A change
+-- that is not shown yet, or was shown after the filling began, explains a difference. What is not proven to be tenant-local may
+-- differ by itself, and REFRESH is right then: that is told, and not refused.
+-- Raises LSN03 with the tenants whose rows differ.
+CREATE OR REPLACE FUNCTION listener.check_filled_back(view listener.managed_view, adoption listener.adoption, since timestamptz) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    filled regclass := format('%I.%I', view.target_schema, listener.name_beside(view))::regclass;
+    digests jsonb := listener.evaluate_as(
+        (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = filled),
+        listener.digests_statement(view, filled || ' AS q'), NULL, listener.settings_of(view) - 'search_path');
+    differing text[];
+    without bigint;
+    named text;
+BEGIN
+    SELECT array_agg(d.tenant ORDER BY d.tenant) FILTER (WHERE d.tenant IS NOT NULL), sum(d.held) FILTER (WHERE d.tenant IS NULL)
+    INTO differing, without
+    FROM (
+        SELECT coalesce(t.tenant, f.tenant) AS tenant, f.held
+        FROM (SELECT nullif(r.tenant, CASE WHEN view.tenant_column IS NOT NULL THEN '' END) AS tenant, r.held, r.digest
+              FROM jsonb_to_recordset(digests) AS r (tenant text, held bigint, digest numeric)) f
+        FULL JOIN (SELECT l.tenant, d.held, d.digest
+                   FROM (SELECT x FROM listener.tenants(view.name) x
+                         UNION SELECT r.tenant FROM jsonb_to_recordset(digests) AS r (tenant text)
+                               WHERE view.tenant_column IS NOT NULL AND r.tenant <> '') AS l (tenant)
+                   CROSS JOIN LATERAL listener.tenant_digest(view.name, l.tenant) d) t ON t.tenant = f.tenant
+        WHERE (coalesce(t.held, 0), t.digest) IS DISTINCT FROM (coalesce(f.held, 0), f.digest)
+          AND NOT listener.is_stale(view.id, coalesce(t.tenant, f.tenant))
+          AND NOT EXISTS (SELECT FROM listener.state_of(view.id, coalesce(t.tenant, f.tenant)) s WHERE s.refreshed_at >= since)
+    ) d;
+    IF without > 0 THEN
+        RAISE NOTICE '% rows of % have no tenant: the table did not have them', without, view.name;
+    END IF;
+    IF differing IS NULL THEN
+        RETURN;
+    END IF;
+    named := array_to_string(differing[:3], ', ')
+             || CASE WHEN cardinality(differing) > 3 THEN format(' and %s more', cardinality(differing) - 3) ELSE '' END;
+    IF view.tenant_column IS NOT NULL AND EXISTS (
+            SELECT FROM listener.tenant_scope(to_regclass('listener.definition_' || view.id), view.tenant_column, view.tenant_type) s
+            WHERE NOT s.proven AND (view.depends_on IS NULL OR s.source IS NOT NULL)) THEN
+        RAISE NOTICE 'computed with all others, the rows of % are others than in the table', named;
+        RETURN;
+    END IF;
+    RAISE EXCEPTION 'the materialized view that is to take the place of % has other rows than its query%', view.name,
+            CASE WHEN view.tenant_column IS NULL THEN '' ELSE ' for ' || named END
+        USING ERRCODE = 'LSN03', HINT = 'Nothing was put in its place. `listener verify` says whether the table is right; a policy, or a function, '
+                                        'may show its owner other rows than the service.';
 END
 $function$;
 
@@ -123,7 +264,8 @@ BEGIN
     END IF;
     PERFORM listener.check_unread(managed), listener.check_swappable(target);
     PERFORM listener.carry_again(target, beside, managed.id, ARRAY(
-        SELECT s FROM listener.unadopting(managed, adoption) WITH ORDINALITY AS u (s, ord) WHERE u.ord > 1 ORDER BY u.ord));
+        SELECT s FROM listener.unadopting(managed, adoption, adoption.query_view) WITH ORDINALITY AS u (s, ord)
+        WHERE u.ord > 1 ORDER BY u.ord));
     locked := (listener.swap(target, beside));
     UPDATE listener.adoption a SET state = 'turned back' WHERE a.view_id = managed.id;
     UPDATE listener.managed_view v SET paused_at = coalesce(v.paused_at, clock_timestamp()) WHERE v.id = managed.id;
@@ -132,7 +274,21 @@ BEGIN
 END
 $function$;
 
--- plan_unadoption(view): the same for unadopt; 'beside' is what begin_unadoption() runs.
+-- fills_from_target(view): whether the rows that fill_unadoption() fills in are the target's, and depend on the time.
+CREATE OR REPLACE FUNCTION listener.fills_from_target(view text, OUT is_so boolean, OUT depends_on_time boolean)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    managed listener.managed_view := listener.find_view(view);
+    adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
+BEGIN
+    is_so := adoption.query_view IS NOT NULL OR listener.query_view_name(managed, adoption) IS NOT NULL;
+    depends_on_time := EXISTS (SELECT FROM listener.time_dependence(to_regclass('listener.definition_' || managed.id)) t
+                               WHERE t.dependence = 'time');
+END
+$function$;
+
+-- plan_unadoption(view): the same for unadopt; 'beside' is what begin_unadoption() runs, 'filled' what fill_unadoption() runs after
+-- REFRESH, 'now': there where the tenants are to be refreshed in the transaction that fills.
 CREATE OR REPLACE FUNCTION listener.plan_unadoption(view text) RETURNS TABLE (part text, statement text)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -140,6 +296,7 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{adopted,turning back}');
     target regclass := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
+    query_view name := listener.query_view_name(managed, adoption);
 BEGIN
     PERFORM listener.check_unread(managed), listener.check_swappable(target);
     RETURN QUERY
@@ -151,7 +308,13 @@ BEGIN
     UNION ALL
     SELECT 'lock', target::text
     UNION ALL
-    SELECT 'beside', s FROM listener.unadopting(managed, adoption) s
+    SELECT 'beside', s FROM listener.making_query_view(managed, adoption, query_view) s WHERE query_view IS NOT NULL
+    UNION ALL
+    SELECT 'beside', s FROM listener.unadopting(managed, adoption, query_view) s
+    UNION ALL
+    SELECT 'now', managed.name FROM listener.fills_from_target(managed.name) f WHERE f.is_so AND f.depends_on_time
+    UNION ALL
+    SELECT 'filled', s FROM listener.ending_query_view(managed, adoption, query_view) s WHERE query_view IS NOT NULL
     UNION ALL
     SELECT 'swap', s FROM listener.swapping(target, listener.name_beside(managed)) s;
     PERFORM set_config('role', previous_role, true);

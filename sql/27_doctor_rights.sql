@@ -1,39 +1,40 @@
 -- Who may do what, for `listener doctor`: the rights that the service's role needs, those that nobody should have, and
 -- what row-level security lets through.
 
--- needed_rights(): every right that the service's role needs, and some of the owner's, with whether it has it.
+-- needed_rights(): every right that the service's role needs, each view's compute role, and some of the owner's, with whether
+-- it has it.
 --   level: what it is where it is missing. A right that only create_view or a migration needs is a warning.
 CREATE OR REPLACE FUNCTION listener.needed_rights()
 RETURNS TABLE (level text, view text, object text, right_name text, role name, held boolean, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
     WITH RECURSIVE installed AS (
         SELECT i.owner_role, i.service_role, i.service_role <> i.owner_role AS apart FROM listener.installation i
-    ), walk (view, relid, relkind) AS (
-        SELECT v.name, c.oid, c.relkind FROM listener.managed_view v
+    ), walk (view, role, relid, relkind) AS (
+        SELECT v.name, listener.grantee_of(v), c.oid, c.relkind FROM listener.managed_view v
         JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
         -- What its owner computes, as a materialized view's, needs no right of the service's.
         WHERE c.reloptions @> '{security_invoker=true}'
         UNION
-        SELECT w.view, c.oid, c.relkind
+        SELECT w.view, w.role, c.oid, c.relkind
         FROM walk w JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v'
         JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
         JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.oid <> w.relid
     ), used AS MATERIALIZED (
         -- By whom a relation is read decides the view that names it: its owner, unless it is security_invoker.
-        SELECT w.view, d.refclassid, d.refobjid, d.refobjsubid,
+        SELECT w.view, w.role, d.refclassid, d.refobjid, d.refobjsubid,
                w.relid IN (SELECT c.oid FROM pg_class c, pg_options_to_table(c.reloptions) o
                            WHERE c.oid = w.relid AND o.option_name = 'security_invoker' AND o.option_value::boolean) AS by_caller
         FROM walk w JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v'
         JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
         WHERE d.refobjid <> w.relid AND d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass)
     ), read AS (
-        SELECT string_agg(DISTINCT u.view, ', ' ORDER BY u.view) AS view, c.oid, c.relnamespace, bool_or(u.by_caller) AS by_caller,
+        SELECT string_agg(DISTINCT u.view, ', ' ORDER BY u.view) AS view, u.role, c.oid, c.relnamespace, bool_or(u.by_caller) AS by_caller,
                array_agg(DISTINCT u.refobjsubid) FILTER (WHERE u.refobjsubid > 0) AS columns
         FROM used u JOIN pg_class c ON c.oid = u.refobjid AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
         WHERE u.refclassid = 'pg_class'::regclass AND c.relnamespace <> 'listener'::regnamespace
-        GROUP BY c.oid
+        GROUP BY c.oid, u.role
     ), target AS (
-        SELECT v.id, v.name, v.strategy, c.oid, c.relnamespace
+        SELECT v.id, v.name, v.strategy, listener.grantee_of(v) AS role, c.oid, c.relnamespace
         FROM listener.managed_view v
         JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
     )
@@ -54,52 +55,56 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                to_regclass(CASE r.kind WHEN 'FUNCTION' THEN NULL ELSE r.object END)::oid AS relation
         FROM listener.needed_right r) n
     UNION ALL
-    SELECT 'error', v.name, c.oid::regclass::text, 'SELECT', i.service_role,
-           has_table_privilege(i.service_role, c.oid, 'SELECT'),
-           format('GRANT SELECT ON %s TO %I;', c.oid::regclass, i.service_role)
-    FROM installed i CROSS JOIN listener.managed_view v
+    SELECT 'error', v.name, c.oid::regclass::text, 'SELECT', g.role, has_table_privilege(g.role, c.oid, 'SELECT'),
+           format('GRANT SELECT ON %s TO %I;', c.oid::regclass, g.role)
+    FROM listener.managed_view v CROSS JOIN LATERAL listener.grantee_of(v) AS g (role)
     JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
     UNION ALL
     -- That the target may be written, view_troubles() says.
-    SELECT 'ok', t.name, t.oid::regclass::text, w.right_name, i.service_role,
-           has_table_privilege(i.service_role, t.oid, w.right_name), NULL
-    FROM installed i CROSS JOIN target t CROSS JOIN unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) w (right_name)
+    SELECT 'ok', t.name, t.oid::regclass::text, w.right_name, t.role,
+           has_table_privilege(t.role, t.oid, w.right_name), NULL
+    FROM target t CROSS JOIN unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) w (right_name)
     WHERE t.strategy <> 'materialized view'
     UNION ALL
-    SELECT 'error', string_agg(t.name, ', ' ORDER BY t.name), 'schema ' || n.nspname, 'USAGE', i.service_role,
-           has_schema_privilege(i.service_role, n.oid, 'USAGE'),
-           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, i.service_role)
-    FROM installed i CROSS JOIN target t JOIN pg_namespace n ON n.oid = t.relnamespace
-    GROUP BY n.oid, n.nspname, i.service_role
+    SELECT 'error', string_agg(t.name, ', ' ORDER BY t.name), 'schema ' || n.nspname, 'USAGE', t.role,
+           has_schema_privilege(t.role, n.oid, 'USAGE'),
+           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, t.role)
+    FROM target t JOIN pg_namespace n ON n.oid = t.relnamespace
+    GROUP BY n.oid, n.nspname, t.role
     UNION ALL
     -- To make the target again, and whatever comes next.
     SELECT 'warning', NULL, 'schema ' || n.nspname, w.right_name, i.owner_role,
            has_schema_privilege(i.owner_role, n.oid, w.right_name),
            format('GRANT %s ON SCHEMA %I TO %I;', w.right_name, n.nspname, i.owner_role)
-    FROM installed i CROSS JOIN (SELECT DISTINCT t.relnamespace FROM target t WHERE t.strategy <> 'materialized view') t
+    FROM installed i CROSS JOIN (
+        SELECT t.relnamespace, bool_and(a.view_id IS NOT NULL) AS is_adopted
+        FROM target t LEFT JOIN listener.adoption a ON a.view_id = t.id AND a.state = 'adopted'
+        WHERE t.strategy <> 'materialized view' GROUP BY 1) t
     JOIN pg_namespace n ON n.oid = t.relnamespace
     CROSS JOIN unnest('{USAGE,CREATE}'::text[]) w (right_name)
+    -- Where all targets were adopted, it may be revoked: see docs/adopting.md.
+    WHERE w.right_name <> 'CREATE' OR NOT t.is_adopted
     UNION ALL
-    SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', i.service_role,
-           has_table_privilege(i.service_role, r.oid, 'SELECT')
-               OR (has_any_column_privilege(i.service_role, r.oid, 'SELECT') AND NOT EXISTS (
-                       SELECT FROM unnest(r.columns) c (attnum) WHERE NOT has_column_privilege(i.service_role, r.oid, c.attnum::smallint, 'SELECT'))),
-           format('GRANT SELECT ON %s TO %I;', r.oid::regclass, i.service_role)
-    FROM installed i CROSS JOIN read r
+    SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', r.role,
+           has_table_privilege(r.role, r.oid, 'SELECT')
+               OR (has_any_column_privilege(r.role, r.oid, 'SELECT') AND NOT EXISTS (
+                       SELECT FROM unnest(r.columns) c (attnum) WHERE NOT has_column_privilege(r.role, r.oid, c.attnum::smallint, 'SELECT'))),
+           format('GRANT SELECT ON %s TO %I;', r.oid::regclass, r.role)
+    FROM read r
     UNION ALL
-    SELECT 'warning', string_agg(r.view, ', '), 'schema ' || n.nspname, 'USAGE', i.service_role,
-           has_schema_privilege(i.service_role, n.oid, 'USAGE'),
-           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, i.service_role)
-    FROM installed i CROSS JOIN read r JOIN pg_namespace n ON n.oid = r.relnamespace
-    WHERE r.relnamespace NOT IN (SELECT t.relnamespace FROM target t)
-    GROUP BY n.oid, n.nspname, i.service_role
+    SELECT 'warning', string_agg(r.view, ', '), 'schema ' || n.nspname, 'USAGE', r.role,
+           has_schema_privilege(r.role, n.oid, 'USAGE'),
+           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, r.role)
+    FROM read r JOIN pg_namespace n ON n.oid = r.relnamespace
+    WHERE r.relnamespace NOT IN (SELECT t.relnamespace FROM target t WHERE t.role = r.role)
+    GROUP BY n.oid, n.nspname, r.role
     UNION ALL
-    SELECT 'error', string_agg(DISTINCT u.view, ', '), p.oid::regprocedure::text, 'EXECUTE', i.service_role,
-           has_function_privilege(i.service_role, p.oid, 'EXECUTE'),
-           format('GRANT EXECUTE ON FUNCTION %s TO %I;', p.oid::regprocedure, i.service_role)
-    FROM installed i CROSS JOIN used u JOIN pg_proc p ON u.refclassid = 'pg_proc'::regclass AND p.oid = u.refobjid
+    SELECT 'error', string_agg(DISTINCT u.view, ', '), p.oid::regprocedure::text, 'EXECUTE', u.role,
+           has_function_privilege(u.role, p.oid, 'EXECUTE'),
+           format('GRANT EXECUTE ON FUNCTION %s TO %I;', p.oid::regprocedure, u.role)
+    FROM used u JOIN pg_proc p ON u.refclassid = 'pg_proc'::regclass AND p.oid = u.refobjid
     WHERE p.pronamespace <> 'listener'::regnamespace
-    GROUP BY p.oid, i.service_role
+    GROUP BY p.oid, u.role
     UNION ALL
     -- Every drain looks which cluster this is.
     SELECT 'error', NULL, 'pg_control_system()', 'EXECUTE', i.service_role,
@@ -401,6 +406,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM installed i CROSS JOIN summed s
     WHERE s.permissive > 0 AND s.open_policy IS NULL AND NOT s.reads_tenant
     UNION ALL
+    SELECT 'row security', 'warning', NULL, p.relation::text,
+           format('its policy %I raises in a session that names no tenant and named one before, or refreshed something: '
+                  'PostgreSQL leaves the setting as an empty text, which is no %s.', p.policy, p.type),
+           coalesce(format('ALTER POLICY %I ON %s %s;', p.policy, p.relation, p.mended),
+                    'Take nullif(current_setting(…, true), '''') in the function that it calls.')
+    FROM listener.raising_policies() p
+    UNION ALL
     SELECT 'row security', 'ok', s.readers, s.source, format('enabled and forced, by %I', s.some_policy), NULL
     FROM summed s
     WHERE s.relforcerowsecurity AND s.reads_tenant AND (s.open_policy IS NULL OR s.restricted)
@@ -478,5 +490,64 @@ BEGIN
               WHERE t.source IS NOT NULL OR managed.depends_on IS NULL
               GROUP BY t.source) s;
     END LOOP;
+    RETURN QUERY
+        SELECT 'scope', 'warning', v.name, v.name, a.advice || '.', format('listener views alter %s --query FILE', listener.shell_word(v.name))
+        FROM listener.managed_view v CROSS JOIN LATERAL listener.clock_advice(to_regclass('listener.definition_' || v.id)) AS a (advice)
+        ORDER BY v.name;
 END
+$function$;
+
+-- target_findings(): who could make a target wrong: an application's role, which owns the target or writes sources, and may write
+-- the target, empty it, or switch its row-level security off; and a materialized view that REFRESH would empty.
+CREATE OR REPLACE FUNCTION listener.target_findings()
+RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
+    WITH target AS MATERIALIZED (
+        SELECT v.id, v.name, v.strategy, c.oid, c.oid::regclass::text AS target, c.relowner, c.relacl
+        FROM listener.managed_view v JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+    ), installed AS (
+        SELECT i.owner_role, o.oid AS owner_id, s.oid AS service_id
+        FROM listener.installation i JOIN pg_roles o ON o.rolname = i.owner_role JOIN pg_roles s ON s.rolname = i.service_role
+    ), captured AS MATERIALIZED (
+        SELECT DISTINCT c.relowner, c.relacl FROM listener.source s JOIN pg_class c ON c.oid = s.relid
+        WHERE NOT EXISTS (SELECT FROM target t WHERE t.oid = c.oid)
+    ), writer AS MATERIALIZED (
+        -- Who may log in, and writes sources.
+        SELECT r.oid, r.rolname FROM pg_roles r CROSS JOIN installed i
+        WHERE r.rolcanlogin AND NOT r.rolsuper AND r.oid NOT IN (i.owner_id, i.service_id) AND NOT pg_has_role(r.oid, i.owner_id, 'MEMBER')
+          AND EXISTS (SELECT FROM captured c WHERE c.relowner = r.oid OR EXISTS (
+                          SELECT FROM aclexplode(c.relacl) a
+                          WHERE a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE') AND (a.grantee = 0 OR pg_has_role(r.oid, a.grantee, 'USAGE'))))
+    ), able AS (
+        SELECT t.*, r.rolname AS role, pg_has_role(r.oid, t.relowner, 'USAGE') AS owns,
+               ARRAY(SELECT p.name FROM unnest('{INSERT,UPDATE,DELETE,TRUNCATE}'::text[]) WITH ORDINALITY AS p (name, ord)
+                     WHERE has_table_privilege(r.oid, t.oid, p.name) ORDER BY p.ord) AS rights
+        FROM target t
+        CROSS JOIN LATERAL (SELECT w.oid, w.rolname FROM writer w
+                            UNION
+                            SELECT r.oid, r.rolname FROM pg_roles r CROSS JOIN installed i
+                            WHERE r.oid = t.relowner AND r.rolcanlogin AND NOT r.rolsuper
+                              AND r.oid NOT IN (i.owner_id, i.service_id)) r
+        WHERE t.strategy <> 'materialized view'
+    )
+    SELECT 'roles', 'warning', a.name, a.target,
+           format('%s, a role of the application, %s it: it may write it, empty it and switch its row-level security off.', quote_ident(a.role),
+                  CASE WHEN pg_get_userbyid(a.relowner) = a.role THEN 'owns' ELSE 'is a member of the role that owns' END),
+           format('ALTER TABLE %s OWNER TO %I; GRANT SELECT ON %s TO %I;', a.target, i.owner_role, a.target, pg_get_userbyid(a.relowner))
+    FROM able a CROSS JOIN installed i WHERE a.owns
+    UNION ALL
+    SELECT 'roles', 'warning', a.name, a.target,
+           format('%s, which writes sources, may write it, too: %s.', quote_ident(a.role), array_to_string(a.rights, ', ')),
+           format('REVOKE %s ON %s FROM %s;', array_to_string(a.rights, ', '), a.target,
+                  (SELECT string_agg(DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END, ', ')
+                   FROM aclexplode(a.relacl) g
+                   WHERE g.privilege_type = ANY (a.rights) AND (g.grantee = 0 OR pg_has_role(a.role, g.grantee, 'USAGE'))))
+    FROM able a WHERE NOT a.owns AND a.rights <> '{}'
+    UNION ALL
+    SELECT 'row security', 'error', t.name, h.hidden::text,
+           format('its row-level security hides rows from %I, which owns the materialized view %s: REFRESH would empty that.',
+                  pg_get_userbyid(t.relowner), t.target),
+           format('CREATE POLICY listener_refresh ON %s FOR SELECT TO %I USING (true);', h.hidden, pg_get_userbyid(t.relowner))
+    FROM target t CROSS JOIN LATERAL (SELECT listener.hidden_from_owner(t.oid) AS hidden) h
+    WHERE t.strategy = 'materialized view' AND h.hidden IS NOT NULL
 $function$;

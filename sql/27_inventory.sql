@@ -64,7 +64,7 @@ $function$;
 --   tenant_column   the first of tenant_columns that it has
 --   reads           tables and materialized views, through views
 --   separable       whether its rows of a tenant depend on that tenant's rows alone; NULL: without a tenant column, or unknown
---   findings        why not; and what would be read whole
+--   findings        why not; what would be read whole; columns that count the clock
 --   timed, zoned, volatile   the functions of time_dependence(); max_age: what it proposes
 --   refreshed_by    who refreshes it now, as far as the database shows
 --   rewritten_at    when the transaction was committed that gave it its present storage, or altered it; NULL: not known
@@ -122,7 +122,7 @@ BEGIN
            coalesce(array_agg(t.what) FILTER (WHERE t.dependence = 'volatile'), '{}'), min(t.max_age)
     INTO timed, zoned, volatile, max_age
     FROM listener.time_dependence(query) t;
-    findings := coalesce(findings, '{}');
+    findings := coalesce(findings, '{}') || ARRAY(SELECT a FROM listener.clock_advice(query) a);
     refreshed_by := CASE WHEN view.id IS NOT NULL THEN ARRAY['listener'] ELSE ARRAY(SELECT r FROM listener.refreshed_by(relation) r) END;
     IF current_setting('track_commit_timestamp') = 'on' AND class.relkind = 'm' THEN
         rewritten_at := (SELECT pg_xact_commit_timestamp(c.xmin) FROM pg_class c WHERE c.oid = relation);
@@ -143,7 +143,11 @@ DECLARE
     read record;
     installed listener.installation;
     hiding text;
+    owner name := (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = relation);
     hidden regclass;
+    hidden_from_owner regclass := listener.hidden_from_owner(relation);
+    -- What every adoption needs; one that stays a materialized view does not.
+    creating text[] := '{}';
     home regnamespace := (SELECT c.relnamespace FROM pg_class c WHERE c.oid = relation);
     tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t);
 BEGIN
@@ -151,10 +155,14 @@ BEGIN
     mends := '{}';
     FOR read IN
         SELECT i.relid::regclass AS source, i.relkind, c.relowner, c.relnamespace
-        FROM listener.tenant_inputs(relation, NULL) i JOIN pg_class c ON c.oid = i.relid ORDER BY i.relid
+        FROM (SELECT i.relid, i.relkind FROM listener.tenant_inputs(relation, NULL) i
+              UNION ALL SELECT v.relid, 'v' FROM listener.tenant_views(relation) v) i
+        JOIN pg_class c ON c.oid = i.relid ORDER BY i.relkind = 'v', i.relid
     LOOP
         BEGIN
-            PERFORM listener.check_source(read.source, NULL);
+            IF read.relkind <> 'v' THEN
+                PERFORM listener.check_source(read.source, NULL);
+            END IF;
         EXCEPTION WHEN SQLSTATE 'LSN03' THEN
             strategy := 'refused';
             why := SQLERRM;
@@ -163,8 +171,8 @@ BEGIN
             END IF;
             RETURN;
         END;
-        IF NOT pg_has_role(installed.owner_role, read.relowner, 'USAGE') THEN
-            mends := mends || format('GRANT %I TO %I;', pg_get_userbyid(read.relowner), installed.owner_role);
+        IF read.relkind <> 'v' AND NOT pg_has_role(installed.owner_role, read.relowner, 'USAGE') THEN
+            mends := mends || (listener.made_ours(read.source) || ';');
         END IF;
         IF NOT (has_schema_privilege(installed.service_role, read.relnamespace, 'USAGE')
                 AND has_any_column_privilege(installed.service_role, read.source, 'SELECT')) THEN
@@ -178,23 +186,42 @@ BEGIN
     IF hiding IS NOT NULL THEN
         mends := mends || format('depends_on: the tables that %s reads, or ''{}''', hiding);
     END IF;
-    IF NOT pg_has_role(installed.owner_role, (SELECT c.relowner FROM pg_class c WHERE c.oid = relation), 'USAGE') THEN
-        mends := mends || (SELECT format('GRANT %I TO %I;', pg_get_userbyid(c.relowner), installed.owner_role) FROM pg_class c WHERE c.oid = relation);
+    IF NOT pg_has_role(installed.owner_role, owner, 'USAGE') THEN
+        mends := mends || (listener.made_ours(relation) || ';');
     END IF;
     IF NOT has_schema_privilege(installed.service_role, home, 'USAGE') THEN
         mends := mends || format('GRANT USAGE ON SCHEMA %s TO %I;', home, installed.service_role);
     END IF;
+    creating := ARRAY(
+        SELECT format('GRANT %s ON SCHEMA %s TO %s;%s', n.rights, home, string_agg(quote_ident(n.role), ', ' ORDER BY n.role),
+                      CASE WHEN n.rights ~ 'CREATE' THEN ' CREATE can be revoked once it is adopted' ELSE '' END)
+        FROM (SELECT r.role, string_agg(p.name, ', ' ORDER BY p.name DESC) AS rights
+              FROM (SELECT DISTINCT x FROM unnest(ARRAY[installed.owner_role, owner]) x) AS r (role)
+              CROSS JOIN unnest('{USAGE,CREATE}'::text[]) AS p (name)
+              WHERE NOT has_schema_privilege(r.role, home, p.name) GROUP BY r.role) n
+        GROUP BY n.rights ORDER BY 1);
     mends := ARRAY(SELECT m.mend FROM unnest(mends) WITH ORDINALITY AS m (mend, ord) GROUP BY m.mend ORDER BY min(m.ord));
     IF tied IS NOT NULL THEN
         strategy := 'refused';
         why := 'tied to its row type, or to itself, are ' || tied;
-        mends := mends || 'drop these first and make them again afterwards; or keep it as it is: --strategy materialized-view'::text;
+        mends := mends || ('drop these first and make them again afterwards'
+                           || CASE WHEN hidden_from_owner IS NULL THEN '; or keep it as it is: --strategy materialized-view' ELSE '' END);
         RETURN;
     END IF;
     key_columns := coalesce(unique_key, '{}');
-    -- From the service's role, with no tenant set.
-    hidden := (SELECT min(i.relid)::regclass FROM listener.tenant_inputs(relation, NULL) i WHERE listener.hides_rows(i.relid));
+    -- From the service, with no tenant set.
+    hidden := listener.hidden_source(relation);
+    BEGIN
+        IF separable OR hidden IS NULL THEN
+            PERFORM listener.check_columns(relation, CASE WHEN separable THEN tenant_column END, key_columns);
+        END IF;
+    EXCEPTION WHEN SQLSTATE 'LSN03' THEN
+        strategy := 'refused';
+        why := SQLERRM;
+        RETURN;
+    END;
     IF separable THEN
+        mends := mends || creating;
         strategy := 'tenant';
         why := format('a tenant''s rows depend on that tenant''s rows alone, by %I', tenant_column);
         key_columns := CASE WHEN key_columns = '{}' OR tenant_column = ANY (key_columns) THEN key_columns ELSE tenant_column || key_columns END;
@@ -208,7 +235,15 @@ BEGIN
                     ELSE 'it is not proven that a tenant''s rows depend on that tenant''s rows alone' END;
         IF hidden IS NULL THEN
             strategy := 'whole';
+            mends := mends || creating;
             why := why || ': a table is refreshed as a whole, and only rows that differ are written';
+        ELSIF hidden_from_owner IS NOT NULL THEN
+            strategy := 'refused';
+            why := why || format(', and row-level security hides rows of %s from the service, and rows of %s from its owner %I: '
+                                 'as a materialized view, the next REFRESH would empty it', hidden, hidden_from_owner, owner);
+            key_columns := NULL;
+            mends := mends || format('write it so that a tenant''s rows depend on that tenant''s alone; or CREATE POLICY listener_refresh ON '
+                                     '%s FOR SELECT TO %I USING (true); each session of that role then sees all rows', hidden_from_owner, owner);
         ELSE
             strategy := 'materialized view';
             why := why || format(', and row-level security hides rows of %s from the service: it stays, and is refreshed with its owner''s rights', hidden);

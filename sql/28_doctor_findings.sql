@@ -22,6 +22,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     WHERE n.held OR n.level <> 'ok'
     UNION ALL SELECT * FROM listener.excess_findings()
     UNION ALL SELECT * FROM listener.row_security_findings()
+    UNION ALL SELECT * FROM listener.target_findings()
 $function$;
 
 -- readiness(): what keeps the service from being ready, one line each; no row when nothing does. Of the role of the service

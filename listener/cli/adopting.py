@@ -57,7 +57,7 @@ def adopt(
     max_wait: Annotated[str | None, typer.Option("--max-wait", help="the longest that a change waits")] = None,
     max_age: Annotated[
         str | None,
-        typer.Option("--max-age", help="refresh without a change at least so often; 1 hour where the query has now()"),
+        typer.Option("--max-age", help="refresh without a change at least so often; left out: as `inventory` says"),
     ] = None,
     timezone: Annotated[
         str | None, typer.Option("--timezone", help="that the query is computed in; the database's where left out")
@@ -65,6 +65,10 @@ def adopt(
     target_rls: Annotated[
         bool, typer.Option("--target-rls", help="readers see the rows of app.current_tenant_id alone")
     ] = False,
+    owner: Annotated[
+        str | None,
+        typer.Option("--owner", metavar="ROLE", help="role that the table belongs to; left out: the view's owner"),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=100, help="keys filled at the same time")] = 2,
     wait: Wait = 600.0,
     abort: Annotated[bool, typer.Option("--abort", help="take back what an interrupted run left")] = False,
@@ -90,6 +94,7 @@ def adopt(
         max_age,
         timezone,
         target_rls,
+        owner,
     )
 
     async def act(connection: Connection) -> None:
@@ -97,7 +102,7 @@ def adopt(
         if abort:
             await _abort(connection, name)
         elif dry_run:
-            await _show(connection, request, as_json=as_json)
+            await _show(connection, request, told, as_json=as_json)
         else:
             adopted = await _adopt(connection, request, told, workers, wait, quiet=as_json)
             _tell_locks(adopted, quiet=as_json)
@@ -131,15 +136,16 @@ async def _adopt(
         return await adopting.adopt(connection, request, tell, by, wait)
 
 
-async def _show(connection: Connection, request: Request, *, as_json: bool) -> None:
-    strategy = request.strategy
-    if strategy is None:
-        by_tenant = await adoptions.has_column(connection, request.name, request.tenant_column)
-        strategy = adopting.BY_TENANT if by_tenant else adopting.WHOLE
-    if strategy == adopting.KEPT:
-        script = adoptions.keep_statement(request)
+async def _show(connection: Connection, request: Request, told: list[str], *, as_json: bool) -> None:
+    def tell(line: str) -> None:
+        told.append(line)
+        if not as_json:
+            console.err.print(line)
+
+    given = await adopting.rehearse(connection, request, tell)
+    if given.strategy == adopting.KEPT:
+        script = adoptions.keep_statement(given)
     else:
-        given = request.by(strategy)
         plan = await adoptions.plan(connection, given)
         script = adoption_script.script(given, plan, adoptions.begin_statement(given).as_string(connection))
     _print_script(script, as_json=as_json)

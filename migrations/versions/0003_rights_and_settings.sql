@@ -50,3 +50,12 @@ $difference$;
 DROP FUNCTION IF EXISTS listener.uncast(text);
 DROP FUNCTION IF EXISTS listener.equalities(text, text);
 DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
+
+-- The view that holds the query of a materialized view which is made again, where that query shows the owner no rows.
+ALTER TABLE listener.adoption ADD COLUMN query_view name;
+-- They have an argument more now, `owner`.
+DROP FUNCTION IF EXISTS listener.carried(regclass, text, "char", name[], jsonb, jsonb);
+DROP FUNCTION IF EXISTS listener.begin_adoption(text, name[], name, text, regclass[], interval, interval, text, interval, text, boolean, text);
+DROP FUNCTION IF EXISTS listener.plan_adoption(text, name[], name, text);
+DROP FUNCTION IF EXISTS listener.unadopting(listener.managed_view, listener.adoption);
+DROP FUNCTION IF EXISTS listener.whole_digests(text);
