@@ -216,7 +216,8 @@ BEGIN
 END
 $function$;
 
--- generate_computing(view): makes or replaces evaluate_<id> and plan_<id> of a view.
+-- generate_computing(view): makes or replaces evaluate_<id> and plan_<id> of a view. What writes rows is never planned for parallel
+-- workers, so nothing that is compared with these rows is: ties and sums of floats come out as they did there.
 CREATE OR REPLACE FUNCTION listener.generate_computing(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -224,8 +225,8 @@ DECLARE
     settings jsonb := listener.settings_of(view);
 BEGIN
     PERFORM listener.make_private(role, format('evaluate_%s(text, text)', view.id),
-                format('evaluate_%s(statement text, tenant text) RETURNS jsonb', view.id), 'STABLE', settings,
-                listener.evaluating_body()),
+                format('evaluate_%s(statement text, tenant text) RETURNS jsonb', view.id), 'STABLE',
+                settings || '{"max_parallel_workers_per_gather": "0"}', listener.evaluating_body()),
             listener.make_private(role, format('plan_%s(text[], jsonb)', view.id),
                 format('plan_%s(preparation text[], questions jsonb) RETURNS jsonb', view.id), 'VOLATILE',
                 settings || listener.planning_settings(), listener.planning_body());

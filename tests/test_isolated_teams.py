@@ -163,6 +163,20 @@ async def test_a_view_changes_the_role_that_it_is_computed_as(teams: AsyncConnec
     assert await cursor.fetchone() == (False,)
 
 
+async def test_doctor_warns_where_the_views_of_two_teams_are_computed_as_one_role(teams: AsyncConnection[Any]) -> None:
+    findings = "SELECT object, view FROM listener.function_findings() WHERE problem LIKE 'views over tables of team_a, team_b%'"
+    assert await (await teams.execute(findings)).fetchall() == []
+    await teams.execute(
+        """
+        GRANT USAGE ON SCHEMA team_a, team_b TO listener_service;
+        GRANT SELECT ON team_a.sources, team_b.sources TO listener_service;
+        SELECT listener.set_compute_role('team_a.totals', NULL), listener.set_compute_role('team_b.totals', NULL)
+        """
+    )
+    cursor = await teams.execute(findings)
+    assert await cursor.fetchall() == [("listener_compute", "team_b.totals, totals")]
+
+
 REFUSED = {
     "none of that name": ("SELECT 1", "nobody_computes", "there is no such role", "CREATE ROLE"),
     "one that may log in": ("CREATE ROLE may_log_in LOGIN", "may_log_in", "it may log in", "NOLOGIN"),
