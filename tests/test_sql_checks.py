@@ -70,7 +70,9 @@ async def test_every_security_definer_function_has_a_pinned_path_and_no_public_e
     assert len(definers) > 15
     # It calls one function, in which the path is pinned, and gives the caller's path back.
     known = {"listener.refresh(text,text)"}
-    assert [name for name, pinned, public, superuser in definers if not (pinned or name in known) or public or superuser] == []
+    assert [
+        name for name, pinned, public, superuser in definers if not (pinned or name in known) or public or superuser
+    ] == []
 
 
 @pytest.mark.anyio
