@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, LiteralString
-
-from psycopg.rows import dict_row
+from typing import TYPE_CHECKING, Any, Literal
 
 from listener.views import Change, RefreshKey
 
@@ -39,29 +37,24 @@ async def refresh(connection: AsyncConnection[Any], change: Change) -> Outcome:
     key = change.key
     if change.aged:
         return await refresh_now(connection, key)
-    return await _outcome(
-        connection,
-        "SELECT * FROM listener.refresh_dirty(%s, %s::text, %s::text, %s)",
+    cursor = await connection.execute(
+        "SELECT outcome, inserted, updated, deleted, version, duration"
+        " FROM listener.refresh_dirty(%s, %s::text, %s::text, %s)",
         (key.view_id, key.view, key.tenant, change.version),
     )
+    return _outcome(await cursor.fetchone())
 
 
 async def refresh_now(connection: AsyncConnection[Any], key: RefreshKey) -> Outcome:
     """Refreshes the key whether it is dirty or not. Raises as refresh()."""
-    return await _outcome(connection, "SELECT * FROM listener.refresh_key(%s::text, %s::text)", (key.view, key.tenant))
-
-
-async def _outcome(connection: AsyncConnection[Any], query: LiteralString, given: tuple[object, ...]) -> Outcome:
-    async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(query, given)
-        row = await cursor.fetchone()
-    assert row is not None
-    duration = row.get("duration")
-    return Outcome(
-        row["outcome"],
-        row["inserted"] or 0,
-        row["updated"] or 0,
-        row["deleted"] or 0,
-        row["version"] or 0,
-        None if duration is None else duration.total_seconds(),
+    cursor = await connection.execute(
+        "SELECT outcome, inserted, updated, deleted, version, duration FROM listener.refresh_key(%s::text, %s::text)",
+        (key.view, key.tenant),
     )
+    return _outcome(await cursor.fetchone())
+
+
+def _outcome(row: tuple[Any, ...] | None) -> Outcome:
+    assert row is not None
+    duration = None if row[5] is None else row[5].total_seconds()
+    return Outcome(row[0], row[1] or 0, row[2] or 0, row[3] or 0, row[4] or 0, duration)

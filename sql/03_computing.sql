@@ -27,6 +27,48 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(view.compute_role, i.service_role) FROM listener.installation i
 $function$;
 
+-- check_compute_role(role): raises LSN03 where a view should not be computed as this role: it must be one that cannot log in
+-- and that row-level security binds; it must be able to become no role that has more, and none of the service's, whose
+-- rights reach every team; and the owner of this schema must be its member, to give it the functions that compute. NULL is right.
+CREATE OR REPLACE FUNCTION listener.check_compute_role(role name) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    installed listener.installation;
+    known pg_roles;
+    wrong text;
+    hint text;
+BEGIN
+    IF role IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT i.* INTO installed FROM listener.installation i;
+    SELECT r.* INTO known FROM pg_roles r WHERE r.rolname = role;
+    SELECT w.wrong, w.hint INTO wrong, hint
+    FROM (VALUES
+        (1, known.oid IS NULL, 'there is no such role', format('CREATE ROLE %1$I NOLOGIN; GRANT %1$I TO %2$I;', role, installed.owner_role)),
+        (2, known.rolsuper, 'it is a superuser', format('ALTER ROLE %I NOSUPERUSER;', role)),
+        (3, known.rolbypassrls, 'row-level security does not bind it', format('ALTER ROLE %I NOBYPASSRLS;', role)),
+        (4, known.rolcanlogin, 'it may log in', format('ALTER ROLE %I NOLOGIN;', role)),
+        (5, known.rolcreaterole, 'it may make roles', format('ALTER ROLE %I NOCREATEROLE;', role))) AS w (ord, is_so, wrong, hint)
+    WHERE w.is_so ORDER BY w.ord LIMIT 1;
+    IF role IN (installed.owner_role, installed.service_role, installed.compute_role) THEN
+        wrong := 'it is a role of the installation';
+        hint := format('Leave it out, or make one of its own: CREATE ROLE team_compute NOLOGIN; GRANT team_compute TO %I;', installed.owner_role);
+    ELSIF wrong IS NULL THEN
+        SELECT format('it is a member of %I', m.other), format('REVOKE %I FROM %I;', m.other, role) INTO wrong, hint
+        FROM unnest(ARRAY[installed.owner_role, installed.service_role, installed.compute_role]) AS m (other)
+        WHERE pg_has_role(role, m.other, 'MEMBER') LIMIT 1;
+    END IF;
+    IF wrong IS NULL AND NOT pg_has_role(installed.owner_role, role, 'MEMBER') THEN
+        wrong := format('%I is no member of it', installed.owner_role);
+        hint := format('GRANT %I TO %I;', role, installed.owner_role);
+    END IF;
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION 'no view is computed as %: %', role, wrong USING ERRCODE = 'LSN03', HINT = hint;
+    END IF;
+END
+$function$;
+
 -- set_clauses(settings): SET clauses of a function, of settings by name. The value of search_path is a list of quoted
 -- names; quoted as a whole, it would be one name.
 CREATE OR REPLACE FUNCTION listener.set_clauses(settings jsonb) RETURNS text
@@ -213,31 +255,14 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.evaluate(view listener.managed_view, statement text, tenant text) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     computed jsonb;
+    previous jsonb := listener.use_settings(listener.custom_settings(view));
     call text := format('SELECT listener_private.%I($1, $2)', 'evaluate_' || view.id);
-    custom jsonb := listener.custom_settings(view);
-    callers jsonb := listener.set_custom(custom);
 BEGIN
     EXECUTE call INTO computed USING statement, tenant;
-    PERFORM listener.set_custom(callers);
+    PERFORM listener.use_settings(previous), listener.give_back_tenant(callers_tenant);
     RETURN computed;
-END
-$function$;
-
--- set_custom(settings): sets settings that no SET clause can pin, to the end of the transaction. Returns what they were.
-CREATE OR REPLACE FUNCTION listener.set_custom(settings jsonb) RETURNS jsonb
-LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    callers jsonb := '{}';
-    setting record;
-BEGIN
-    IF settings <> '{}' THEN
-        FOR setting IN SELECT s.key, s.value FROM jsonb_each_text(settings) s LOOP
-            callers := callers || jsonb_build_object(setting.key, current_setting(setting.key, true));
-            PERFORM set_config(setting.key, setting.value, true);
-        END LOOP;
-    END IF;
-    RETURN callers;
 END
 $function$;
 
@@ -245,10 +270,12 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.plan(view_id integer, preparation text[], questions jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     answers jsonb;
     call text := format('SELECT listener_private.%I($1, $2)', 'plan_' || view_id);
 BEGIN
     EXECUTE call INTO answers USING preparation, questions;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN answers;
 END
 $function$;
@@ -279,6 +306,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.evaluate_as(role name, statement text, tenant text, settings jsonb DEFAULT '{}') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     computed jsonb;
     is_done boolean;
 BEGIN
@@ -297,12 +325,14 @@ BEGIN
             RAISE;
         END IF;
     END;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN computed;
 END
 $function$;
 CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     answers jsonb;
     is_done boolean;
 BEGIN
@@ -320,6 +350,7 @@ BEGIN
             RAISE;
         END IF;
     END;
+    PERFORM listener.give_back_tenant(callers_tenant);
     RETURN answers;
 END
 $function$;

@@ -93,9 +93,9 @@ DECLARE
     was_quick boolean;
     twice text;
     difference text := format('SELECT * FROM listener_private.%I($1)', 'difference_' || managed.id);
-    custom jsonb := listener.custom_settings(managed);
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
+    custom jsonb := listener.custom_settings(managed);
 BEGIN
     PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
@@ -114,17 +114,18 @@ BEGIN
     IF was_quick THEN
         PERFORM set_config('plan_cache_mode', 'auto', true);
     END IF;
+
     IF custom <> '{}' THEN
-        custom := listener.set_custom(custom);
+        custom := listener.use_settings(custom);
     END IF;
 
     EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
     -- Before anything is called by a name that is not qualified: what the definition calls may have set a path.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
-            pg_catalog.set_config('app.current_tenant_id', callers_tenant, true),
             pg_catalog.set_config('app.execution_context', callers_context, true);
+    PERFORM listener.give_back_tenant(callers_tenant);
     IF custom <> '{}' THEN
-        PERFORM listener.set_custom(custom);
+        PERFORM listener.use_settings(custom);
     END IF;
     IF twice IS NOT NULL THEN
         RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice

@@ -10,13 +10,17 @@
 -- is still being filled for an adoption or an alteration.
 -- Everything or nothing: an error of one view takes back what was refreshed before it. It is raised with the SQLSTATE that it
 -- has, and names the view.
+-- refresh() is called with the path of the caller, which it gives back, for the session where it must; so there is no SET
+-- clause here, which would keep the caller's from it.
 -- Raises LSN02 where this can be no tenant of any view, and what refresh() raises.
 CREATE OR REPLACE FUNCTION listener.refresh_all_for_tenant(tenant_id text)
 RETURNS TABLE (
     view_name text, outcome text, inserted bigint, updated bigint, deleted bigint, version bigint, duration interval)
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER AS $function$
 #variable_conflict use_column
 DECLARE
+    callers_path text := pg_catalog.current_setting('search_path');
+    pinned_path text := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     key record;
     started timestamptz;
     shown integer[] := '{}';
@@ -52,8 +56,10 @@ BEGIN
                 SELECT 'fresh', 0, 0, 0, r.refreshed_version INTO outcome, inserted, updated, deleted, version
                 FROM (SELECT) AS nothing LEFT JOIN LATERAL listener.state_of(key.id, '') r ON true;
             ELSE
+                PERFORM set_config('search_path', callers_path, true);
                 SELECT r.outcome, r.inserted, r.updated, r.deleted, r.version
                 INTO outcome, inserted, updated, deleted, version FROM listener.refresh(key.name, key.tenant) r;
+                PERFORM pg_catalog.set_config('search_path', pinned_path, true);
             END IF;
         EXCEPTION WHEN OTHERS THEN
             GET STACKED DIAGNOSTICS failed_message = MESSAGE_TEXT, failed_detail = PG_EXCEPTION_DETAIL,
@@ -85,6 +91,7 @@ BEGIN
           SELECT FROM listener.view_source w JOIN listener.managed_view d ON d.id = w.view_id
           WHERE w.source_id = s.id
             AND (d.id <> ALL (shown) OR (d.strategy = 'tenant' AND d.tenant_type <> u.tenant_type)));
+    PERFORM set_config('search_path', callers_path, true);
 END
 $function$;
 

@@ -14,6 +14,8 @@
 --   timezone        the time zone that the query is read and computed in
 --   target_rls      row-level security on the target, by app.current_tenant_id
 --   max_staleness   how old a change that is not shown may get before an alert: docs/operations.md, ListenerTooStale
+--   compute_role    the role that the query is computed as, where its team's code is to reach nothing of other teams; left
+--                   out: that of the installation. check_compute_role() says what it must be
 -- It is read and computed under the session's other settings, DateStyle say: view.settings keeps them.
 -- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
 -- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
@@ -23,7 +25,7 @@ CREATE OR REPLACE FUNCTION listener.create_view(
     tenants_query text DEFAULT NULL, depends_on regclass[] DEFAULT NULL,
     quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
     max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', target_rls boolean DEFAULT false,
-    max_staleness interval DEFAULT NULL)
+    max_staleness interval DEFAULT NULL, compute_role name DEFAULT NULL)
 RETURNS void
 LANGUAGE plpgsql AS $function$
 #variable_conflict use_variable
@@ -96,6 +98,8 @@ BEGIN
     view.time_zone := timezone;
     view.target_rls := target_rls;
     view.max_staleness := max_staleness;
+    view.compute_role := compute_role;
+    PERFORM listener.check_compute_role(compute_role);
     PERFORM listener.check_window(
         view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone, view.max_staleness);
 
@@ -216,6 +220,39 @@ DECLARE
 BEGIN
     EXECUTE pg_catalog.format('GRANT SELECT ON %I.%I TO %I', managed.target_schema, managed.target_name, role);
     PERFORM pg_catalog.set_config('role', previous_role, true);
+END
+$function$;
+
+-- set_compute_role(view, role): has a view computed as another role from now on; NULL: as that of the installation. What the
+-- one before was granted of its target and its definition is taken from it; what the new one is to read it must have been granted.
+-- Raises LSN03 as check_compute_role() and check_readable() do, having done nothing.
+CREATE OR REPLACE FUNCTION listener.set_compute_role(view text, role name) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    previous_role text := listener.become_owner();
+    managed listener.managed_view;
+    before name;
+    target text;
+BEGIN
+    PERFORM listener.lock_registration(), listener.check_compute_role(role);
+    managed := listener.find_view(view);
+    before := listener.grantee_of(managed);
+    managed.compute_role := role;
+    target := format('%I.%I', managed.target_schema, managed.target_name);
+    IF managed.strategy = 'materialized view' THEN
+        RAISE EXCEPTION '% is a materialized view, and its owner''s rights compute it', managed.name USING ERRCODE = 'LSN03';
+    END IF;
+    PERFORM listener.check_readable(to_regclass('listener.definition_' || managed.id), listener.grantee_of(managed)),
+            listener.check_readable(to_regclass('listener.tenants_' || managed.id), listener.grantee_of(managed));
+    UPDATE listener.managed_view v SET compute_role = role WHERE v.id = managed.id;
+    EXECUTE format('REVOKE ALL ON %s, listener.%I, listener.%I FROM %I', target, 'definition_' || managed.id,
+                   'tenants_' || managed.id, before);
+    PERFORM listener.grant_target(managed), listener.grant_definition(managed), listener.generate_difference(managed);
+    IF managed.target_rls THEN
+        EXECUTE format('ALTER POLICY listener_list ON %s TO %I', target, listener.grantee_of(managed));
+    END IF;
+    -- Under row-level security another role may see other rows.
+    PERFORM listener.mark_all_dirty(managed.id), set_config('role', previous_role, true);
 END
 $function$;
 

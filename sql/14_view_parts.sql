@@ -146,7 +146,9 @@ BEGIN
     SELECT string_agg(format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %I',
                              n.nspname, role, r.relid::regclass, role), '; ') INTO denied
     FROM listener.reads(relation) r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE NOT has_any_column_privilege(role, r.relid, 'SELECT') OR NOT has_schema_privilege(role, n.oid, 'USAGE');
+    -- What is ours is granted with the view.
+    WHERE n.nspname <> 'listener'
+      AND (NOT has_any_column_privilege(role, r.relid, 'SELECT') OR NOT has_schema_privilege(role, n.oid, 'USAGE'));
     IF denied IS NOT NULL THEN
         RAISE EXCEPTION 'role % may not read what the query reads', role USING ERRCODE = 'LSN03', HINT = denied || ';';
     END IF;
@@ -397,8 +399,7 @@ BEGIN
     END IF;
     EXECUTE format('COMMENT ON TABLE %s IS %L', target,
                    'Kept fresh by listener from listener.definition_' || view.id || '; not to be written by hand.');
-    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', target, grantee);
-    PERFORM listener.grant_definition(view);
+    PERFORM listener.grant_target(view), listener.grant_definition(view);
     IF NOT has_schema_privilege(grantee, view.target_schema, 'USAGE') THEN
         RAISE EXCEPTION 'role % has no USAGE on schema %', grantee, view.target_schema USING ERRCODE = 'LSN03',
             HINT = format('GRANT USAGE ON SCHEMA %I TO %I;', view.target_schema, grantee);
@@ -427,7 +428,16 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT 'nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL'
 $function$;
 
--- grant_definition(view): whoever computes the view reads its definition and its tenants query.
+-- grant_target(view): what computes the view writes its target.
+CREATE OR REPLACE FUNCTION listener.grant_target(view listener.managed_view) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %I.%I TO %I', view.target_schema, view.target_name,
+                   listener.grantee_of(view));
+END
+$function$;
+
+-- grant_definition(view): what computes the view reads its definition and its tenants query.
 CREATE OR REPLACE FUNCTION listener.grant_definition(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN

@@ -70,7 +70,8 @@ BEGIN
         depends_on => coalesce(depends_on, managed.depends_on::regclass[]),
         quiet_period => managed.quiet_period, max_wait => managed.max_wait, edge => managed.edge,
         max_age => coalesce(max_age, managed.max_age), timezone => coalesce(timezone, managed.time_zone),
-        target_rls => coalesce(target_rls, managed.target_rls), max_staleness => managed.max_staleness);
+        target_rls => coalesce(target_rls, managed.target_rls), max_staleness => managed.max_staleness,
+        compute_role => managed.compute_role);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), listener.use_settings(previous);
     UPDATE listener.managed_view v SET replaces = managed.id
     WHERE (v.target_schema, v.target_name) = (managed.target_schema, ('listener_alter_' || managed.id)::name)

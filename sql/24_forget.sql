@@ -74,6 +74,7 @@ RETURNS TABLE (view_name text, rows_deleted bigint, records bigint)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 DECLARE
+    callers_tenant text := current_setting('app.current_tenant_id', true);
     previous_role text := listener.become_owner();
     only_view listener.managed_view;
     key record;
@@ -108,8 +109,8 @@ BEGIN
         -- The definition has no row of it: what a refresh does, which a paused view has none of, deletes those of the target.
         PERFORM set_config('app.current_tenant_id', key.spelled, true), set_config('app.execution_context', 'worker', true);
         EXECUTE format('SELECT d.column3 FROM listener_private.%I($1) d', 'difference_' || key.view_id) INTO deleted USING key.spelled;
-        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('app.current_tenant_id', '', true),
-                pg_catalog.set_config('app.execution_context', '', true);
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('app.execution_context', '', true);
+        PERFORM listener.give_back_tenant(callers_tenant);
         rows_deleted := rows_deleted + deleted;
         DELETE FROM listener.refresh_state r WHERE r.view_id = key.view_id AND r.tenant = key.spelled;
         GET DIAGNOSTICS counted = ROW_COUNT;

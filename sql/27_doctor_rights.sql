@@ -1,39 +1,40 @@
 -- Who may do what, for `listener doctor`: the rights that the service's role needs, those that nobody should have, and
 -- what row-level security lets through.
 
--- needed_rights(): every right that the service's role needs, and some of the owner's, with whether it has it.
+-- needed_rights(): every right that the service's role needs, each view's compute role, and some of the owner's, with whether
+-- it has it.
 --   level: what it is where it is missing. A right that only create_view or a migration needs is a warning.
 CREATE OR REPLACE FUNCTION listener.needed_rights()
 RETURNS TABLE (level text, view text, object text, right_name text, role name, held boolean, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
     WITH RECURSIVE installed AS (
         SELECT i.owner_role, i.service_role, i.service_role <> i.owner_role AS apart FROM listener.installation i
-    ), walk (view, relid, relkind) AS (
-        SELECT v.name, c.oid, c.relkind FROM listener.managed_view v
+    ), walk (view, role, relid, relkind) AS (
+        SELECT v.name, listener.grantee_of(v), c.oid, c.relkind FROM listener.managed_view v
         JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
         -- What its owner computes, as a materialized view's, needs no right of the service's.
         WHERE c.reloptions @> '{security_invoker=true}'
         UNION
-        SELECT w.view, c.oid, c.relkind
+        SELECT w.view, w.role, c.oid, c.relkind
         FROM walk w JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v'
         JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
         JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.oid <> w.relid
     ), used AS MATERIALIZED (
         -- By whom a relation is read decides the view that names it: its owner, unless it is security_invoker.
-        SELECT w.view, d.refclassid, d.refobjid, d.refobjsubid,
+        SELECT w.view, w.role, d.refclassid, d.refobjid, d.refobjsubid,
                w.relid IN (SELECT c.oid FROM pg_class c, pg_options_to_table(c.reloptions) o
                            WHERE c.oid = w.relid AND o.option_name = 'security_invoker' AND o.option_value::boolean) AS by_caller
         FROM walk w JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v'
         JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
         WHERE d.refobjid <> w.relid AND d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass)
     ), read AS (
-        SELECT string_agg(DISTINCT u.view, ', ' ORDER BY u.view) AS view, c.oid, c.relnamespace, bool_or(u.by_caller) AS by_caller,
+        SELECT string_agg(DISTINCT u.view, ', ' ORDER BY u.view) AS view, u.role, c.oid, c.relnamespace, bool_or(u.by_caller) AS by_caller,
                array_agg(DISTINCT u.refobjsubid) FILTER (WHERE u.refobjsubid > 0) AS columns
         FROM used u JOIN pg_class c ON c.oid = u.refobjid AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
         WHERE u.refclassid = 'pg_class'::regclass AND c.relnamespace <> 'listener'::regnamespace
-        GROUP BY c.oid
+        GROUP BY c.oid, u.role
     ), target AS (
-        SELECT v.id, v.name, v.strategy, c.oid, c.relnamespace
+        SELECT v.id, v.name, v.strategy, listener.grantee_of(v) AS role, c.oid, c.relnamespace
         FROM listener.managed_view v
         JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
     )
@@ -54,23 +55,22 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                to_regclass(CASE r.kind WHEN 'FUNCTION' THEN NULL ELSE r.object END)::oid AS relation
         FROM listener.needed_right r) n
     UNION ALL
-    SELECT 'error', v.name, c.oid::regclass::text, 'SELECT', i.service_role,
-           has_table_privilege(i.service_role, c.oid, 'SELECT'),
-           format('GRANT SELECT ON %s TO %I;', c.oid::regclass, i.service_role)
-    FROM installed i CROSS JOIN listener.managed_view v
+    SELECT 'error', v.name, c.oid::regclass::text, 'SELECT', g.role, has_table_privilege(g.role, c.oid, 'SELECT'),
+           format('GRANT SELECT ON %s TO %I;', c.oid::regclass, g.role)
+    FROM listener.managed_view v CROSS JOIN LATERAL listener.grantee_of(v) AS g (role)
     JOIN pg_class c ON c.oid IN (to_regclass('listener.definition_' || v.id), to_regclass('listener.tenants_' || v.id))
     UNION ALL
     -- That the target may be written, view_troubles() says.
-    SELECT 'ok', t.name, t.oid::regclass::text, w.right_name, i.service_role,
-           has_table_privilege(i.service_role, t.oid, w.right_name), NULL
-    FROM installed i CROSS JOIN target t CROSS JOIN unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) w (right_name)
+    SELECT 'ok', t.name, t.oid::regclass::text, w.right_name, t.role,
+           has_table_privilege(t.role, t.oid, w.right_name), NULL
+    FROM target t CROSS JOIN unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) w (right_name)
     WHERE t.strategy <> 'materialized view'
     UNION ALL
-    SELECT 'error', string_agg(t.name, ', ' ORDER BY t.name), 'schema ' || n.nspname, 'USAGE', i.service_role,
-           has_schema_privilege(i.service_role, n.oid, 'USAGE'),
-           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, i.service_role)
-    FROM installed i CROSS JOIN target t JOIN pg_namespace n ON n.oid = t.relnamespace
-    GROUP BY n.oid, n.nspname, i.service_role
+    SELECT 'error', string_agg(t.name, ', ' ORDER BY t.name), 'schema ' || n.nspname, 'USAGE', t.role,
+           has_schema_privilege(t.role, n.oid, 'USAGE'),
+           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, t.role)
+    FROM target t JOIN pg_namespace n ON n.oid = t.relnamespace
+    GROUP BY n.oid, n.nspname, t.role
     UNION ALL
     -- To make the target again, and whatever comes next.
     SELECT 'warning', NULL, 'schema ' || n.nspname, w.right_name, i.owner_role,
@@ -85,26 +85,26 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     -- Where all targets were adopted, it may be revoked: see docs/adopting.md.
     WHERE w.right_name <> 'CREATE' OR NOT t.is_adopted
     UNION ALL
-    SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', i.service_role,
-           has_table_privilege(i.service_role, r.oid, 'SELECT')
-               OR (has_any_column_privilege(i.service_role, r.oid, 'SELECT') AND NOT EXISTS (
-                       SELECT FROM unnest(r.columns) c (attnum) WHERE NOT has_column_privilege(i.service_role, r.oid, c.attnum::smallint, 'SELECT'))),
-           format('GRANT SELECT ON %s TO %I;', r.oid::regclass, i.service_role)
-    FROM installed i CROSS JOIN read r
+    SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', r.role,
+           has_table_privilege(r.role, r.oid, 'SELECT')
+               OR (has_any_column_privilege(r.role, r.oid, 'SELECT') AND NOT EXISTS (
+                       SELECT FROM unnest(r.columns) c (attnum) WHERE NOT has_column_privilege(r.role, r.oid, c.attnum::smallint, 'SELECT'))),
+           format('GRANT SELECT ON %s TO %I;', r.oid::regclass, r.role)
+    FROM read r
     UNION ALL
-    SELECT 'warning', string_agg(r.view, ', '), 'schema ' || n.nspname, 'USAGE', i.service_role,
-           has_schema_privilege(i.service_role, n.oid, 'USAGE'),
-           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, i.service_role)
-    FROM installed i CROSS JOIN read r JOIN pg_namespace n ON n.oid = r.relnamespace
-    WHERE r.relnamespace NOT IN (SELECT t.relnamespace FROM target t)
-    GROUP BY n.oid, n.nspname, i.service_role
+    SELECT 'warning', string_agg(r.view, ', '), 'schema ' || n.nspname, 'USAGE', r.role,
+           has_schema_privilege(r.role, n.oid, 'USAGE'),
+           format('GRANT USAGE ON SCHEMA %I TO %I;', n.nspname, r.role)
+    FROM read r JOIN pg_namespace n ON n.oid = r.relnamespace
+    WHERE r.relnamespace NOT IN (SELECT t.relnamespace FROM target t WHERE t.role = r.role)
+    GROUP BY n.oid, n.nspname, r.role
     UNION ALL
-    SELECT 'error', string_agg(DISTINCT u.view, ', '), p.oid::regprocedure::text, 'EXECUTE', i.service_role,
-           has_function_privilege(i.service_role, p.oid, 'EXECUTE'),
-           format('GRANT EXECUTE ON FUNCTION %s TO %I;', p.oid::regprocedure, i.service_role)
-    FROM installed i CROSS JOIN used u JOIN pg_proc p ON u.refclassid = 'pg_proc'::regclass AND p.oid = u.refobjid
+    SELECT 'error', string_agg(DISTINCT u.view, ', '), p.oid::regprocedure::text, 'EXECUTE', u.role,
+           has_function_privilege(u.role, p.oid, 'EXECUTE'),
+           format('GRANT EXECUTE ON FUNCTION %s TO %I;', p.oid::regprocedure, u.role)
+    FROM used u JOIN pg_proc p ON u.refclassid = 'pg_proc'::regclass AND p.oid = u.refobjid
     WHERE p.pronamespace <> 'listener'::regnamespace
-    GROUP BY p.oid, i.service_role
+    GROUP BY p.oid, u.role
     UNION ALL
     -- Every drain looks which cluster this is.
     SELECT 'error', NULL, 'pg_control_system()', 'EXECUTE', i.service_role,
@@ -405,6 +405,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                   i.service_role, s.mine, s.some_qual)
     FROM installed i CROSS JOIN summed s
     WHERE s.permissive > 0 AND s.open_policy IS NULL AND NOT s.reads_tenant
+    UNION ALL
+    SELECT 'row security', 'warning', NULL, p.relation::text,
+           format('its policy %I raises in a session that names no tenant and named one before, or refreshed something: '
+                  'PostgreSQL leaves the setting as an empty text, which is no %s.', p.policy, p.type),
+           coalesce(format('ALTER POLICY %I ON %s %s;', p.policy, p.relation, p.mended),
+                    'Take nullif(current_setting(…, true), '''') in the function that it calls.')
+    FROM listener.raising_policies() p
     UNION ALL
     SELECT 'row security', 'ok', s.readers, s.source, format('enabled and forced, by %I', s.some_policy), NULL
     FROM summed s

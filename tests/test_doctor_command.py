@@ -55,7 +55,7 @@ def test_evidence_lists_each_right_with_what_the_server_says_of_it(sample: Datab
         ("public.mv_channel_performance", "listener_service has DELETE"),
         ("schema dashboard", "listener_service has USAGE"),
         ("listener.drain()", "listener_service has EXECUTE"),
-        ("listener.drain()", "listener_service has OWNER"),
+        ("listener.drain()", "listener_service has EXECUTE"),
         ("role pg_read_all_stats", "listener_service has MEMBER"),
     } <= rights
     assert {problem for what, problem in rights if "revenue_ledger" in what} == {"listener_service has SELECT"}

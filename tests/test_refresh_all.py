@@ -224,6 +224,37 @@ async def test_it_needs_its_own_grant_and_read_committed(shop: Database, service
     assert refused.value.sqlstate == "LSN05"
 
 
+async def test_the_callers_path_is_what_it_was_whatever_a_definition_does_to_it(
+    shop: Database, superuser: AsyncConnection[Any]
+) -> None:
+    await superuser.execute(
+        """
+        SET ROLE shop_owner;
+        CREATE FUNCTION shop.lure(quantity bigint) RETURNS bigint LANGUAGE plpgsql VOLATILE AS
+            $$ BEGIN PERFORM set_config('search_path', 'shop', false); RETURN quantity; END $$;
+        RESET ROLE;
+        GRANT CREATE, USAGE ON SCHEMA shop TO shop_app;
+        """
+    )
+    await create_view(
+        shop, "lured", "SELECT tenant_id, shop.lure(sum(quantity)) AS n FROM shop.orders GROUP BY 1", ["tenant_id"],
+        depends_on="{}",
+    )  # fmt: skip
+    async with shop.connect("listener_service") as other:
+        await settle_all(other)
+    await may_refresh(superuser)
+    for user in ("listener_service", "listener_migrator", "postgres", "shop_app"):
+        async with shop.connect(user) as caller:
+            await caller.execute("SET search_path = pg_catalog, listener, public")
+            assert ("lured", "refreshed") in await rows(caller, CALL, ANNA)
+            path = await one(caller, "SELECT pg_catalog.current_setting('search_path')")
+            assert path == "pg_catalog, listener, public", user
+            async with caller.transaction():
+                await caller.execute("SET LOCAL search_path = pg_catalog, public")
+                await rows(caller, CALL, ANNA)
+                assert await one(caller, "SELECT pg_catalog.current_setting('search_path')") == "pg_catalog, public"
+
+
 async def test_what_is_being_altered_is_refreshed_where_dashboards_read_it(
     shop: Database, service: AsyncConnection[Any]
 ) -> None:

@@ -1,0 +1,62 @@
+-- The setting app.current_tenant_id, in the session that calls.
+--
+-- PostgreSQL does not take such a setting back to where it was unset: once it was set in a session, even for one transaction, even for
+-- one that was rolled back, it is '' afterwards, and RESET and DISCARD ALL give ''. A policy that casts it, and expects NULL where no
+-- tenant was named, raises from then on: ''::uuid is no uuid. So a session that had named no tenant is left with one that nobody is.
+-- What remains: a transaction that is rolled back takes that with it and leaves ''; so does DISCARD ALL. Only the policy itself
+-- (nullif(…, '')), or a value for the role (ALTER ROLE … SET app.current_tenant_id), helps there. `listener doctor` names such policies.
+
+-- raising_policies(): the policies that raise where the setting is '', and not where it is unset.
+--   type   that they cast the setting to
+--   mended   USING and WITH CHECK as they should be; NULL where a function does it
+CREATE OR REPLACE FUNCTION listener.raising_policies() RETURNS TABLE (relation regclass, policy name, type text, mended text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH pattern (cast_of) AS (
+        VALUES ('current_setting\(''app\.current_tenant_id''(?:::text)?,\s*true\)(\)*)(\s*::\s*|\s+as\s+)(uuid|bigint|integer|smallint|numeric|int\d?)\M')
+    ), policy AS (
+        SELECT p.oid, p.polrelid, p.polname, pg_get_expr(p.polqual, p.polrelid) AS qual, pg_get_expr(p.polwithcheck, p.polrelid) AS checked
+        FROM pg_policy p
+        WHERE concat(p.polqual, p.polwithcheck) ~ ':funcid 3294\M'
+           OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_policy'::regclass AND d.objid = p.oid AND d.refclassid = 'pg_proc'::regclass)
+    )
+    SELECT p.polrelid::regclass, p.polname, lower(f.found[3]),
+           CASE WHEN f.own THEN concat_ws(
+               ' ', 'USING (' || regexp_replace(p.qual, t.cast_of, 'nullif(\&, '''')', 'gi') || ')',
+               'WITH CHECK (' || regexp_replace(p.checked, t.cast_of, 'nullif(\&, '''')', 'gi') || ')') END
+    FROM policy p CROSS JOIN pattern t
+    CROSS JOIN LATERAL (
+        SELECT regexp_match(concat_ws(' ', p.qual, p.checked), t.cast_of, 'i') AS found, true AS own
+        UNION ALL
+        SELECT regexp_match(coalesce(pg_get_function_sqlbody(r.oid), r.prosrc), t.cast_of, 'i'), false
+        FROM pg_depend d JOIN pg_proc r ON r.oid = d.refobjid
+        WHERE d.classid = 'pg_policy'::regclass AND d.objid = p.oid AND d.refclassid = 'pg_proc'::regclass
+        ORDER BY 2 DESC) f
+    WHERE f.found IS NOT NULL
+$function$;
+
+-- nobody(type): a tenant that nobody is, as text.
+CREATE OR REPLACE FUNCTION listener.nobody(type text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    -- 'listener', and a version that no generator makes: the nil uuid is somebody's default tenant.
+    SELECT CASE WHEN type IN ('uuid', 'text') THEN '6c697374-656e-8572-8000-000000000000' WHEN type = 'smallint' THEN '-32768'
+                ELSE '-2147483648' END
+$function$;
+
+-- give_back_tenant(callers_tenant): sets app.current_tenant_id to what the caller had, for the rest of the transaction. Where the
+-- caller had none: for the session, to a tenant that nobody is, where a policy would raise otherwise; else it is ''. A session of the
+-- service itself always knows '' for none.
+CREATE OR REPLACE FUNCTION listener.give_back_tenant(callers_tenant text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    type text;
+BEGIN
+    IF current_setting('app.current_tenant_id', true) IS NOT DISTINCT FROM callers_tenant THEN
+        RETURN;
+    END IF;
+    IF callers_tenant IS NULL AND session_user <> (SELECT i.service_role FROM listener.installation i) THEN
+        SELECT r.type INTO type FROM listener.raising_policies() r GROUP BY r.type ORDER BY count(*) DESC, r.type LIMIT 1;
+    END IF;
+    PERFORM CASE WHEN type IS NULL THEN set_config('app.current_tenant_id', coalesce(callers_tenant, ''), true)
+                 ELSE set_config('app.current_tenant_id', listener.nobody(type), false) END;
+END
+$function$;
