@@ -1,4 +1,4 @@
-"""Adopting, keeping and turning back where row-level security binds the owner of a materialized view: what is refused."""
+"""Adopting, keeping and turning back where row-level security binds the owner: what is done, and what is refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ async def test_a_nested_view_reads_as_its_own_owner(stranger: Database, superuse
         """
         CREATE VIEW billing.all_invoices AS SELECT currency, amount FROM billing.invoices;
         GRANT SELECT ON billing.all_invoices TO acme_owner;
-        CREATE VIEW billing.own_invoices WITH (security_invoker = true) AS SELECT currency, amount FROM billing.invoices;
+        CREATE VIEW billing.own_invoices WITH (security_invoker = true) AS
+        SELECT currency, amount FROM billing.invoices;
         GRANT SELECT ON billing.own_invoices TO acme_owner;
         SET ROLE acme_owner;
         CREATE MATERIALIZED VIEW reporting.through_all AS SELECT sum(amount) FROM billing.all_invoices;
@@ -155,7 +156,8 @@ async def as_the_owner_computes_the_view(superuser: AsyncConnection[Any]) -> lis
     return await rows(
         superuser,
         """
-        WITH whole AS (SELECT q::text FROM reporting.invoice_totals_query q), held AS (SELECT t::text FROM reporting.invoice_totals t)
+        WITH whole AS (SELECT q::text FROM reporting.invoice_totals_query q),
+             held AS (SELECT t::text FROM reporting.invoice_totals t)
         (TABLE whole EXCEPT ALL TABLE held) UNION ALL (TABLE held EXCEPT ALL TABLE whole)
         """,
     )
@@ -229,3 +231,26 @@ async def test_what_counts_the_time_is_turned_back_at_one_moment(
     back = unadopt(stranger, WINDOW)
     assert back.returncode == 0, back.stderr
     assert await one(superuser, count) == before
+
+
+async def test_an_order_that_the_query_does_not_ask_for_is_no_reason_to_refuse(stranger: Database) -> None:
+    async with stranger.connect() as superuser:
+        await superuser.execute(
+            """
+            SET ROLE acme_owner;
+            CREATE TABLE billing.tags (tenant_id bigint, tag text, filling text DEFAULT repeat('x', 500));
+            CREATE INDEX ON billing.tags (tenant_id, tag DESC);
+            INSERT INTO billing.tags SELECT CASE WHEN n IN (1, 2000, 4000) THEN 1 ELSE 2 END, n FROM generate_series(1, 5000) n;
+            CREATE MATERIALIZED VIEW reporting.tags AS
+            SELECT tenant_id, string_agg(tag, ',') AS tags FROM billing.tags GROUP BY tenant_id;
+            GRANT SELECT ON billing.tags TO listener_service;
+            RESET ROLE
+            """
+        )
+        await superuser.execute("ANALYZE billing.tags")
+        tenants = ("--tenants-query", "SELECT DISTINCT tenant_id FROM billing.tags")
+        assert adopt(stranger, "reporting.tags", *tenants).returncode == 0
+        kept = await rows(superuser, "SELECT tags FROM reporting.tags WHERE tenant_id = 1")
+        back = unadopt(stranger, "reporting.tags")
+        assert back.returncode == 0, back.stderr
+        assert await rows(superuser, "SELECT tags FROM reporting.tags WHERE tenant_id = 1") != kept

@@ -1,4 +1,4 @@
-"""What adopt does and inventory proposes are one: dry runs, refusals, max_age, the owner of the target, who may write it."""
+"""What inventory proposes adopt does: dry runs, refusals, max_age, the owner of the target, and who may write it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from command import listener
 from conftest import Database
 from likeness import LEFTOVERS, likeness
 from shop import one, rows
-from stranger import BY_TENANT, RANKED, WINDOW
+from stranger import BY_TENANT, RANKED, TENANTS, WINDOW, invoice
 from test_adopt import LIST, adopt, unadopt
 from test_inventory import stock
 
@@ -28,7 +28,8 @@ ODD: LiteralString = """
     INSERT INTO billing.points VALUES (1, '(1,2)', 'a'), (2, '(3,4)', 'b');
     GRANT SELECT ON billing.points TO listener_service;
     CREATE MATERIALIZED VIEW reporting.points AS SELECT tenant_id, count(*) FROM billing.points GROUP BY 1;
-    CREATE MATERIALIZED VIEW reporting.odd_names AS SELECT note AS "listener.row", count(*) FROM billing.points GROUP BY 1;
+    CREATE MATERIALIZED VIEW reporting.odd_names AS
+    SELECT note AS "listener.row", count(*) FROM billing.points GROUP BY 1;
     CREATE MATERIALIZED VIEW reporting.whole AS SELECT count(*) FROM billing.points;
     CREATE UNLOGGED TABLE billing.passing (tenant_id bigint);
     CREATE MATERIALIZED VIEW reporting.passing AS SELECT tenant_id FROM billing.passing;
@@ -127,6 +128,15 @@ async def test_a_dry_run_leaves_an_adoption_alone_that_is_under_way(stranger: Da
         assert await rows(migrator, STATE) == before
 
 
+async def test_a_dry_run_waits_for_no_writer(stranger: Database) -> None:
+    async with stranger.connect("acme_app", autocommit=False) as app:
+        await app.execute("SELECT set_config('app.current_tenant_id', %s, false)", (TENANTS[0],))
+        await invoice(app, TENANTS[0], 1, "5")
+        shown = adopt(stranger, BY_TENANT, *LIST, "--dry-run")
+        assert shown.returncode == 0, shown.stderr
+        assert "refreshed by tenant" in shown.stdout
+
+
 async def test_no_setting_of_a_session_keeps_triggers_off_a_source(stranger: Database) -> None:
     async with stranger.connect("listener_migrator") as migrator:
         await migrator.execute("SET listener.rehearsal = '1'; SELECT listener.begin_rehearsal()")
@@ -144,7 +154,8 @@ async def test_the_grants_that_inventory_lists_are_those_that_adopt_needs(strang
             REVOKE USAGE ON SCHEMA billing FROM listener_service;
             SET ROLE acme_owner;
             CREATE VIEW billing.plain WITH (security_invoker = true) AS SELECT tenant_id, amount FROM billing.payments;
-            CREATE MATERIALIZED VIEW billing.sums AS SELECT tenant_id, sum(amount) AS amount FROM billing.plain GROUP BY 1;
+            CREATE MATERIALIZED VIEW billing.sums AS
+            SELECT tenant_id, sum(amount) AS amount FROM billing.plain GROUP BY 1;
             RESET ROLE
             """
         )
@@ -243,7 +254,7 @@ async def test_a_column_that_counts_the_clock_is_told_from_a_condition_on_it(str
                     SELECT p.tenant_id, ({} )::text AS "the Column {{1}}" FROM billing.payments p
                     WHERE p.received_at < now() GROUP BY p.tenant_id
                     """
-                ).format(sql.SQL(expression))  # type: ignore[arg-type]
+                ).format(sql.SQL(expression))
             )
             await superuser.execute(
                 """
