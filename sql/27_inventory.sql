@@ -180,6 +180,12 @@ BEGIN
                                      installed.service_role, read.source, installed.service_role);
         END IF;
     END LOOP;
+    IF listener.session_refusal(relation) IS NOT NULL THEN
+        strategy := 'refused';
+        why := format('its rows depend on the session that computes them: it reads %s', listener.session_refusal(relation));
+        mends := ARRAY['leave that away, or store in a column what it is needed for'];
+        RETURN;
+    END IF;
     SELECT string_agg(DISTINCT f.funcid::regprocedure::text, ', ') INTO hiding 
     FROM (SELECT relation::oid AS relid UNION SELECT v.relid FROM listener.tenant_views(relation) v) v
     CROSS JOIN LATERAL listener.hiding_functions(v.relid) f;
