@@ -234,6 +234,12 @@ async def _check(connection: AsyncConnection[Any], view: str, request: Request, 
     async for _, _, difference in operations.verify(connection, [view]):
         if difference is None or difference.verdict == "stale":
             continue
+        if difference.untenanted:
+            if request.strategy == BY_TENANT:
+                raise _NotByTenantError(
+                    f"computed alone, other rows come out for rows without a tenant ({difference.missing} of them)"
+                )
+            continue
         # The time went on since it was filled.
         if difference.verdict == "moved" and await _is_exact_now(connection, view, difference.tenant_id or ""):
             continue

@@ -32,6 +32,7 @@ class Request:
     timezone: str | None = None
     target_rls: bool = False
     owner: str | None = None
+    compute_role: str | None = None
 
     def by(self, strategy: str) -> Request:
         """The same by this strategy: a view that is refreshed as a whole has no tenants."""
@@ -56,7 +57,7 @@ def begin_statement(request: Request, *, path: sql.Composable | None = None) -> 
         if (columns := getattr(request, name)) is not None:
             cast = "name[]" if name == "key_columns" else "regclass[]"
             given[name] = sql.SQL("{}::{}").format(sql.Literal(list(columns)), sql.SQL(cast))
-    for name in ("tenants_query", "quiet_period", "max_wait", "max_age", "timezone", "owner"):
+    for name in ("tenants_query", "quiet_period", "max_wait", "max_age", "timezone", "owner", "compute_role"):
         if (value := getattr(request, name)) is not None:
             given[name] = sql.Literal(value)
     if request.target_rls:

@@ -30,7 +30,7 @@ class Step:
     """What is to be done for one view.
 
     `changes`: a line for each thing that differs. `rebuild` and `window` are those arguments of begin_alter and
-    set_window that are to change; `readers` have to be granted SELECT.
+    set_window that are to change; `readers` have to be granted SELECT; `compute_role` is the one to set, none where it stays.
     """
 
     view: str
@@ -41,6 +41,12 @@ class Step:
     rebuild: dict[str, Any] = field(default_factory=dict)
     window: dict[str, Any] = field(default_factory=dict)
     readers: list[str] = field(default_factory=list)
+    compute_role: list[str | None] = field(default_factory=list)
+
+    @property
+    def settings(self) -> list[str]:
+        """The names of what is set without building the view again."""
+        return [*self.window, *(["compute_role"] if self.compute_role else [])]
 
 
 async def plan(connection: AsyncConnection[Any], files: list[ViewFile]) -> list[Step]:
@@ -90,14 +96,15 @@ async def registered(connection: AsyncConnection[Any]) -> list[DictRow]:
                    array_remove(v.key_columns, v.tenant_column)::text[] AS key_columns,
                    v.tenant_column::text, v.tenants_query, v.depends_on, v.time_zone AS timezone, v.target_rls,
                    v.quiet_period::text, v.max_wait::text, v.edge, v.max_age::text, v.max_staleness::text,
+                   v.compute_role::text,
                    cardinality(v.key_columns) AS keys,
                    ARRAY(SELECT DISTINCT r.rolname::text
                          FROM pg_class c, aclexplode(c.relacl) x JOIN pg_roles r ON r.oid = x.grantee
                          WHERE c.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
-                           AND x.privilege_type = 'SELECT' AND x.grantee NOT IN (c.relowner, (
-                               SELECT s.oid FROM pg_roles s WHERE s.rolname = i.service_role))
+                           AND x.privilege_type = 'SELECT' AND x.grantee <> c.relowner
+                           AND r.rolname <> listener.grantee_of(v)
                          ORDER BY 1) AS readers
-            FROM listener.managed_view v CROSS JOIN listener.installation i WHERE v.replaces IS NULL ORDER BY v.name
+            FROM listener.managed_view v WHERE v.replaces IS NULL ORDER BY v.name
             """
         )
         rows = await cursor.fetchall()
@@ -140,6 +147,9 @@ async def _compared(connection: AsyncConnection[Any], file: ViewFile, row: DictR
             step.rebuild["depends_on"] = depends_on
             step.changes.append(f"depends_on: {_shown(row['depends_on'])} -> {_shown(named)}")
     await _compare_window(connection, step, file, row)
+    if (role := wanted.get("compute_role")) != row["compute_role"]:
+        step.compute_role = [role]
+        step.changes.append(f"compute_role: {_shown(row['compute_role'])} -> {_shown(role)}")
     step.readers = [role for role in file.readers if role not in row["readers"]]
     step.changes += [f"{role} is to read it" for role in step.readers]
     if step.rebuild:
@@ -223,8 +233,12 @@ async def create_all(connection: AsyncConnection[Any], files: list[ViewFile]) ->
         waiting = [file for file, _ in failed]
 
 
-async def set_window(connection: AsyncConnection[Any], step: Step) -> None:
-    """listener.set_window() for what differs."""
+async def set_settings(connection: AsyncConnection[Any], step: Step) -> None:
+    """listener.set_compute_role() and listener.set_window() for what differs. Raises psycopg.Error."""
+    for role in step.compute_role:
+        await connection.execute("SELECT listener.set_compute_role(%s, %s)", (step.view, role))
+    if not step.window:
+        return
     await connection.execute(
         """
         SELECT listener.set_window(%(view)s, %(quiet_period)s::interval, %(max_wait)s::interval, %(edge)s,
@@ -249,7 +263,16 @@ def file_of(row: DictRow) -> str:
     whole = row["strategy"] == "whole"
     options = {
         name: row[name]
-        for name in ("key_columns", "tenant_column", "tenants_query", "depends_on", *WINDOW, "timezone", "target_rls")
+        for name in (
+            "key_columns",
+            "tenant_column",
+            "tenants_query",
+            "depends_on",
+            *WINDOW,
+            "timezone",
+            "target_rls",
+            "compute_role",
+        )
         if row[name] is not None and row[name] != (DEFAULTS | WINDOW_DEFAULTS).get(name)
     }
     if whole:

@@ -80,6 +80,7 @@ async def _asked(connection: Connection, settings: Settings, *, may_plan: bool) 
         ("rights", queries.state_findings),
         ("capture", queries.capture_findings),
         ("progress", queries.progress_findings),
+        ("result", queries.result_findings),
         ("server", partial(queries.server_findings, replica_connections=most)),
         # Without what its rights and policies should be, a view is not planned as it should be.
         ("scope", partial(queries.scope_findings, left_out=distrusted)),

@@ -77,6 +77,14 @@ class Rounds:
             self._metrics.verified.labels("failed").inc()
             return False
         self._metrics.verified.labels(found["outcome"]).inc()
+        if found["outcome"] == "undetermined" and found["example"] is not None:
+            log.warning(
+                "a definition has more than one right result: computed again, it was another",
+                view=view,
+                tenant_id=tenant,
+                example=found["example"],
+                fix="listener doctor names what decides it",
+            )
         if found["outcome"] != "drift":
             return False
         self._metrics.drift.labels(view).inc()

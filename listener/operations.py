@@ -29,9 +29,10 @@ class Difference:
     """One key whose target does not equal its definition, or could not be compared with it.
 
     `missing` rows are only in the definition, `extra` ones only in the target. `stale`: a change is known that will
-    be refreshed; `moved`: the definition depends on the time, which has gone on since; otherwise the target is wrong.
-    `error`: why there was no comparison; where even the tenants could not
-    be listed, `tenant_id` is None.
+    be refreshed; `undetermined`: the definition has more than one right result; `moved`: it depends on the time, which has
+    gone on since; otherwise the target is wrong.
+    `untenanted`: the missing rows have no tenant, so `tenant_id` is None and no target ever has them. `error`: why there
+    was no comparison; where even the tenants could not be listed, `tenant_id` is None.
     """
 
     view: str
@@ -39,6 +40,8 @@ class Difference:
     missing: int = 0
     extra: int = 0
     stale: bool = False
+    undetermined: bool = False
+    untenanted: bool = False
     error: str | None = None
     moved: bool = False
 
@@ -47,7 +50,11 @@ class Difference:
         """What it is in one word."""
         if self.error is not None:
             return "failed"
-        return "stale" if self.stale else "moved" if self.moved else "different"
+        if self.untenanted:
+            return "without a tenant"
+        if self.stale:
+            return "stale"
+        return "not determined" if self.undetermined else "moved" if self.moved else "different"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +185,15 @@ async def verify(
 ) -> AsyncIterator[tuple[int, int, Difference | None]]:
     """Compares every key of the views with its definition; yields done, total and the difference if there is one.
 
-    What cannot be compared is a Difference with an error, and stops no other key.
+    What cannot be compared is a Difference with an error, and stops no other key. Rows that have no tenant, and so no key,
+    are one Difference a view.
     """
     keys: list[tuple[str, str]] = []
     unlisted: list[Difference] = []
     for name in names:
         try:
+            if untenanted := await view_queries.rows_without_tenant(connection, name):
+                unlisted.append(Difference(name, None, untenanted, untenanted=True))
             keys += [(name, tenant) for tenant in await view_queries.tenants(connection, name)]
         except psycopg.Error as error:
             if _ends_it_all(connection, error):
@@ -205,8 +215,13 @@ async def _compare(connection: AsyncConnection[Any], view: str, tenant: str) -> 
         return Difference(view, tenant, error=str(from_database(error)))
     if not (found["missing"] or found["extra"]):
         return None
-    moved = not found["stale"] and await view_queries.depends_on_time(connection, view)
-    return Difference(view, tenant, found["missing"], found["extra"], found["stale"], moved=moved)
+    undetermined = moved = False
+    if not found["stale"]:
+        undetermined = await view_queries.is_undetermined(connection, view, tenant)
+        moved = await view_queries.depends_on_time(connection, view)
+    return Difference(
+        view, tenant, found["missing"], found["extra"], found["stale"], undetermined=undetermined, moved=moved
+    )
 
 
 def _ends_it_all(connection: AsyncConnection[Any], error: psycopg.Error) -> bool:

@@ -55,7 +55,7 @@ async def readiness(connection: AsyncConnection[Any]) -> list[str]:
 
 
 async def state_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
-    """What listener.state_findings() says, as the next four do: check, level, view, object, problem, mend."""
+    """What listener.state_findings() says, as the next five do: check, level, view, object, problem, mend."""
     return await _found(connection, "SELECT * FROM listener.state_findings()")
 
 
@@ -67,6 +67,11 @@ async def capture_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
 async def progress_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
     """Whether views are refreshed."""
     return await _found(connection, "SELECT * FROM listener.progress_findings()")
+
+
+async def result_findings(connection: AsyncConnection[Any]) -> list[DictRow]:
+    """Whether views leave rows out, or have more than one right result. Counts rows of each definition."""
+    return await _found(connection, "SELECT * FROM listener.result_findings()")
 
 
 async def server_findings(connection: AsyncConnection[Any], replica_connections: int) -> list[DictRow]:

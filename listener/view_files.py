@@ -33,6 +33,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "max_staleness": str,
     "timezone": str,
     "target_rls": bool,
+    "compute_role": str,
     "whole": bool,
     "search_path": str,
     "readers": list,

@@ -9,6 +9,8 @@ from typing import Any
 from psycopg import AsyncConnection, sql
 from psycopg.rows import DictRow, dict_row
 
+from listener.queries import first
+
 
 async def view_gauges(connection: AsyncConnection[Any]) -> list[DictRow]:
     """Per view: dirty keys, the age in seconds of the oldest, open dead letters, 1 where it is paused, else 0.
@@ -217,6 +219,16 @@ async def depends_on_time(connection: AsyncConnection[Any], view: str) -> bool:
     )
     row = await cursor.fetchone()
     return bool(row and row[0])
+
+
+async def is_undetermined(connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
+    """Whether the key has more than one right result, as far as is known."""
+    return bool(await first(connection, "SELECT listener.is_undetermined(%s, %s)", view, tenant))
+
+
+async def rows_without_tenant(connection: AsyncConnection[Any], view: str) -> int:
+    """How many rows of a definition no tenant's refresh returns; 0 where they cannot be counted, or are kept."""
+    return await first(connection, "SELECT listener.rows_without_tenant(%s)", view) or 0
 
 
 async def explain_key(connection: AsyncConnection[Any], view: str, tenant: str) -> DictRow:

@@ -25,6 +25,14 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT jsonb_object_agg(k.name, current_setting(k.name)) FROM unnest(listener.kept_settings() || '{TimeZone}') k (name)
 $function$;
 
+-- own_settings(): what the code of this schema, and what query_of() writes, is read under: a session may read a backslash otherwise, or
+-- have names quoted that need no quotes.
+CREATE OR REPLACE FUNCTION listener.own_settings() RETURNS jsonb
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT '{"standard_conforming_strings": "on", "quote_all_identifiers": "off", "transform_null_equals": "off",
+             "array_nulls": "on", "xmloption": "content", "DateStyle": "ISO, YMD", "IntervalStyle": "postgres"}'::jsonb
+$function$;
+
 -- use_settings(settings): sets these for the rest of the transaction, name -> value. Returns what they were: use_settings() of that
 -- gives it back, and so does an error, with the transaction.
 CREATE OR REPLACE FUNCTION listener.use_settings(settings jsonb) RETURNS jsonb
@@ -71,7 +79,8 @@ $function$;
 --   routine, language   of a function; NULL: it is none
 CREATE OR REPLACE FUNCTION listener.code_of(relation regclass)
 RETURNS TABLE (place text, tree text, source text, routine oid, language name)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $function$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
@@ -107,7 +116,7 @@ $function$;
 -- The catalog has no dependency on PostgreSQL's own functions, so the stored query is searched for their numbers, and texts for
 -- their names.
 CREATE OR REPLACE FUNCTION listener.session_dependence(relation regclass) RETURNS TABLE (place text, kind text, what text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     WITH code AS (
         SELECT CASE WHEN c.place = 'query' AND c.routine IS NOT NULL THEN 'function' ELSE c.place END AS place, c.tree, c.routine,
                regexp_replace(c.source, '--[^\n]*|/\*.*?\*/', '', 'g') AS source
@@ -198,20 +207,20 @@ $function$;
 -- reads_locale(relation): whether its rows may depend on lc_*: it formats or reads text by a template, or money; or it runs code
 -- that is not looked into.
 CREATE OR REPLACE FUNCTION listener.reads_locale(relation regclass) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     SELECT EXISTS (
         SELECT FROM listener.code_of(relation) c
-        WHERE c.language NOT IN ('sql', 'plpgsql') OR c.source ~* '\m(to_char|to_number|to_date|to_timestamp|money)\M'
+        WHERE c.language NOT IN ('sql', 'plpgsql') OR c.source ~* '\m(to_char|to_number|to_date|to_timestamp|money|lc_(monetary|numeric|time))\M'
            OR c.tree ~ ':[a-z]*type (790|791)\M')
 $function$;
 
 -- reads_search_configuration(relation): the same of default_text_search_config.
 CREATE OR REPLACE FUNCTION listener.reads_search_configuration(relation regclass) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     SELECT EXISTS (
         SELECT FROM listener.code_of(relation) c
         WHERE c.language NOT IN ('sql', 'plpgsql')
-           OR c.source ~* '@@|tsquery|tsvector|\m(json(b)?_to_tsvector|array_to_tsvector|ts_headline|get_current_ts_config)\M')
+           OR c.source ~* '@@|tsquery|tsvector|\m(json(b)?_to_tsvector|array_to_tsvector|ts_headline|get_current_ts_config|default_text_search_config)\M')
 $function$;
 
 -- pinned_settings(view): the settings that a function of the view pins in SET clauses, each with its value. What the registration
@@ -265,12 +274,16 @@ $function$;
 --   names with a dot   only a superuser may put a setting that no extension defines into a SET clause
 --   timezone_abbreviations   PostgreSQL reads a file each time that a function pins it, which takes 40 µs
 CREATE OR REPLACE FUNCTION listener.custom_settings(view listener.managed_view) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT coalesce(jsonb_object_agg(s.key, s.value), '{}')
-    FROM (SELECT 'timezone_abbreviations' AS key, coalesce(view.settings ->> 'timezone_abbreviations', 'Default') AS value
-          UNION ALL
-          SELECT o.key, o.value FROM jsonb_each_text(view.settings) o WHERE o.key LIKE '%.%') s
-    WHERE current_setting(s.key, true) IS DISTINCT FROM s.value
+-- PL/pgSQL, since a session keeps its plan: each refresh asks.
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    RETURN coalesce((
+        SELECT jsonb_object_agg(s.key, s.value)
+        FROM (SELECT 'timezone_abbreviations' AS key, coalesce(view.settings ->> 'timezone_abbreviations', 'Default') AS value
+              UNION ALL
+              SELECT o.key, o.value FROM jsonb_each_text(view.settings) o WHERE o.key LIKE '%.%') s
+        WHERE current_setting(s.key, true) IS DISTINCT FROM s.value), '{}');
+END
 $function$;
 
 -- reading_settings(view): what the texts of a view's queries are read under. A literal such as '2026-03-01' becomes a time when it
@@ -286,7 +299,20 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         'xmloption', coalesce(view.settings ->> 'xmloption', 'content'),
         'lc_monetary', coalesce(view.settings ->> 'lc_monetary', current_setting('lc_monetary')),
         'backslash_quote', coalesce(view.settings ->> 'backslash_quote', 'safe_encoding'),
-        'transform_null_equals', coalesce(view.settings ->> 'transform_null_equals', 'off'))
+        'transform_null_equals', coalesce(view.settings ->> 'transform_null_equals', 'off'),
+        'standard_conforming_strings', 'on')
+$function$;
+
+-- check_written(relation, query): raises LSN03 where the query of a materialized view, as query_of() writes it, would be read as
+-- another one under the database's settings.
+CREATE OR REPLACE FUNCTION listener.check_written(relation regclass, query text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF listener.default_setting('array_nulls') = 'off' AND query ~* '[{,]NULL[,}]' THEN
+        RAISE EXCEPTION 'the query of % holds an array with a NULL, which the database reads as the text NULL (array_nulls is off)', relation
+            USING ERRCODE = 'LSN03', HINT = format('ALTER DATABASE %I SET array_nulls = on; or write ARRAY[…] in the query.', current_database());
+    END IF;
+END
 $function$;
 
 -- registered_settings(view): all settings that the registration of a view kept, for another one that is to be computed as it is.

@@ -10,9 +10,9 @@
 --   type   that they cast the setting to
 --   mended   USING and WITH CHECK as they should be; NULL where a function does it
 CREATE OR REPLACE FUNCTION listener.raising_policies() RETURNS TABLE (relation regclass, policy name, type text, mended text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     WITH pattern (cast_of) AS (
-        VALUES ('current_setting\(''app\.current_tenant_id''(?:::text)?,\s*true\)(\)*)(\s*::\s*|\s+as\s+)(uuid|bigint|integer|smallint|numeric|int\d?)\M')
+        VALUES ('(current_setting\(''app\.current_tenant_id''(?:::text)?,\s*true\))(\)*(?:\s*::\s*|\s+as\s+))(uuid|bigint|integer|smallint|numeric|int\d?)\M')
     ), policy AS (
         SELECT p.oid, p.polrelid, p.polname, pg_get_expr(p.polqual, p.polrelid) AS qual, pg_get_expr(p.polwithcheck, p.polrelid) AS checked
         FROM pg_policy p
@@ -21,8 +21,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     )
     SELECT p.polrelid::regclass, p.polname, lower(f.found[3]),
            CASE WHEN f.own THEN concat_ws(
-               ' ', 'USING (' || regexp_replace(p.qual, t.cast_of, 'nullif(\&, '''')', 'gi') || ')',
-               'WITH CHECK (' || regexp_replace(p.checked, t.cast_of, 'nullif(\&, '''')', 'gi') || ')') END
+               ' ', 'USING (' || regexp_replace(p.qual, t.cast_of, 'nullif(\1, '''')\2\3', 'gi') || ')',
+               'WITH CHECK (' || regexp_replace(p.checked, t.cast_of, 'nullif(\1, '''')\2\3', 'gi') || ')') END
     FROM policy p CROSS JOIN pattern t
     CROSS JOIN LATERAL (
         SELECT regexp_match(concat_ws(' ', p.qual, p.checked), t.cast_of, 'i') AS found, true AS own

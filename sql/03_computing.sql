@@ -172,7 +172,7 @@ $function$;
 -- planning_settings(): what a plan is made under: each condition where it is applied, each scan one, no parallel worker.
 CREATE OR REPLACE FUNCTION listener.planning_settings() RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT '{"search_path": "pg_catalog, pg_temp", "jit": "off", "standard_conforming_strings": "on",
+    SELECT '{"search_path": "pg_catalog, pg_temp", "jit": "off", "standard_conforming_strings": "on", "quote_all_identifiers": "off",
              "max_parallel_workers_per_gather": "0", "enable_partition_pruning": "off", "constraint_exclusion": "off",
              "enable_partitionwise_join": "off", "enable_partitionwise_aggregate": "off", "enable_memoize": "off",
              "work_mem": "64kB", "hash_mem_multiplier": "1", "client_min_messages": "warning", "enable_seqscan": "on",
@@ -216,7 +216,8 @@ BEGIN
 END
 $function$;
 
--- generate_computing(view): makes or replaces evaluate_<id> and plan_<id> of a view.
+-- generate_computing(view): makes or replaces evaluate_<id> and plan_<id> of a view. What writes rows is never planned for parallel
+-- workers, so nothing that is compared with these rows is: ties and sums of floats come out as they did there.
 CREATE OR REPLACE FUNCTION listener.generate_computing(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -224,8 +225,8 @@ DECLARE
     settings jsonb := listener.settings_of(view);
 BEGIN
     PERFORM listener.make_private(role, format('evaluate_%s(text, text)', view.id),
-                format('evaluate_%s(statement text, tenant text) RETURNS jsonb', view.id), 'STABLE', settings,
-                listener.evaluating_body()),
+                format('evaluate_%s(statement text, tenant text) RETURNS jsonb', view.id), 'STABLE',
+                settings || '{"max_parallel_workers_per_gather": "0"}', listener.evaluating_body()),
             listener.make_private(role, format('plan_%s(text[], jsonb)', view.id),
                 format('plan_%s(preparation text[], questions jsonb) RETURNS jsonb', view.id), 'VOLATILE',
                 settings || listener.planning_settings(), listener.planning_body());

@@ -35,6 +35,7 @@ DECLARE
     callers_schema name;
     parts text[];
     view listener.managed_view;
+    previous jsonb;
     definition regclass;
     source_ids integer[];
     keys name[];
@@ -51,8 +52,9 @@ BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM listener.lock_registration();
     view.settings := listener.session_settings() - 'TimeZone';
-    IF pg_catalog.current_setting('standard_conforming_strings') <> 'on' THEN
-        RAISE EXCEPTION 'this session reads a backslash in a literal as an escape, and a view is computed without that'
+    previous := listener.use_settings(listener.own_settings());
+    IF previous ->> 'standard_conforming_strings' <> 'on' AND pg_catalog.strpos(query || coalesce(tenants_query, ''), E'\\') > 0 THEN
+        RAISE EXCEPTION 'this session reads a backslash in a literal as an escape, and a view''s query is read without that'
             USING ERRCODE = 'LSN03', HINT = 'SET standard_conforming_strings = on.';
     ELSIF name IS NULL OR query IS NULL OR key_columns IS NULL THEN
         RAISE EXCEPTION 'name, query and key_columns must be given' USING ERRCODE = 'LSN02';
@@ -121,7 +123,8 @@ BEGIN
     PERFORM listener.create_target(view, definition);
     PERFORM listener.warn_of_definition(view, definition);
     PERFORM listener.register_view(view, source_ids);
-    PERFORM pg_catalog.set_config('role', previous_role, true), pg_catalog.set_config('search_path', callers_path, true);
+    PERFORM listener.use_settings(previous), pg_catalog.set_config('role', previous_role, true),
+            pg_catalog.set_config('search_path', callers_path, true);
 END
 $function$;
 

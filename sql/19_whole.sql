@@ -31,6 +31,7 @@ BEGIN
         RAISE EXCEPTION 'only %, who owns it, and its members may refresh %', pg_get_userbyid(kept.relowner), relation
             USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', pg_get_userbyid(kept.relowner), current_user);
     END IF;
+    PERFORM listener.check_written(relation, kept.query);
     PERFORM listener.check_refreshable(relation);
     view.target_schema := kept.nspname;
     view.target_name := kept.relname;

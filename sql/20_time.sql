@@ -73,14 +73,27 @@ END
 $function$;
 
 -- warn_of_definition(view, definition): what is no error, and will be regretted: a query that is not proven to be tenant-local, a
--- source that would be read whole for each tenant, a result that changes with no write. Each with what mends it.
+-- source that would be read whole for each tenant, rows without a tenant, a result that is not determined or changes with no write.
+-- Each with what fixes it.
 CREATE OR REPLACE FUNCTION listener.warn_of_definition(view listener.managed_view, definition regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     found record;
     proposed interval;
     timed text;
+    untenanted bigint := listener.untenanted_rows(view);
 BEGIN
+    IF untenanted > 0 THEN
+        RAISE WARNING '% no tenant (% is NULL%), and % never has them',
+            CASE untenanted WHEN 1 THEN '1 row has' ELSE untenanted || ' rows have' END, quote_ident(view.tenant_column),
+            CASE view.tenant_type WHEN 'text' THEN ' or ''''' ELSE '' END, view.name
+            USING HINT = 'Give these rows a tenant; or leave them out in the query; or register it with tenant_column => NULL, which '
+                         'keeps them and refreshes the view as a whole.';
+    END IF;
+    FOR found IN SELECT u.* FROM listener.undetermined(definition) u LOOP
+        RAISE WARNING '% may have more than one right result, and change although nothing was written: %', view.name, found.what
+            USING HINT = upper(left(found.fix, 1)) || substr(found.fix, 2) || '.';
+    END LOOP;
     IF view.strategy = 'tenant' THEN
         FOR found IN
             SELECT DISTINCT s.source, s.proven, s.advice

@@ -208,6 +208,8 @@ DECLARE
     new_name name := (SELECT c.relname FROM pg_class c WHERE c.oid = new);
     statement text;
     asked timestamptz;
+    -- What the views on top are made of again is read as it was written.
+    previous jsonb := listener.use_settings(listener.own_settings());
 BEGIN
     PERFORM listener.check_swappable(old);
     -- What takes longer the first time has been done once when readers wait for it.
@@ -218,6 +220,7 @@ BEGIN
     FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.swapping(old, new_name) s) LOOP
         EXECUTE statement;
     END LOOP;
+    PERFORM listener.use_settings(previous);
     locked := clock_timestamp() - asked;
 END
 $function$;

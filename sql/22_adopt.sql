@@ -11,6 +11,7 @@
 --   tenant_column   NULL: the view is refreshed as a whole
 --   max_age         left out: where the query depends on the time, an hour if that counts by days, else a minute
 --   timezone        left out: the database's. A materialized view was computed in that of whoever refreshed it
+--   compute_role    the role that the query is computed as, as for create_view
 --   owner           the role that the target belongs to; left out: the owner of the materialized view, who then may write it
 -- Called again with the same arguments it goes on from what is there, and with others it starts over.
 -- Returns the name of the managed view. Raises LSN02, and LSN03 where something is tied to the materialized view, or as
@@ -19,7 +20,7 @@ CREATE OR REPLACE FUNCTION listener.begin_adoption(
     name text, key_columns name[] DEFAULT NULL, tenant_column name DEFAULT 'tenant_id', tenants_query text DEFAULT NULL,
     depends_on regclass[] DEFAULT NULL, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL,
     edge text DEFAULT NULL, max_age interval DEFAULT NULL, timezone text DEFAULT NULL, target_rls boolean DEFAULT false,
-    owner name DEFAULT NULL, search_path text DEFAULT pg_catalog.current_setting('search_path'))
+    owner name DEFAULT NULL, compute_role name DEFAULT NULL, search_path text DEFAULT pg_catalog.current_setting('search_path'))
 RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
@@ -33,7 +34,8 @@ DECLARE
         'key_columns', key_columns, 'tenant_column', tenant_column, 'tenants_query', tenants_query,
         'depends_on', depends_on::text, 'quiet_period', quiet_period, 'max_wait', max_wait, 'edge', edge,
         'max_age', max_age, 'timezone', timezone, 'target_rls', target_rls)
-        || CASE WHEN owner IS NULL THEN '{}' ELSE jsonb_build_object('owner', owner) END;
+        || CASE WHEN owner IS NULL THEN '{}' ELSE jsonb_build_object('owner', owner) END
+        || CASE WHEN compute_role IS NULL THEN '{}' ELSE jsonb_build_object('compute_role', compute_role) END;
     rehearsed boolean := listener.is_rehearsal();
     beside_name name := CASE WHEN rehearsed THEN 'listener_try_' ELSE 'listener_new_' END || old::oid;
     beside text;
@@ -42,7 +44,7 @@ DECLARE
     zone text := coalesce(timezone, listener.default_time_zone());
     age interval := listener.adopted_max_age(old, max_age);
     -- The materialized view was computed under these, and create_view() takes the session's.
-    previous jsonb := listener.use_settings(listener.default_settings());
+    previous jsonb := listener.use_settings(listener.default_settings() || '{"standard_conforming_strings": "on"}');
     statement text;
 BEGIN
     PERFORM listener.lock_registration();
@@ -50,6 +52,7 @@ BEGIN
     SELECT c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = old;
     query := listener.query_of(old);
+    PERFORM listener.check_written(old, query);
     SELECT a.* INTO before FROM listener.adoption a
     WHERE a.state = 'filling' AND a.schema_name = class.nspname AND a.relation_name = class.relname;
     -- What is under way a rehearsal leaves alone: taking it back takes locks from the sources.
@@ -71,7 +74,7 @@ BEGIN
         depends_on => depends_on, quiet_period => quiet_period, max_wait => max_wait, edge => edge, max_age => age,
         timezone => zone, target_rls => target_rls,
         -- An adoption that starts over keeps what was set for it.
-        max_staleness => managed.max_staleness);
+        max_staleness => managed.max_staleness, compute_role => compute_role);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     -- Known by the name that it will have, from the beginning.
     UPDATE listener.managed_view v SET name = listener.free_name(class.nspname, class.relname)

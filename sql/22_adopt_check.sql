@@ -7,7 +7,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT format('SELECT %s AS tenant, pg_catalog.count(*) AS held, pg_catalog.sum(pg_catalog.hashtextextended(pg_catalog.concat_ws(''|'', %s), 0)::pg_catalog.numeric) AS digest FROM %s GROUP BY 1',
         CASE WHEN view.tenant_column IS NULL THEN '''''::pg_catalog.text' ELSE format('q.%I::pg_catalog.text', view.tenant_column) END,
         string_agg(CASE WHEN i.type IN ('double precision', 'real') THEN format('pg_catalog.to_char(q.%I, ''9.99999999999EEEE'')', i.attname)
-                        ELSE format('pg_catalog.quote_nullable(%s)', listener.text_of(view, format('q.%I', i.attname))) END, ', ' ORDER BY i.attnum),
+                        ELSE format('pg_catalog.quote_nullable(q.%I::pg_catalog.text)', i.attname) END, ', ' ORDER BY i.attnum),
         rows)
     FROM listener.images(format('%I.%I', view.target_schema, view.target_name)::regclass,
                          ('listener.definition_' || view.id)::regclass) i

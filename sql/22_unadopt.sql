@@ -116,6 +116,7 @@ DECLARE
     published name;
     statement text;
     created boolean := false;
+    previous jsonb := listener.use_settings(listener.own_settings());
 BEGIN
     PERFORM listener.lock_registration();
     managed := listener.find_view(view);
@@ -149,7 +150,7 @@ BEGIN
     END LOOP;
     UPDATE listener.adoption a SET state = 'turning back', begun_at = clock_timestamp(), query_view = adoption.query_view
     WHERE a.view_id = managed.id;
-    PERFORM set_config('role', previous_role, true);
+    PERFORM listener.use_settings(previous), set_config('role', previous_role, true);
 END
 $function$;
 
@@ -172,12 +173,13 @@ BEGIN
     PERFORM set_config('search_path', managed.search_path, true);
     EXECUTE statement;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    PERFORM listener.use_settings(previous);
+    PERFORM listener.use_settings(previous), listener.use_settings(listener.own_settings());
     IF adoption.query_view IS NOT NULL THEN
         FOREACH statement IN ARRAY ARRAY(SELECT s FROM listener.ending_query_view(managed, adoption, adoption.query_view) s) LOOP
             EXECUTE statement;
         END LOOP;
     END IF;
+    PERFORM listener.use_settings(previous);
     PERFORM listener.check_filled_back(managed, adoption, started);
     IF adoption.query_view IS NOT NULL THEN
         RAISE NOTICE 'the query of % is in the view %.% from now on: its owner % does not see all rows without a tenant, and a REFRESH '

@@ -46,13 +46,8 @@ BEGIN
 END
 $function$;
 
--- check_drift(view, tenant_id): compares one key, and marks it dirty where it differs and nothing explains that.
---   outcome   'exact'; 'stale': a change is known that is not shown yet, or the time is one; 'drift': it is refreshed like any dirty key;
---             'busy': somebody refreshes the key, or another replica compares one
---   missing, extra: rows that only the definition, only the target has; example: one of them
---   app_correlation_id: that of the refresh to come
--- Writes change_log. Raises what compare() raises.
-CREATE OR REPLACE FUNCTION listener.check_drift(
+-- run_drift_check(view, tenant_id): what check_drift() does; see there.
+CREATE OR REPLACE FUNCTION listener.run_drift_check(
     view text, tenant_id text,
     OUT outcome text, OUT missing bigint, OUT extra bigint, OUT example text, OUT app_correlation_id text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -60,7 +55,8 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 DECLARE
     managed listener.managed_view := listener.find_view(view);
     tenant_key text := listener.canonical_tenant(tenant_id, managed.tenant_type);
-    is_stale boolean;
+    shown listener.refresh_state;
+    again record;
 BEGIN
     PERFORM listener.check_caller('listener.check_drift()');
     IF NOT pg_try_advisory_xact_lock(listener.lock_key(0, 'drift'))
@@ -68,23 +64,69 @@ BEGIN
         outcome := 'busy';
         RETURN;
     END IF;
-    SELECT c.missing, c.extra, c.stale INTO missing, extra, is_stale
-    FROM listener.compare(managed.name, tenant_key) c;
+    SELECT c.* INTO again FROM listener.compare(managed.name, tenant_key) c;
+    missing := again.missing;
+    extra := again.extra;
     outcome := CASE WHEN missing + extra = 0 THEN 'exact'
                     -- A nested view that was replaced is noticed by the next sweep, which marks everybody.
-                    WHEN is_stale OR listener.view_fingerprint(managed) IS DISTINCT FROM managed.fingerprint THEN 'stale'
+                    WHEN again.stale OR listener.view_fingerprint(managed) IS DISTINCT FROM managed.fingerprint THEN 'stale'
                     -- Its max_age has just passed, and the sweep refreshes it.
                     WHEN managed.max_age IS NOT NULL AND EXISTS (
-                        SELECT FROM listener.time_dependence(to_regclass('listener.definition_' OPERATOR(pg_catalog.||) managed.id)) t
+                        SELECT FROM listener.time_dependence(to_regclass('listener.definition_' || managed.id)) t
                         WHERE t.dependence IN ('time', 'volatile')) THEN 'stale'
                     ELSE 'drift' END;
     IF outcome <> 'drift' THEN
         RETURN;
     END IF;
+    SELECT r.* INTO shown FROM listener.state_of(managed.id, tenant_key) r;
+    IF shown.undetermined_version = shown.refreshed_version THEN
+        outcome := 'undetermined';
+        RETURN;
+    ELSIF NOT pg_try_advisory_xact_lock(listener.lock_key(managed.id, tenant_key)) THEN
+        outcome := 'busy';
+        RETURN;
+    END IF;
     example := listener.drift_example(managed.name, tenant_key);
-    app_correlation_id := gen_random_uuid()::text;
-    INSERT INTO listener.change_log (xid, changed_at, view_id, tenant, app_correlation_id)
-    VALUES (pg_current_xact_id(), clock_timestamp(), managed.id, tenant_key, check_drift.app_correlation_id);
-    PERFORM listener.ring_for_all();
+    IF shown.drift_version IS NULL THEN
+        app_correlation_id := gen_random_uuid()::text;
+        INSERT INTO listener.change_log (xid, changed_at, view_id, tenant, app_correlation_id)
+        VALUES (pg_current_xact_id(), clock_timestamp(), managed.id, tenant_key, run_drift_check.app_correlation_id);
+        PERFORM listener.ring_for_all();
+        UPDATE listener.refresh_state r SET drift_version = shown.refreshed_version
+        WHERE r.view_id = managed.id AND r.tenant = tenant_key;
+        RETURN;
+    END IF;
+    PERFORM listener.run_refresh(managed.name, tenant_key);
+    SELECT c.* INTO again FROM listener.compare(managed.name, tenant_key) c;
+    IF (again.missing + again.extra > 0 AND NOT again.stale) OR shown.drift_version = shown.refreshed_version THEN
+        outcome := 'undetermined';
+    END IF;
+    UPDATE listener.refresh_state r
+    SET drift_version = r.refreshed_version,
+        undetermined_version = CASE WHEN outcome = 'undetermined' THEN r.refreshed_version END
+    WHERE r.view_id = managed.id AND r.tenant = tenant_key;
+END
+$function$;
+
+-- check_drift(view, tenant_id): compares one key, and marks it dirty where it differs and nothing explains that.
+--   outcome   'exact'; 'stale': a change is known that is not shown yet, or the time is one; 'drift': it is refreshed like any dirty key,
+--             or was refreshed here; 'undetermined': its definition has more than one right result, and nothing is done until the
+--             key changes; 'busy': somebody refreshes the key, or another replica compares one
+--   missing, extra: rows that only the definition, only the target has; example: one of them, NULL where it was reported before
+--   app_correlation_id: that of the refresh to come
+-- A key that drifts for the first time is marked. From the second time on it is refreshed here, which leaves its version as it is: where
+-- it differs again at once, or later at the same version, no change explains that but the definition itself.
+-- Writes change_log and refresh_state. Raises what compare() and refresh() raise.
+CREATE OR REPLACE FUNCTION listener.check_drift(
+    view text, tenant_id text,
+    OUT outcome text, OUT missing bigint, OUT extra bigint, OUT example text, OUT app_correlation_id text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER AS $function$
+#variable_conflict use_column
+DECLARE
+    -- Qualified like all here, as in refresh().
+    callers_path pg_catalog.text := pg_catalog.current_setting('search_path');
+BEGIN
+    SELECT c.* INTO outcome, missing, extra, example, app_correlation_id FROM listener.run_drift_check(view, tenant_id) c;
+    PERFORM listener.restore_path(callers_path);
 END
 $function$;

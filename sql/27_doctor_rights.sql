@@ -192,6 +192,22 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            'listener roles, run by an administrator; then listener migrate'
     FROM roles r WHERE r.is_service
     UNION ALL
+    SELECT 'roles', 'warning', o.views, quote_ident(o.role),
+           format('views over tables of %s are computed as it: the code of each of them may read and write what is another''s.', o.owners),
+           format('SELECT listener.set_compute_role(%L, %L);', split_part(o.views, ', ', 1), split_part(o.owners, ', ', 1) || '_compute')
+    FROM (SELECT x.role, string_agg(DISTINCT x.owner, ', ' ORDER BY x.owner) AS owners, string_agg(DISTINCT x.view, ', ' ORDER BY x.view) AS views
+          FROM (SELECT listener.compute_role_of(v) AS role, v.name AS view, pg_get_userbyid(c.relowner)::text AS owner
+                FROM listener.installation i CROSS JOIN listener.managed_view v
+                JOIN listener.view_source w ON w.view_id = v.id JOIN listener.source s ON s.id = w.source_id
+                JOIN pg_class c ON c.oid = s.relid
+                WHERE v.strategy <> 'materialized view' AND i.owner_role <> i.service_role
+                  -- A target belongs to whoever owns what it reads, or to the installation.
+                  AND NOT EXISTS (SELECT FROM listener.managed_view t WHERE to_regclass(format('%I.%I', t.target_schema, t.target_name)) = c.oid)) x
+          -- A role that is a member of another has its rights anyway.
+          WHERE NOT EXISTS (SELECT FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id JOIN pg_class c ON c.oid = s.relid
+                            WHERE c.relowner <> to_regrole(quote_ident(x.owner)) AND pg_has_role(x.owner, c.relowner, 'MEMBER'))
+          GROUP BY x.role HAVING count(DISTINCT x.owner) > 1) o
+    UNION ALL
     SELECT 'roles', a.level, r.views, quote_ident(r.rolname), a.problem, a.mend
     FROM roles r CROSS JOIN LATERAL (VALUES
         (r.rolsuper, 'error', 'definitions are computed as it, and it is a superuser.', format('ALTER ROLE %I NOSUPERUSER;', r.rolname)),
@@ -409,7 +425,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'row security', 'warning', NULL, p.relation::text,
            format('its policy %I raises in a session that names no tenant and named one before, or refreshed something: '
                   'PostgreSQL leaves the setting as an empty text, which is no %s.', p.policy, p.type),
-           coalesce(format('ALTER POLICY %I ON %s %s;', p.policy, p.relation, p.mended),
+           coalesce(format('ALTER POLICY %I ON %s ', p.policy, p.relation) || p.mended || ';',
                     'Take nullif(current_setting(…, true), '''') in the function that it calls.')
     FROM listener.raising_policies() p
     UNION ALL

@@ -7,6 +7,7 @@ sequences, which no rollback takes back: `ran` that it ran at all, `broken` that
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -101,12 +102,10 @@ RESET ROLE;
 """
 
 ON_TARGET = """
-SET ROLE team;
 CREATE INDEX ON team.totals (team.fee(fee));
 ALTER TABLE team.totals ADD CHECK (team.fee(1) = 2);
 CREATE FUNCTION team.on_write() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM team.attack(); RETURN NEW; END $$;
 CREATE TRIGGER on_write BEFORE INSERT OR UPDATE ON team.totals FOR EACH ROW EXECUTE FUNCTION team.on_write();
-RESET ROLE;
 """
 
 QUERY = "SELECT tenant_id, sum(team.fee(v))::bigint::team.amount AS n, team.fee(4) AS fee FROM team.sales GROUP BY tenant_id"
@@ -130,7 +129,7 @@ async def unharmed(superuser: AsyncConnection[Any], what: str) -> None:
         SELECT (SELECT is_called FROM team.broken), (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = 'team'),
                pg_catalog.pg_has_role('team', 'listener_owner', 'MEMBER'),
                (SELECT count(*) FROM pg_catalog.pg_proc p WHERE p.proname IN ('compare', 'refresh', 'evaluate_1', 'difference_1')
-                AND p.pronamespace IN ('listener'::regnamespace, 'listener_private'::regnamespace)
+                AND p.pronamespace IN (to_regnamespace('listener'), to_regnamespace('listener_private'))
                 AND NOT p.prosecdef AND p.prolang <> (SELECT oid FROM pg_catalog.pg_language WHERE lanname = 'sql'))
         """
     )
@@ -147,9 +146,11 @@ async def has_run(superuser: AsyncConnection[Any]) -> bool:
 
 @pytest.mark.parametrize("user", ["postgres", "rights_admin"])
 async def test_no_command_lends_its_rights_to_the_code_of_a_team(
-    team: AsyncConnection[Any], database: Database, user: str
+    team: AsyncConnection[Any], database: Database, user: str, tmp_path: Path
 ) -> None:
     url = database.url(user)
+    (tmp_path / "query.sql").write_text(QUERY)
+    files = str(tmp_path / "views")
     adopting = ("adopt", "team.totals", "--tenants-query", "SELECT id FROM team.tenants", "--strategy", "tenant")
     commands: list[tuple[tuple[str, ...], bool]] = [
         (("inventory",), True),
@@ -160,11 +161,12 @@ async def test_no_command_lends_its_rights_to_the_code_of_a_team(
         (("status",), False),
         (("explain", "totals", "--tenant", "t1"), False),
         (("verify",), True),
-        (("fill", "totals"), True),
+        (("fill", "totals"), False),
         (("refresh", "totals", "--tenant", "t1"), True),
         (("sweep",), False),
-        (("views", "export"), False),
-        (("views", "alter", "totals", "--query", QUERY, "--yes"), True),
+        (("views", "export", files), False),
+        (("views", "plan", files), False),
+        (("views", "alter", "totals", "--query", str(tmp_path / "query.sql"), "--yes"), True),
         (("doctor",), True),
         (("dead-letters", "list"), False),
         (("unadopt", "totals", "--dry-run"), False),
@@ -180,7 +182,18 @@ async def test_no_command_lends_its_rights_to_the_code_of_a_team(
         assert ended.returncode == 0 or arguments[0] == "doctor", what
         assert await has_run(team) or not runs_code, what
         if arguments == adopting:
-            await team.execute(ON_TARGET.encode())
+            # As itself: whoever sets a role and runs a team's code has lent it the session.
+            async with database.connect("team") as owner:
+                await owner.execute(ON_TARGET.encode())
+            # In a session of its own it may do some of what it tries.
+            await team.execute("SELECT setval('team.broken', 1, false)")
+        elif arguments[:2] == ("views", "plan"):
+            # Nothing may be tied to a target that is altered or turned back.
+            await team.execute(
+                "DROP TRIGGER on_write ON team.totals; ALTER TABLE team.totals DROP CONSTRAINT totals_check;"
+                # Else the doctor has more to say of the view than a plan does.
+                "ALTER TABLE team.sales FORCE ROW LEVEL SECURITY"
+            )
 
 
 @pytest.mark.parametrize("user", ["postgres", "rights_admin"])

@@ -69,6 +69,10 @@ def adopt(
         str | None,
         typer.Option("--owner", metavar="ROLE", help="role that the table belongs to; left out: the view's owner"),
     ] = None,
+    compute_role: Annotated[
+        str | None,
+        typer.Option("--compute-role", metavar="ROLE", help="role that computes it, where teams share one service"),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=100, help="keys filled at the same time")] = 2,
     wait: Wait = 600.0,
     abort: Annotated[bool, typer.Option("--abort", help="take back what an interrupted run left")] = False,
@@ -95,6 +99,7 @@ def adopt(
         timezone,
         target_rls,
         owner,
+        compute_role,
     )
 
     async def act(connection: Connection) -> None:

@@ -138,13 +138,16 @@ def explain(view: View, tenant: MaybeTenant = None, as_json: Json = False) -> No
     with_connection(act)
 
 
+VERDICTS = ("stale", "different", "not determined", "failed", "moved")
+
+
 @app.command()
 def verify(view: AnyView = None, as_json: Json = False) -> None:
     """Compares every target with its definition, exactly, tenant by tenant; exit 1 where they differ.
 
-    Tells stale (a known change will be refreshed) from different (the target is wrong) and failed (the comparison
-    itself raised; the others go on). Of a query with now() in it, rows differ once the time has gone on: moved, which
-    is no difference.
+    Tells stale (a known change will be refreshed) from different (the target is wrong), not determined (the definition has
+    more than one right result) and failed (the comparison itself raised; the others go on). Rows of a query with now() in it
+    differ once the time has gone on: moved, which is no difference. Rows that have no tenant are counted: no target has them.
     """
 
     async def act(connection: Connection) -> None:
@@ -163,7 +166,8 @@ def verify(view: AnyView = None, as_json: Json = False) -> None:
         verdicts = Counter(difference.verdict for difference in found)
         counts = {
             "compared": done - sum(d.verdict == "failed" and d.tenant_id is not None for d in found),
-            **{verdict: verdicts[verdict] for verdict in ("stale", "different", "failed", "moved")},
+            **{verdict: verdicts[verdict] for verdict in VERDICTS},
+            "rows_without_tenant": sum(d.missing for d in found if d.untenanted),
         }
         rows = [
             {"view": d.view, "tenant_id": d.tenant_id, "missing": d.missing, "extra": d.extra, "verdict": d.verdict,
@@ -174,9 +178,15 @@ def verify(view: AnyView = None, as_json: Json = False) -> None:
         elif found:
             console.out.print(console.table(rows, [n for n in rows[0] if n != "error" or verdicts["failed"]]))
         if not as_json:
-            told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("stale", "different", "failed"))
-            moved = f", {counts['moved']} moved with the time" if counts["moved"] else ""
-            console.out.print(f"{console.count(counts['compared'], 'key')} compared, {told}{moved}")
+            always = {"stale", "different", "failed"}
+            told = [
+                f"{counts[v]} {'moved with the time' if v == 'moved' else v}"
+                for v in VERDICTS
+                if counts[v] or v in always
+            ]
+            if counts["rows_without_tenant"]:
+                told.append(f"{console.count(counts['rows_without_tenant'], 'row')} without a tenant")
+            console.out.print(f"{console.count(counts['compared'], 'key')} compared, {', '.join(told)}")
         if any(difference.verdict != "moved" for difference in found):
             raise typer.Exit(1)
 

@@ -224,10 +224,10 @@ async def _apply(connection: Connection, step: Step, *, as_json: bool) -> None:
             swapped = await alter.finish(connection, step.view, beside, console.warning)
         if not as_json:
             console.out.print(f"altered {step.view}: readers were locked out for {console.duration(swapped.locked)}")
-    if step.window:
-        await definitions.set_window(connection, step)
+    if step.settings:
+        await definitions.set_settings(connection, step)
         if not as_json:
-            console.out.print(f"set {', '.join(step.window)} of {step.view}")
+            console.out.print(f"set {', '.join(step.settings)} of {step.view}")
     await definitions.grant(connection, step.view, step.readers)
 
 

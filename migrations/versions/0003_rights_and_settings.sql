@@ -59,3 +59,8 @@ DROP FUNCTION IF EXISTS listener.begin_adoption(text, name[], name, text, regcla
 DROP FUNCTION IF EXISTS listener.plan_adoption(text, name[], name, text);
 DROP FUNCTION IF EXISTS listener.unadopting(listener.managed_view, listener.adoption);
 DROP FUNCTION IF EXISTS listener.whole_digests(text);
+-- drift_version: what a key showed when check_drift() last had it refreshed, since nothing explained how it differed.
+-- undetermined_version: the same where it differed again with no change in between: its definition has more than one right result.
+ALTER TABLE listener.refresh_state
+    ADD COLUMN drift_version bigint,
+    ADD COLUMN undetermined_version bigint;
