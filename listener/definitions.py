@@ -263,7 +263,16 @@ def file_of(row: DictRow) -> str:
     whole = row["strategy"] == "whole"
     options = {
         name: row[name]
-        for name in ("key_columns", "tenant_column", "tenants_query", "depends_on", *WINDOW, "timezone", "target_rls", "compute_role")
+        for name in (
+            "key_columns",
+            "tenant_column",
+            "tenants_query",
+            "depends_on",
+            *WINDOW,
+            "timezone",
+            "target_rls",
+            "compute_role",
+        )
         if row[name] is not None and row[name] != (DEFAULTS | WINDOW_DEFAULTS).get(name)
     }
     if whole:

@@ -248,6 +248,15 @@ def _apply_functions(connection: psycopg.Connection[Any], settings: Settings) ->
     for file in sorted(sql_directory().glob("*.sql")):
         connection.execute(file.read_bytes())
     connection.execute("SELECT listener.regenerate()")
+    lacking = connection.execute(
+        "SELECT i.service_role::text FROM listener.installation i"
+        " WHERE i.compute_role = i.service_role AND i.service_role <> i.owner_role"
+    ).fetchone()
+    if lacking is not None:
+        console.warning(
+            f"there is no role {settings.compute_role} that the owner is a member of: definitions are computed as {lacking[0]}. "
+            "Run what `listener roles` prints as an administrator, then `listener migrate` again."
+        )
 
 
 def roles_script(settings: Settings, database: str) -> str:

@@ -282,12 +282,16 @@ $function$;
 --   names with a dot   only a superuser may put a setting that no extension defines into a SET clause
 --   timezone_abbreviations   PostgreSQL reads a file each time that a function pins it, which takes 40 µs
 CREATE OR REPLACE FUNCTION listener.custom_settings(view listener.managed_view) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT coalesce(jsonb_object_agg(s.key, s.value), '{}')
-    FROM (SELECT 'timezone_abbreviations' AS key, coalesce(view.settings ->> 'timezone_abbreviations', 'Default') AS value
-          UNION ALL
-          SELECT o.key, o.value FROM jsonb_each_text(view.settings) o WHERE o.key LIKE '%.%') s
-    WHERE current_setting(s.key, true) IS DISTINCT FROM s.value
+-- PL/pgSQL, since a session keeps its plan: each refresh asks.
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    RETURN coalesce((
+        SELECT jsonb_object_agg(s.key, s.value)
+        FROM (SELECT 'timezone_abbreviations' AS key, coalesce(view.settings ->> 'timezone_abbreviations', 'Default') AS value
+              UNION ALL
+              SELECT o.key, o.value FROM jsonb_each_text(view.settings) o WHERE o.key LIKE '%.%') s
+        WHERE current_setting(s.key, true) IS DISTINCT FROM s.value), '{}');
+END
 $function$;
 
 -- reading_settings(view): what the texts of a view's queries are read under. A literal such as '2026-03-01' becomes a time when it

@@ -81,7 +81,7 @@ CREATE OR REPLACE FUNCTION listener.run_refresh(
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-SET plan_cache_mode = force_custom_plan
+SET plan_cache_mode = auto
 SET jit = off
 AS $function$
 #variable_conflict use_column
@@ -111,10 +111,10 @@ BEGIN
     FROM listener.known_version(managed.id, tenant_key) k;
     -- A kept plan saves most of a small refresh. It may be wrong for a tenant unlike the others, or have been made when
     -- the tables were small: a key whose last refresh was not quick is planned anew, which then costs next to nothing.
-    IF was_quick THEN
-        PERFORM set_config('plan_cache_mode', 'auto', true);
+    -- Not before: the expressions here would be planned anew as well, each time.
+    IF NOT was_quick THEN
+        PERFORM set_config('plan_cache_mode', 'force_custom_plan', true);
     END IF;
-
     IF custom <> '{}' THEN
         custom := listener.use_settings(custom);
     END IF;
@@ -122,6 +122,7 @@ BEGIN
     EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
     -- Before anything is called by a name that is not qualified: what the definition calls may have set a path.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+            pg_catalog.set_config('plan_cache_mode', 'auto', true),
             pg_catalog.set_config('app.execution_context', callers_context, true);
     PERFORM listener.give_back_tenant(callers_tenant);
     IF custom <> '{}' THEN

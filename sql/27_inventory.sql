@@ -145,11 +145,14 @@ DECLARE
     hiding text;
     owner name := (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = relation);
     hidden regclass;
+    -- Why it cannot be a table.
+    odd text;
     hidden_from_owner regclass := listener.hidden_from_owner(relation);
     -- What every adoption needs; one that stays a materialized view does not.
     creating text[] := '{}';
     home regnamespace := (SELECT c.relnamespace FROM pg_class c WHERE c.oid = relation);
-    tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t);
+    -- A view on top of it needs a grant, if no more; see tied_to().
+    tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t WHERE t !~ ': GRANT ');
 BEGIN
     SELECT i.* INTO installed FROM listener.installation i;
     mends := '{}';
@@ -195,6 +198,7 @@ BEGIN
     IF NOT pg_has_role(installed.owner_role, owner, 'USAGE') THEN
         mends := mends || (listener.made_ours(relation) || ';');
     END IF;
+    mends := mends || ARRAY(SELECT substring(t FROM ': (GRANT .*)$') || ';' FROM listener.tied_to(relation) t WHERE t ~ ': GRANT ');
     IF NOT has_schema_privilege(installed.service_role, home, 'USAGE') THEN
         mends := mends || format('GRANT USAGE ON SCHEMA %s TO %I;', home, installed.service_role);
     END IF;
@@ -222,9 +226,12 @@ BEGIN
             PERFORM listener.check_columns(relation, CASE WHEN separable THEN tenant_column END, key_columns);
         END IF;
     EXCEPTION WHEN SQLSTATE 'LSN03' THEN
-        strategy := 'refused';
-        why := SQLERRM;
-        RETURN;
+        odd := SQLERRM;
+        IF separable THEN
+            strategy := 'refused';
+            why := odd;
+            RETURN;
+        END IF;
     END;
     IF separable THEN
         mends := mends || creating;
@@ -239,20 +246,22 @@ BEGIN
         why := CASE WHEN tenant_column IS NULL THEN 'it has no tenant column'
                     WHEN separable IS NULL THEN 'whether its tenants'' rows are apart could not be found out'
                     ELSE 'it is not proven that a tenant''s rows depend on that tenant''s rows alone' END;
-        IF hidden IS NULL THEN
+        IF hidden IS NULL AND odd IS NULL THEN
             strategy := 'whole';
             mends := mends || creating;
             why := why || ': a table is refreshed as a whole, and only rows that differ are written';
         ELSIF hidden_from_owner IS NOT NULL THEN
             strategy := 'refused';
-            why := why || format(', and row-level security hides rows of %s from the service, and rows of %s from its owner %I: '
-                                 'as a materialized view, the next REFRESH would empty it', hidden, hidden_from_owner, owner);
+            why := why || format(', %s, and row-level security hides rows of %s from its owner %I: as a materialized view, the next REFRESH '
+                                 'would empty it', coalesce(odd, format('row-level security hides rows of %s from the service', hidden)),
+                                 hidden_from_owner, owner);
             key_columns := NULL;
             mends := mends || format('write it so that a tenant''s rows depend on that tenant''s alone; or CREATE POLICY listener_refresh ON '
                                      '%s FOR SELECT TO %I USING (true); each session of that role then sees all rows', hidden_from_owner, owner);
         ELSE
             strategy := 'materialized view';
-            why := why || format(', and row-level security hides rows of %s from the service: it stays, and is refreshed with its owner''s rights', hidden);
+            why := why || format(', and %s: it stays, and is refreshed with its owner''s rights',
+                                 coalesce(odd, format('row-level security hides rows of %s from the service', hidden)));
             key_columns := NULL;
             IF unique_key IS NULL THEN
                 mends := mends || format('CREATE UNIQUE INDEX ON %s (…), or its readers wait for each refresh', relation);

@@ -114,9 +114,7 @@ async def teams(database: Database) -> AsyncIterator[AsyncConnection[Any]]:
         yield superuser
 
 
-async def test_the_code_of_one_team_reaches_nothing_of_another(
-    teams: AsyncConnection[Any], database: Database
-) -> None:
+async def test_the_code_of_one_team_reaches_nothing_of_another(teams: AsyncConnection[Any], database: Database) -> None:
     for arguments in (("sweep",), ("verify",), ("doctor",)):
         ended = listener(*arguments, url=database.url())
         assert ended.returncode in {0, 1}, ended.stdout + ended.stderr
@@ -153,7 +151,9 @@ async def test_a_view_changes_the_role_that_it_is_computed_as(teams: AsyncConnec
     assert listener("sweep", url=database.url()).returncode == 0
     with pytest.raises(psycopg.Error, match="may not read what the query reads"):
         await teams.execute("SELECT listener.set_compute_role('team_b.totals', 'team_a_compute')")
-    await teams.execute("GRANT SELECT ON team_b.sources TO listener_service; GRANT USAGE ON SCHEMA team_b TO listener_service")
+    await teams.execute(
+        "GRANT SELECT ON team_b.sources TO listener_service; GRANT USAGE ON SCHEMA team_b TO listener_service"
+    )
     await teams.execute("SELECT listener.set_compute_role('team_b.totals', NULL)")
     await teams.execute("INSERT INTO team_b.sources VALUES ('t3', 'new')")
     assert listener("sweep", url=database.url()).returncode == 0

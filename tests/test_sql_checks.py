@@ -74,7 +74,9 @@ async def test_every_security_definer_function_has_a_pinned_path_and_no_public_e
         "listener.refresh(text,text)",
         "listener.refresh_all_for_tenant(text)",
     }
-    assert [name for name, pinned, public, superuser in definers if not (pinned or name in known) or public or superuser] == []
+    assert [
+        name for name, pinned, public, superuser in definers if not (pinned or name in known) or public or superuser
+    ] == []
 
 
 @pytest.mark.anyio
@@ -91,8 +93,15 @@ async def test_every_function_of_more_than_one_line_has_a_pinned_path(shop: Data
         )
     # create_view has the caller's path for the caller's queries, and pins its own once it is read. The others give a
     # session its path back, which a SET clause cannot: all that they call is qualified.
-    assert unpinned == [("check_drift",), ("create_view",), ("forget",), ("refresh",), ("refresh_all_for_tenant",),
-                        ("refresh_key",), ("restore_path",)]
+    assert unpinned == [
+        ("check_drift",),
+        ("create_view",),
+        ("forget",),
+        ("refresh",),
+        ("refresh_all_for_tenant",),
+        ("refresh_key",),
+        ("restore_path",),
+    ]
 
 
 @pytest.mark.anyio

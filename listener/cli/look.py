@@ -179,7 +179,11 @@ def verify(view: AnyView = None, as_json: Json = False) -> None:
             console.out.print(console.table(rows, [n for n in rows[0] if n != "error" or verdicts["failed"]]))
         if not as_json:
             always = {"stale", "different", "failed"}
-            told = [f"{counts[v]} {'moved with the time' if v == 'moved' else v}" for v in VERDICTS if counts[v] or v in always]
+            told = [
+                f"{counts[v]} {'moved with the time' if v == 'moved' else v}"
+                for v in VERDICTS
+                if counts[v] or v in always
+            ]
             if counts["rows_without_tenant"]:
                 told.append(f"{console.count(counts['rows_without_tenant'], 'row')} without a tenant")
             console.out.print(f"{console.count(counts['compared'], 'key')} compared, {', '.join(told)}")
