@@ -38,10 +38,13 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.use_settings(settings jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    previous jsonb := (SELECT jsonb_object_agg(n, current_setting(n, true)) FROM jsonb_object_keys(settings) n);
+    previous jsonb := '{}';
 BEGIN
-    PERFORM set_config(s.key, s.value, true) FROM jsonb_each_text(settings) s;
-    RETURN coalesce(previous, '{}');
+    IF settings <> '{}' THEN
+        previous := (SELECT jsonb_object_agg(n, current_setting(n, true)) FROM jsonb_object_keys(settings) n);
+        PERFORM set_config(s.key, s.value, true) FROM jsonb_each_text(settings) s;
+    END IF;
+    RETURN previous;
 END
 $function$;
 
@@ -282,15 +285,14 @@ $function$;
 --   names with a dot   only a superuser may put a setting that no extension defines into a SET clause
 --   timezone_abbreviations   PostgreSQL reads a file each time that a function pins it, which takes 40 µs
 CREATE OR REPLACE FUNCTION listener.custom_settings(view listener.managed_view) RETURNS jsonb
--- PL/pgSQL, since a session keeps its plan: each refresh asks.
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    RETURN coalesce((
-        SELECT jsonb_object_agg(s.key, s.value)
+    RETURN (
+        SELECT coalesce(jsonb_object_agg(s.key, s.value), '{}')
         FROM (SELECT 'timezone_abbreviations' AS key, coalesce(view.settings ->> 'timezone_abbreviations', 'Default') AS value
               UNION ALL
               SELECT o.key, o.value FROM jsonb_each_text(view.settings) o WHERE o.key LIKE '%.%') s
-        WHERE current_setting(s.key, true) IS DISTINCT FROM s.value), '{}');
+        WHERE current_setting(s.key, true) IS DISTINCT FROM s.value);
 END
 $function$;
 
