@@ -49,6 +49,8 @@ async def shop(database: Database) -> Database:
     await create_view(database, "sales", SALES, ["product"])
     await create_view(database, "paid", PAID, ["product"])
     await create_view(database, "inventory", INVENTORY, [], depends_on="{shop.stock}")
+    async with database.connect("listener_migrator") as migrator:
+        await migrator.execute("SELECT listener.add_source('shop.stock', 'tenant_id')")
     await at_home(database)
     return database
 
