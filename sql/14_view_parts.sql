@@ -296,6 +296,7 @@ DECLARE
     likely name := coalesce((SELECT v.tenant_column FROM listener.managed_view v WHERE v.tenant_column IS NOT NULL
                              GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 1), 'tenant_id');
 BEGIN
+    PERFORM listener.check_source(r.relid::regclass, NULL) FROM listener.reads(definition) r WHERE r.relid < 16384 OR r.relkind = 'S';
     SELECT string_agg(f.funcid::regprocedure::text, ', ') INTO hiding FROM listener.hiding_functions(definition) f;
     IF hiding IS NOT NULL AND depends_on IS NULL THEN
         RAISE EXCEPTION 'the query calls %, which may read tables that the catalog does not show', hiding

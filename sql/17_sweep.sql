@@ -71,7 +71,7 @@ END
 $function$;
 
 -- changed_definitions(): the views whose definition, or anything that its result depends on (see reached()), is another than
--- it was when they were registered, where a table of depends_on is another, or a table that a policy reads is no source yet, whose target has other columns, or whose definition went
+-- it was when they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
 -- when something that it reads was dropped with CASCADE, or a materialized view that is kept as one and was made anew; and
 -- takes note of it: makes a definition that went again, finds the tables anew, puts triggers on those that are new, and
 -- marks every tenant dirty. Runs with the owner's rights,
@@ -104,9 +104,8 @@ BEGIN
         CONTINUE WHEN NOT is_gone
             AND coalesce(listener.view_fingerprint(managed) = managed.fingerprint, true)
             AND NOT EXISTS (
-                SELECT FROM (SELECT to_regclass(d.name)::oid FROM unnest(managed.depends_on) d (name)
-                             UNION ALL SELECT p.relid FROM listener.policy_sources(definition) p) AS h (relid)
-                WHERE h.relid NOT IN (
+                SELECT FROM unnest(managed.depends_on) d (name)
+                WHERE to_regclass(d.name) NOT IN (
                     SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
                     WHERE w.view_id = managed.id AND (s.explicit OR s.tenant_column IS NULL OR managed.tenant_column IS NULL)));
         view := managed.name;
@@ -182,8 +181,8 @@ $function$;
 
 -- regenerate(): makes anew what is generated from the catalog, after a new release of these files was applied. A fingerprint
 -- of the formula before is replaced where it still says "unchanged": then the next sweep does not refresh every tenant of
--- every view for nothing. Where it does not, it is left, and the sweep marks the view: no change from before the migration,
--- or during it, is lost.
+-- every view for nothing. Where it does not, or a policy reads a table that is no source yet, it is left, and the sweep marks the
+-- view: no change from before the migration, or during it, is lost.
 CREATE OR REPLACE FUNCTION listener.regenerate() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -198,7 +197,10 @@ BEGIN
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
     PERFORM listener.generate_difference(v) FROM listener.managed_view v;
     UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint)
-    WHERE v.fingerprint NOT LIKE '2 %' AND v.fingerprint = listener.first_fingerprint(v);
+    WHERE v.fingerprint NOT LIKE '2 %' AND v.fingerprint = listener.first_fingerprint(v) AND NOT EXISTS (
+        SELECT FROM listener.policy_sources(to_regclass('listener.definition_' || v.id)) p
+        WHERE p.relid NOT IN (SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
+                              WHERE w.view_id = v.id AND (s.explicit OR s.tenant_column IS NULL OR v.tenant_column IS NULL)));
     -- As the first release made it, the policy showed the service every tenant's rows at any time.
     FOR target IN
         SELECT p.polrelid::regclass FROM pg_policy p

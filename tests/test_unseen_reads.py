@@ -1,0 +1,315 @@
+"""What a definition reads although no statement names it: refused, or captured, or every tenant is refreshed."""
+
+from __future__ import annotations
+
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from psycopg import AsyncConnection
+
+from conftest import Database
+from ledgers import arranged, managed, open_ledgers, shown, swept
+from shop import TRACES, differences, one, rows, settle
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def shop(database: Database) -> Database:
+    await open_ledgers(database)
+    return database
+
+
+READER: LiteralString = """
+CREATE FUNCTION shop.reader(int, int) RETURNS bigint LANGUAGE plpgsql STABLE AS 'BEGIN RETURN (SELECT sum(w) FROM shop.s); END';
+CREATE FUNCTION shop.liar(int) RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT sum(w) + $1 FROM shop.s';
+"""
+ROWS = "SELECT tenant_id, id, {} AS t FROM shop.o"
+
+# What is arranged, the query, and what the refusal names.
+HIDING: dict[str, tuple[LiteralString, str, str]] = {
+    "an operator": (
+        READER + "CREATE OPERATOR shop.@@@ (leftarg = int, rightarg = int, function = shop.reader)",
+        ROWS.format("v OPERATOR(shop.@@@) 1"),
+        r"shop\.reader",
+    ),
+    "an aggregate": (
+        READER
+        + """CREATE FUNCTION shop.step(bigint, int) RETURNS bigint LANGUAGE sql STABLE AS 'SELECT $1 + $2 + shop.liar(0)';
+             CREATE AGGREGATE shop.total(int) (sfunc = shop.step, stype = bigint, initcond = '0')""",
+        "SELECT tenant_id, shop.total(v) AS t FROM shop.o GROUP BY 1",
+        r"shop\.step",
+    ),
+    "the final function of an aggregate": (
+        READER
+        + """CREATE AGGREGATE shop.total(int) (sfunc = int4pl, stype = int, initcond = '0', finalfunc = shop.liar)""",
+        "SELECT tenant_id, shop.total(v) AS t FROM shop.o GROUP BY 1",
+        r"shop\.liar",
+    ),
+    "a window function": (
+        READER
+        + """CREATE AGGREGATE shop.total(int) (sfunc = int4pl, stype = int, initcond = '0', finalfunc = shop.liar)""",
+        ROWS.format("shop.total(v) OVER (PARTITION BY tenant_id)"),
+        r"shop\.liar",
+    ),
+    "a cast": (
+        """CREATE TYPE shop.pair AS (a int, b bigint);
+           CREATE FUNCTION shop.paired(int) RETURNS shop.pair LANGUAGE sql STABLE AS 'SELECT $1, sum(w) FROM shop.s';
+           CREATE CAST (int AS shop.pair) WITH FUNCTION shop.paired(int)""",
+        ROWS.format("(v::shop.pair).b"),
+        r"shop\.paired",
+    ),
+    "a function that calls itself immutable": (READER, ROWS.format("shop.liar(v)"), r"shop\.liar"),
+    "an immutable function with a parsed body": (
+        "CREATE FUNCTION shop.parsed() RETURNS bigint LANGUAGE sql IMMUTABLE BEGIN ATOMIC SELECT sum(w) FROM shop.s; END",
+        ROWS.format("shop.parsed()"),
+        r"shop\.parsed",
+    ),
+    "a function of a function": (
+        READER
+        + """CREATE FUNCTION shop.middle(int) RETURNS bigint LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN shop.reader($1, 1); END';
+             CREATE FUNCTION shop.outer(int) RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT shop.middle($1)'""",
+        ROWS.format("shop.outer(v)"),
+        r"shop\.reader",
+    ),
+    "an operator in the text of a function": (
+        READER
+        + """CREATE OPERATOR shop.@@@ (leftarg = int, rightarg = int, function = shop.reader);
+             CREATE FUNCTION shop.outer(int) RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT $1 OPERATOR(shop.@@@) 1'""",
+        ROWS.format("shop.outer(v)"),
+        r"shop\.reader",
+    ),
+    "a function of parsed functions": (
+        READER
+        + """CREATE FUNCTION shop.outer(int) RETURNS bigint LANGUAGE sql IMMUTABLE BEGIN ATOMIC SELECT shop.liar($1); END""",
+        ROWS.format("shop.outer(v)"),
+        r"shop\.liar",
+    ),
+    "a statement that a function puts together": (
+        """CREATE FUNCTION shop.made(t text) RETURNS bigint LANGUAGE plpgsql IMMUTABLE
+           AS 'DECLARE n bigint; BEGIN EXECUTE ''SELECT count(*) '' || ''FR'' || ''OM shop.s'' INTO n; RETURN n; END'""",
+        ROWS.format("shop.made('s')"),
+        r"shop\.made",
+    ),
+    "the check of a domain": (
+        READER + "CREATE DOMAIN shop.checked AS int CHECK (shop.liar(VALUE) > 0)",
+        ROWS.format("v::shop.checked"),
+        r"shop\.liar",
+    ),
+    "a generated column": (
+        READER + "ALTER TABLE shop.o ADD COLUMN g bigint GENERATED ALWAYS AS (shop.liar(v)) STORED",
+        ROWS.format("g"),
+        r"shop\.liar",
+    ),
+    "an ordering of the user's own": (
+        READER
+        + """CREATE FUNCTION shop.less(int, int) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT $1 < $2 + shop.liar(0)';
+             CREATE OPERATOR shop.<<< (leftarg = int, rightarg = int, function = shop.less)""",
+        "SELECT tenant_id, count(*) FILTER (WHERE v OPERATOR(shop.<<<) 3) AS t FROM shop.o GROUP BY 1",
+        r"shop\.(less|liar)",
+    ),
+    "a nested view": (
+        READER + "CREATE VIEW shop.nested AS SELECT tenant_id, id, shop.liar(v) AS t FROM shop.o",
+        "SELECT tenant_id, id, t FROM shop.nested",
+        r"shop\.liar",
+    ),
+    "query_to_xml": ("", ROWS.format("query_to_xml('TABLE shop.s', true, true, '')::text"), "query_to_xml"),
+    "table_to_xml in a function": (
+        """CREATE FUNCTION shop.outer() RETURNS text LANGUAGE sql IMMUTABLE
+           AS $$ SELECT table_to_xml('shop.s', true, true, '')::text $$""",
+        ROWS.format("shop.outer()"),
+        "table_to_xml",
+    ),
+    "ts_stat": ("", ROWS.format("(SELECT count(*) FROM ts_stat('SELECT to_tsvector(''a'')'))"), "ts_stat"),
+    "nextval": ("CREATE SEQUENCE shop.seq", ROWS.format("nextval('shop.' || 'seq')"), "nextval"),
+    "a size": ("", ROWS.format("pg_total_relation_size(16384)"), "pg_total_relation_size"),
+    "a comment": ("", ROWS.format("obj_description(16384, 'pg_class')"), "obj_description"),
+}
+
+
+@pytest.mark.parametrize("case", HIDING)
+async def test_what_may_read_a_table_unseen_is_refused_by_name_and_leaves_nothing(
+    shop: Database, superuser: AsyncConnection[Any], case: str
+) -> None:
+    arrangement, query, named = HIDING[case]
+    await arranged(superuser, arrangement)
+    before = await rows(superuser, TRACES)
+    with pytest.raises(psycopg.Error, match=f"the query calls .*{named}") as raised:
+        await managed(shop, query)
+    assert raised.value.sqlstate == "LSN03"
+    assert "depends_on" in str(raised.value.diag.message_hint)
+    assert await rows(superuser, TRACES) == before
+
+
+@pytest.mark.parametrize(("extension", "call"), [("tablefunc", "crosstab('SELECT 1, 2, 3') AS x(a int, b int)")])
+async def test_a_function_of_an_extension_that_runs_a_text_is_refused(
+    shop: Database, superuser: AsyncConnection[Any], extension: LiteralString, call: str
+) -> None:
+    await superuser.execute("CREATE EXTENSION " + extension + " SCHEMA public")
+    with pytest.raises(psycopg.Error, match=r"the query calls public\.crosstab") as raised:
+        await managed(shop, ROWS.format(f"(SELECT max(b) FROM public.{call})"))
+    assert raised.value.sqlstate == "LSN03"
+
+
+HARMLESS: dict[str, tuple[LiteralString, str]] = {
+    "an immutable function": (
+        "CREATE FUNCTION shop.fee(int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT $1 * 2'",
+        ROWS.format("shop.fee(v)"),
+    ),
+    "FROM in an expression": (
+        """CREATE FUNCTION shop.s_of(s date) RETURNS int LANGUAGE plpgsql IMMUTABLE
+           AS 'BEGIN RETURN extract(year FROM $1)::int + length(trim(both '' '' from ''x'')); END'""",
+        ROWS.format("shop.s_of('2026-01-01')"),
+    ),
+    "an aggregate of immutable functions": (
+        "CREATE AGGREGATE shop.total(int) (sfunc = int4pl, stype = int, initcond = '0')",
+        "SELECT tenant_id, shop.total(v) AS t FROM shop.o GROUP BY 1",
+    ),
+    "what no table is behind": ("", ROWS.format("pg_typeof(v)::text || pg_column_size(v)")),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+async def test_what_reads_no_table_is_not_refused(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], case: str
+) -> None:
+    arrangement, query = HARMLESS[case]
+    await arranged(superuser, arrangement)
+    await managed(shop, query)
+    await settle(service)
+    assert len(await shown(superuser)) == 2
+
+
+FOREIGN: LiteralString = """
+CREATE FOREIGN DATA WRAPPER nobody; CREATE SERVER nowhere FOREIGN DATA WRAPPER nobody;
+CREATE TABLE shop.part (tenant_id text, id int) PARTITION BY RANGE (id);
+ALTER TABLE shop.part OWNER TO shop_owner;
+CREATE FOREIGN TABLE shop.part_1 PARTITION OF shop.part FOR VALUES FROM (0) TO (9) SERVER nowhere;
+"""
+REFUSED: dict[str, tuple[LiteralString, str, str]] = {
+    "a system catalog": ("", "SELECT relname::text AS tenant_id FROM pg_class", "system catalog"),
+    "a view of the system's": ("", "SELECT usename::text AS tenant_id FROM pg_user", "system catalog"),
+    "the information schema": ("", "SELECT table_name::text AS tenant_id FROM information_schema.tables", "system catalog"),
+    "a catalog in a subquery": ("", ROWS.format("(SELECT count(*) FROM pg_proc)"), "system catalog"),
+    "a sequence": ("CREATE SEQUENCE shop.seq", ROWS.format("(SELECT last_value FROM shop.seq)"), "seq .* a sequence"),
+    "an unlogged partition": (
+        """CREATE TABLE shop.part (tenant_id text, id int) PARTITION BY RANGE (id);
+           CREATE UNLOGGED TABLE shop.part_1 PARTITION OF shop.part FOR VALUES FROM (0) TO (9)""",
+        "SELECT tenant_id, count(*) FROM shop.part GROUP BY 1",
+        "part_1 is unlogged",
+    ),
+    "a foreign partition": (FOREIGN, "SELECT tenant_id, count(*) FROM shop.part GROUP BY 1", "part_1 is a foreign table"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_relation_that_no_trigger_covers_is_refused_with_its_cause(
+    shop: Database, superuser: AsyncConnection[Any], case: str
+) -> None:
+    arrangement, query, cause = REFUSED[case]
+    await arranged(superuser, "")
+    if arrangement:
+        await superuser.execute(arrangement)
+        await superuser.execute("GRANT SELECT ON ALL TABLES IN SCHEMA shop TO listener_service")
+        await superuser.execute("GRANT SELECT ON ALL SEQUENCES IN SCHEMA shop TO listener_service, listener_owner")
+        await superuser.execute("GRANT SELECT ON ALL TABLES IN SCHEMA shop TO listener_owner")
+    before = await rows(superuser, TRACES)
+    with pytest.raises(psycopg.Error, match=cause) as raised:
+        await managed(shop, query, tenants_query="SELECT 't1'")
+    assert raised.value.sqlstate == "LSN03"
+    assert await rows(superuser, TRACES) == before
+
+
+TOTAL: LiteralString = "CREATE FUNCTION shop.total() RETURNS bigint LANGUAGE sql STABLE AS 'SELECT sum(v) FROM shop.o'"
+
+
+async def test_a_table_of_depends_on_is_shared_by_all_tenants_which_a_notice_says(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any]
+) -> None:
+    await arranged(superuser, TOTAL)
+    notices: list[str] = []
+    async with shop.connect("listener_migrator") as migrator:
+        migrator.add_notice_handler(lambda d: notices.append(f"{d.message_primary} {d.message_hint}"))
+        await migrator.execute(
+            """SELECT listener.create_view('shown', 'SELECT tenant_id, v, shop.total() AS t FROM shop.o', '{}',
+                                           depends_on => '{shop.o}')"""
+        )
+    assert [n for n in notices if "depends_on names shop.o" in n and "listener.add_source" in n]
+    await settle(service)
+    await superuser.execute("UPDATE shop.o SET v = v + 1 WHERE tenant_id = 't2'")
+    await settle(service)
+    assert await shown(superuser) == [("t1", 10, 31), ("t2", 21, 31)]
+    # Nobody is told otherwise.
+    async with shop.connect("listener_migrator") as migrator:
+        await migrator.execute("SELECT listener.add_source('shop.o', 'tenant_id')")
+    await settle(service)
+    await superuser.execute("UPDATE shop.o SET v = v WHERE tenant_id = 't2'")
+    assert await rows(service, "SELECT tenant FROM listener.drain()") == [("t2",)]
+    assert await swept(service) == []
+
+
+POLICY: LiteralString = """
+CREATE TABLE shop.members (tenant_id text, name text);
+INSERT INTO shop.members VALUES ('t1', 'anna'), ('t2', 'bert');
+ALTER TABLE shop.o ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+"""
+# How a policy comes to read shop.members.
+BY_POLICY: dict[str, LiteralString] = {
+    "a subquery": """
+        CREATE POLICY p ON shop.o USING (EXISTS (SELECT FROM shop.members m WHERE m.tenant_id = o.tenant_id))""",
+    "a view": """
+        CREATE VIEW shop.seen AS SELECT * FROM shop.members;
+        GRANT SELECT ON shop.seen TO listener_service;
+        CREATE POLICY p ON shop.o USING (tenant_id IN (SELECT tenant_id FROM shop.seen))""",
+    "a function of text": """
+        CREATE FUNCTION shop.known(t text) RETURNS boolean LANGUAGE plpgsql STABLE SECURITY DEFINER
+            AS 'BEGIN RETURN EXISTS (SELECT FROM shop.members m WHERE m.tenant_id = t); END';
+        CREATE POLICY p ON shop.o USING (shop.known(tenant_id))""",
+    "a function of a function": """
+        CREATE FUNCTION shop.known(t text) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
+            BEGIN ATOMIC SELECT EXISTS (SELECT FROM shop.members m WHERE m.tenant_id = t); END;
+        CREATE FUNCTION shop.outer(t text) RETURNS boolean LANGUAGE sql STABLE AS 'SELECT shop.known(t)';
+        CREATE POLICY p ON shop.o USING (shop.outer(tenant_id))""",
+    "another table's policy": """
+        CREATE TABLE shop.teams (tenant_id text);
+        INSERT INTO shop.teams VALUES ('t1'), ('t2');
+        ALTER TABLE shop.teams ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+        CREATE POLICY p ON shop.teams USING (tenant_id IN (SELECT m.tenant_id FROM shop.members m));
+        CREATE POLICY p ON shop.o USING (tenant_id IN (SELECT t.tenant_id FROM shop.teams t))""",
+}
+
+
+@pytest.mark.parametrize("way", BY_POLICY)
+async def test_a_table_that_a_policy_reads_is_a_source_that_all_tenants_share(
+    shop: Database, superuser: AsyncConnection[Any], service: AsyncConnection[Any], way: str
+) -> None:
+    await arranged(superuser, POLICY + BY_POLICY[way])
+    await managed(shop, "SELECT tenant_id, v FROM shop.o", tenants_query="SELECT * FROM unnest('{t1,t2}'::text[])")
+    await swept(service)
+    assert await shown(superuser) == [("t1", 10), ("t2", 20)]
+    await superuser.execute("DELETE FROM shop.members WHERE name = 'bert'")
+    await settle(service)
+    assert await shown(superuser) == [("t1", 10)]
+    assert await swept(service) == []
+
+
+async def test_a_function_of_a_policy_that_reads_settings_is_not_refused_and_one_that_runs_texts_is(
+    shop: Database, superuser: AsyncConnection[Any]
+) -> None:
+    await arranged(
+        superuser,
+        """CREATE FUNCTION shop.current() RETURNS text LANGUAGE sql STABLE
+               AS $$ SELECT nullif(current_setting('app.current_tenant_id', true), '') $$;
+           CREATE FUNCTION shop.runs(t text) RETURNS boolean LANGUAGE plpgsql STABLE
+               AS $$ DECLARE found boolean; BEGIN EXECUTE 'SELECT true' INTO found; RETURN found; END $$;
+           ALTER TABLE shop.o ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+           CREATE POLICY p ON shop.o USING (tenant_id = shop.current())""",
+    )
+    tenants = "SELECT * FROM unnest('{t1,t2}'::text[])"
+    await managed(shop, "SELECT tenant_id, v FROM shop.o", tenants_query=tenants)
+    await arranged(superuser, "CREATE POLICY q ON shop.o AS RESTRICTIVE USING (shop.runs(tenant_id))")
+    with pytest.raises(psycopg.Error, match=r"calls shop\.runs"):
+        await managed(shop, "SELECT tenant_id, v FROM shop.o", tenants_query=tenants, name="other")
+    assert await one(superuser, "SELECT count(*) FROM listener.managed_view") == 1
+    assert await differences(superuser, "shown") != []
