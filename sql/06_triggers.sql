@@ -16,6 +16,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
+-- tables_below(relid): a table and those that are read with it: its partitions, or children that inherit from it.
+CREATE OR REPLACE FUNCTION listener.tables_below(relid oid) RETURNS TABLE (relid oid)
+LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
+    WITH RECURSIVE below (oid) AS (
+        SELECT $1
+        UNION
+        SELECT i.inhrelid FROM below b JOIN pg_inherits i ON i.inhparent = b.oid
+    )
+    SELECT b.oid FROM below b
+$function$;
+
 -- capture_tables(relid): the tables that need triggers for a source: the table itself; what is below it (partitions, or children
 -- that inherit from it), since a trigger does not see a statement that names a table below its own; and what is above any of
 -- these, since a statement that names a table above fires the triggers of that one alone. So a view that reads one partition
@@ -24,12 +35,8 @@ $function$;
 --   by_name: its columns stand in another order than the source's
 CREATE OR REPLACE FUNCTION listener.capture_tables(relid oid) RETURNS TABLE (relation regclass, by_name boolean)
 LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
-    WITH RECURSIVE below (oid) AS (
-        SELECT $1
-        UNION
-        SELECT i.inhrelid FROM below b JOIN pg_inherits i ON i.inhparent = b.oid
-    ), tree (oid) AS (
-        SELECT b.oid FROM below b
+    WITH RECURSIVE tree (oid) AS (
+        SELECT b.relid FROM listener.tables_below($1) b
         UNION
         SELECT i.inhparent FROM tree t JOIN pg_inherits i ON i.inhrelid = t.oid
     )
