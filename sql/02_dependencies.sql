@@ -1,6 +1,6 @@
 -- What a definition reads, from the catalog.
 
--- reads(relation): every relation that a view reads, through views, the view itself left out. The catalog keeps no dependency
+-- reads(relation): every relation that a view or a materialized view reads, through views, the view itself left out. The catalog keeps no dependency
 -- on its own tables, so the stored query is searched for their numbers; what views of PostgreSQL's own read is left out.
 CREATE OR REPLACE FUNCTION listener.reads(relation regclass)
 RETURNS TABLE (relid oid, relkind "char")
@@ -10,7 +10,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         UNION
         SELECT c.oid, c.relkind
         FROM walk w
-        JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relkind = 'v' AND w.relid >= 16384
+        JOIN pg_rewrite r ON r.ev_class = w.relid AND w.relid >= 16384 AND (w.relkind = 'v' OR w.relid = relation)
         CROSS JOIN LATERAL (
             SELECT d.refobjid FROM pg_depend d
             WHERE d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass

@@ -61,19 +61,23 @@ END
 $function$;
 
 -- computing_roles(relation): the roles whose rights decide which rows a definition is computed from: the one that computes it,
--- and the owners of the views in it that are not security_invoker, and of the definition where it is none itself.
+-- and the owners of the views in it that are not security_invoker. A materialized view that stays one is computed as its owner.
 CREATE OR REPLACE FUNCTION listener.computing_roles(relation regclass) RETURNS oid[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH defined AS (
+        SELECT c.relkind, c.relowner, v.compute_role, m.relowner AS kept_by
+        FROM pg_class c
+        LEFT JOIN listener.managed_view v ON c.relname = 'definition_' || v.id AND c.relnamespace = 'listener'::regnamespace
+        LEFT JOIN pg_class m ON v.strategy = 'materialized view'
+                            AND m.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+        WHERE c.oid = relation
+    )
     SELECT ARRAY(
-        SELECT r.oid FROM pg_roles r WHERE r.rolname = (
-            SELECT coalesce((SELECT v.compute_role FROM listener.managed_view v JOIN pg_class c ON c.oid = relation
-                             WHERE c.relname = 'definition_' || v.id AND c.relnamespace = 'listener'::regnamespace), i.compute_role)
-            FROM listener.installation i)
+        SELECT coalesce(d.kept_by, CASE WHEN d.relkind = 'm' THEN d.relowner END, r.oid)
+        FROM defined d CROSS JOIN listener.installation i LEFT JOIN pg_roles r ON r.rolname = coalesce(d.compute_role, i.compute_role)
         UNION
-        SELECT c.relowner
-        FROM (SELECT relation::oid AS relid UNION SELECT d.relid FROM listener.reads(relation) d WHERE d.relkind = 'v') v
-        JOIN pg_class c ON c.oid = v.relid
-        WHERE c.relkind IN ('v', 'm') AND (c.reloptions @> '{security_invoker=true}') IS NOT TRUE
+        SELECT c.relowner FROM listener.reads(relation) d JOIN pg_class c ON c.oid = d.relid
+        WHERE d.relkind = 'v' AND (c.reloptions @> '{security_invoker=true}') IS NOT TRUE
         ORDER BY 1)
 $function$;
 

@@ -118,6 +118,10 @@ BEGIN
             FROM listener.register_sources(definition, managed.tenant_column, coalesce(managed.depends_on, '{}')::regclass[]) r;
             IF is_gone THEN
                 PERFORM listener.restore_tenants(managed, found_ids);
+            ELSE
+                -- Sessions keep its plan, which servers before 18 do not drop when a role gets other rights, nor any server
+                -- when an IMMUTABLE function that was computed in planning is replaced.
+                PERFORM listener.generate_difference(managed);
             END IF;
             INSERT INTO listener.view_source (view_id, source_id, same_form)
             SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s

@@ -39,6 +39,11 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     WHERE r.relid IS NULL AND to_regclass(r.source) IS NULL
     WINDOW readers AS (PARTITION BY r.source)
     UNION ALL
+    SELECT t.view, format('the definition of %s reads %s, %s, whose changes fire no trigger: take it out of the query', t.view,
+                          r.relid::regclass, CASE r.relkind WHEN 'S' THEN 'a sequence' ELSE 'a system catalog' END)
+    FROM target t CROSS JOIN LATERAL listener.reads(t.definition) r
+    WHERE r.relid < 16384 OR r.relkind = 'S'
+    UNION ALL
     -- What is above a table is read by nobody here.
     SELECT r.view, format('%s%s is %s', c.oid::regclass,
                           CASE WHEN c.oid <> r.relid THEN format(', which is read with %s,', r.source) ELSE '' END,

@@ -151,7 +151,9 @@ BEGIN
     mends := '{}';
     FOR read IN
         SELECT i.relid::regclass AS source, i.relkind, c.relowner, c.relnamespace
-        FROM listener.tenant_inputs(relation, NULL) i JOIN pg_class c ON c.oid = i.relid ORDER BY i.relid
+        FROM (SELECT t.relid, t.relkind FROM listener.tenant_inputs(relation, NULL) t
+              UNION SELECT r.relid, r.relkind FROM listener.reads(relation) r WHERE r.relid < 16384 OR r.relkind = 'S') i
+        JOIN pg_class c ON c.oid = i.relid ORDER BY i.relid
     LOOP
         BEGIN
             PERFORM listener.check_source(read.source, NULL);
