@@ -68,8 +68,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         SELECT c.relkind, c.relowner, v.compute_role, m.relowner AS kept_by
         FROM pg_class c
         LEFT JOIN listener.managed_view v ON c.relname = 'definition_' || v.id AND c.relnamespace = 'listener'::regnamespace
-        LEFT JOIN pg_class m ON v.strategy = 'materialized view'
-                            AND m.oid = to_regclass(format('%I.%I', v.target_schema, v.target_name))
+        LEFT JOIN pg_class m ON m.oid = CASE WHEN v.strategy = 'materialized view'
+                                             THEN to_regclass(format('%I.%I', v.target_schema, v.target_name)) END
         WHERE c.oid = relation
     )
     SELECT ARRAY(
@@ -170,14 +170,41 @@ BEGIN
 END
 $function$;
 
--- policy_sources(relation): the tables that policies read while a definition is computed, themselves or through views and
--- functions: a change to one of them may show or hide any row.
-CREATE OR REPLACE FUNCTION listener.policy_sources(relation regclass) RETURNS TABLE (relid oid)
+-- policy_sources(relation, tenant_column): the tables that policies read while a definition is computed, themselves or through
+-- views and functions: a change to one of them may show or hide any row.
+--   is_apart   whether a refresh sees only the rows of its tenant there: policies of the table itself compare its tenant column
+--              with the setting, and nothing reads it with other rights; or a look-up goes through it, and said so
+CREATE OR REPLACE FUNCTION listener.policy_sources(relation regclass, tenant_column name) RETURNS TABLE (relid oid, is_apart boolean)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT DISTINCT c.oid
-    FROM listener.reached(relation) w
+    WITH reached AS MATERIALIZED (
+        SELECT DISTINCT w.classid, w.objid FROM listener.reached(relation) w WHERE w.by_policy AND w.objsubid = 0
+    ), roles AS (
+        SELECT r.role FROM unnest(listener.computing_roles(relation)) AS r (role)
+    ), lent AS (
+        SELECT FROM reached w JOIN pg_proc p ON w.classid = 'pg_proc'::regclass AND p.oid = w.objid AND p.prosecdef
+        UNION ALL
+        SELECT FROM reached w JOIN pg_class c ON w.classid = 'pg_class'::regclass AND c.oid = w.objid AND c.relkind = 'v'
+        WHERE (c.reloptions @> '{security_invoker=true}') IS NOT TRUE
+    )
+    SELECT c.oid,
+           EXISTS (SELECT FROM listener.source s JOIN listener.source o ON o.through_id = s.id
+                   WHERE s.relid = c.oid AND s.tenant_column = policy_sources.tenant_column)
+           OR (c.relrowsecurity AND NOT EXISTS (SELECT FROM lent)
+               AND NOT EXISTS (SELECT FROM roles r JOIN pg_roles o ON o.oid = r.role
+                               WHERE o.rolsuper OR o.rolbypassrls
+                                  OR (NOT c.relforcerowsecurity AND pg_has_role(r.role, c.relowner, 'USAGE')))
+               AND NOT EXISTS (
+                   SELECT FROM pg_policy p
+                   WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
+                     AND EXISTS (SELECT FROM unnest(p.polroles) AS o (role) CROSS JOIN roles r
+                                 WHERE o.role = 0 OR pg_has_role(r.role, o.role, 'USAGE'))
+                     AND regexp_replace(pg_get_expr(p.polqual, p.polrelid), '[()]|::[a-z ]+', '', 'g')
+                         NOT IN (SELECT format(f.form, quote_ident(policy_sources.tenant_column)) FROM unnest(ARRAY[
+                             '%s = current_setting''app.current_tenant_id''', '%s = current_setting''app.current_tenant_id'', true',
+                             '%s = NULLIFcurrent_setting''app.current_tenant_id'', true, ''''']) AS f (form))))
+    FROM reached w
     JOIN pg_class c ON w.classid = 'pg_class'::regclass AND c.oid = w.objid AND c.relkind IN ('r', 'p', 'm', 'f')
-    WHERE w.by_policy AND w.objsubid = 0 AND c.oid >= 16384 AND c.relnamespace <> 'listener'::regnamespace
+    WHERE c.oid >= 16384 AND c.relnamespace <> 'listener'::regnamespace
 $function$;
 
 -- reads_unseen(name): whether a function of PostgreSQL's own, or of an extension, returns what no capture can see: it runs a

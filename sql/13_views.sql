@@ -141,9 +141,9 @@ BEGIN
     -- Whose rights a view is computed with, and so which policies bind it, is known from here on.
     source_ids := source_ids || ARRAY(
         SELECT listener.register_source(p.relid::regclass, NULL)
-        FROM listener.policy_sources(to_regclass('listener.definition_' || view.id)) p
+        FROM listener.policy_sources(to_regclass('listener.definition_' || view.id), view.tenant_column) p
         WHERE NOT EXISTS (SELECT FROM listener.source s WHERE s.id = ANY (source_ids) AND s.relid = p.relid
-                            AND (s.explicit OR s.tenant_column IS NULL OR view.tenant_column IS NULL)));
+                            AND (p.is_apart OR s.explicit OR s.tenant_column IS NULL OR view.tenant_column IS NULL)));
     UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint) WHERE v.id = view.id;
     INSERT INTO listener.view_source
     SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM unnest(source_ids) s;

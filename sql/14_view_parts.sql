@@ -283,8 +283,8 @@ $function$;
 --   source_ids; tenant_secured: row-level security is forced on each that has tenants
 -- A view without a tenant column takes a table as it is captured already, or as a view by tenant would most likely have it
 -- later: two sets of triggers on it would cost its writers twice. Else a table with a column of the tenant column's name is a tenant's; one without, unless add_source named its column,
--- is shared by all tenants. So is one that depends_on names, or that a policy reads, unless add_source said otherwise: whose
--- rows a function or a policy looks at, nobody sees. Raises LSN03 for a function that may hide a table, or for a missing privilege.
+-- is shared by all tenants. So is one that depends_on names, or that a policy reads with the rows of all tenants in sight, unless
+-- add_source said otherwise: whose rows a function or a policy looks at, nobody sees. Raises LSN03 for a function that may hide a table, or for a missing privilege.
 CREATE OR REPLACE FUNCTION listener.register_sources(
     definition regclass, tenant_column name, depends_on regclass[], OUT source_ids integer[], OUT tenant_secured boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -315,17 +315,18 @@ BEGIN
                WHERE t.tenant_column IS NULL AND t.found_column IS NOT NULL AND NOT t.is_named)
     INTO source_ids, tenant_secured, shared, told, asked
     FROM (
-        SELECT x.*, CASE WHEN x.is_direct OR x.is_explicit OR register_sources.tenant_column IS NULL THEN x.found_column END AS tenant_column
+        SELECT x.*, CASE WHEN x.is_apart OR x.is_explicit OR register_sources.tenant_column IS NULL THEN x.found_column END AS tenant_column
         FROM (
             SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured, known.through_id IS NOT NULL AS through,
-                   read.is_direct, read.is_named, known.explicit IS TRUE AS is_explicit,
+                   read.is_apart, read.is_named, known.explicit IS TRUE AS is_explicit,
                    CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE coalesce(
                        a.attname, listener.target_tenant_column(c.oid, definition, register_sources.tenant_column)) END AS found_column
-            FROM (SELECT r.relid, bool_and(r.is_direct) AS is_direct, bool_or(r.is_named) AS is_named
+            FROM (SELECT r.relid, bool_and(r.is_apart) AS is_apart, bool_or(r.is_named) AS is_named
                   FROM (SELECT d.relid, true, false FROM listener.reads(definition) d WHERE d.relkind <> 'v'
                         UNION ALL SELECT d, false, true FROM unnest(depends_on) d
-                        UNION ALL SELECT p.relid, false, false FROM listener.policy_sources(definition) p)
-                      AS r (relid, is_direct, is_named)
+                        UNION ALL
+                        SELECT p.relid, p.is_apart, false FROM listener.policy_sources(definition, register_sources.tenant_column) p)
+                      AS r (relid, is_apart, is_named)
                   GROUP BY r.relid) read
             JOIN pg_class c ON c.oid = read.relid
             LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = coalesce(register_sources.tenant_column, likely)

@@ -202,9 +202,9 @@ BEGIN
     PERFORM listener.generate_difference(v) FROM listener.managed_view v;
     UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint)
     WHERE v.fingerprint NOT LIKE '2 %' AND v.fingerprint = listener.first_fingerprint(v) AND NOT EXISTS (
-        SELECT FROM listener.policy_sources(to_regclass('listener.definition_' || v.id)) p
+        SELECT FROM listener.policy_sources(to_regclass('listener.definition_' || v.id), v.tenant_column) p
         WHERE p.relid NOT IN (SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
-                              WHERE w.view_id = v.id AND (s.explicit OR s.tenant_column IS NULL OR v.tenant_column IS NULL)));
+                              WHERE w.view_id = v.id AND (p.is_apart OR s.explicit OR s.tenant_column IS NULL OR v.tenant_column IS NULL)));
     -- As the first release made it, the policy showed the service every tenant's rows at any time.
     FOR target IN
         SELECT p.polrelid::regclass FROM pg_policy p
