@@ -171,7 +171,7 @@ BEGIN
 END
 $body$)) AS m (name, body) LOOP
         EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
-                        LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS %L', made.name, made.body);
+                        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS %L', made.name, made.body);
         EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', made.name);
     END LOOP;
 END

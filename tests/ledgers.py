@@ -35,7 +35,9 @@ async def arranged(superuser: AsyncConnection[Any], statements: LiteralString) -
 
 async def managed(database: Database, query: str, **options: Any) -> None:
     """The view `shown`; its tenants are those that its rows have, unless `options` say otherwise."""
-    await create_view(database, **({"name": "shown", "query": query, "key_columns": [], "tenants_query": None} | options))
+    await create_view(
+        database, **({"name": "shown", "query": query, "key_columns": [], "tenants_query": None} | options)
+    )
 
 
 async def swept(service: AsyncConnection[Any]) -> list[tuple[str, str | None]]:

@@ -1,5 +1,7 @@
 """Writes that reach a table through another one: through its root, by MERGE across partitions, through an inheritance tree."""
 
+# ruff: noqa: E501 - the statements are made of the text below, and some are a line each
+
 from __future__ import annotations
 
 from typing import Any, LiteralString
@@ -9,7 +11,7 @@ from psycopg import AsyncConnection
 
 from captured import emptied
 from conftest import Database
-from ledgers import arranged, managed, open_ledgers, shown, swept
+from ledgers import arranged, managed, open_ledgers, swept
 from shop import differences, one, rows, settle
 
 pytestmark = pytest.mark.anyio
@@ -54,9 +56,12 @@ MOVES: dict[str, LiteralString] = {
     "some rows, others stay": MERGE + "WHEN MATCHED THEN UPDATE SET at = s.a, v = 5",
     "with an INSERT that runs": MERGE + "WHEN MATCHED THEN UPDATE SET at = s.a, v = 5 "
     "WHEN NOT MATCHED THEN INSERT VALUES (s.t, s.a, 3)",
-    "with a DELETE that runs": MERGE + "WHEN MATCHED AND s.t = 5 THEN DELETE WHEN MATCHED THEN UPDATE SET tenant_id = 44, at = s.a",
-    "with a DELETE that does not": MERGE + "WHEN MATCHED AND s.t < 9 THEN UPDATE SET tenant_id = 44, at = s.a WHEN MATCHED THEN DELETE",
-    "with all three": MERGE + "WHEN MATCHED AND s.t = 5 THEN DELETE WHEN MATCHED THEN UPDATE SET tenant_id = 45, at = s.a "
+    "with a DELETE that runs": MERGE
+    + "WHEN MATCHED AND s.t = 5 THEN DELETE WHEN MATCHED THEN UPDATE SET tenant_id = 44, at = s.a",
+    "with a DELETE that does not": MERGE
+    + "WHEN MATCHED AND s.t < 9 THEN UPDATE SET tenant_id = 44, at = s.a WHEN MATCHED THEN DELETE",
+    "with all three": MERGE
+    + "WHEN MATCHED AND s.t = 5 THEN DELETE WHEN MATCHED THEN UPDATE SET tenant_id = 45, at = s.a "
     "WHEN NOT MATCHED THEN INSERT VALUES (s.t, s.a, 3)",
     "within a partition": "MERGE INTO shop.m_1 USING (VALUES (4)) s (t) ON m_1.tenant_id = s.t WHEN MATCHED THEN UPDATE SET at = 21, v = 5",
     "out of a leaf of another order": "MERGE INTO shop.m USING (VALUES (7)) s (t) ON m.tenant_id = s.t "
@@ -95,18 +100,26 @@ async def test_what_a_merge_moves_to_another_partition_refreshes_every_tenant(
 # What the log names then.
 EXACT: dict[str, tuple[LiteralString, set[str]]] = {
     "UPDATE of no row": ("UPDATE shop.m SET at = 1 WHERE tenant_id = 99", set()),
-    "MERGE of no row": ("MERGE INTO shop.m USING (VALUES (99)) s (t) ON m.tenant_id = s.t WHEN MATCHED THEN UPDATE SET at = 1", set()),
+    "MERGE of no row": (
+        "MERGE INTO shop.m USING (VALUES (99)) s (t) ON m.tenant_id = s.t WHEN MATCHED THEN UPDATE SET at = 1",
+        set(),
+    ),
     "MERGE that moves nothing": (
         "MERGE INTO shop.m USING (VALUES (4)) s (t) ON m.tenant_id = s.t WHEN MATCHED THEN UPDATE SET v = 9",
         {"4"},
     ),
     "MERGE that inserts": (
-        "MERGE INTO shop.m USING (VALUES (99)) s (t) ON m.tenant_id = s.t WHEN MATCHED THEN UPDATE SET v = 9 "
-        "WHEN NOT MATCHED THEN INSERT VALUES (99, 3, 3)",
+        (
+            "MERGE INTO shop.m USING (VALUES (99)) s (t) ON m.tenant_id = s.t WHEN MATCHED THEN UPDATE SET v = 9 "
+            "WHEN NOT MATCHED THEN INSERT VALUES (99, 3, 3)"
+        ),
         {"99"},
     ),
     "UPDATE that moves": ("UPDATE shop.m SET at = 1 WHERE tenant_id = 4", {"4"}),
-    "UPDATE that moves to another tenant": ("UPDATE shop.m SET at = 1, tenant_id = 44 WHERE tenant_id = 4", {"4", "44"}),
+    "UPDATE that moves to another tenant": (
+        "UPDATE shop.m SET at = 1, tenant_id = 44 WHERE tenant_id = 4",
+        {"4", "44"},
+    ),
     "UPDATE that moves in PL/pgSQL": ("SELECT shop.plain_update()", {"4"}),
     "DELETE": ("DELETE FROM shop.m WHERE tenant_id = 4", {"4"}),
 }
@@ -225,8 +238,10 @@ UNCOVERED: dict[str, tuple[LiteralString, LiteralString, str]] = {
     "a child that is unlogged": (
         "CREATE UNLOGGED TABLE shop.child () INHERITS (shop.o)",
         "ALTER TABLE shop.child SET LOGGED",
-        "shop.child, which is read with shop.o, is unlogged, so that a crash empties it and fires no trigger: "
-        "ALTER TABLE shop.child SET LOGGED",
+        (
+            "shop.child, which is read with shop.o, is unlogged, so that a crash empties it and fires no trigger: "
+            "ALTER TABLE shop.child SET LOGGED"
+        ),
     ),
     "a child that is a foreign table": (
         """CREATE FOREIGN DATA WRAPPER nobody; CREATE SERVER nowhere FOREIGN DATA WRAPPER nobody;
