@@ -158,8 +158,9 @@ BEGIN
     mends := '{}';
     FOR read IN
         SELECT i.relid::regclass AS source, i.relkind, c.relowner, c.relnamespace
-        FROM (SELECT i.relid, i.relkind FROM listener.tenant_inputs(relation, NULL) i
-              UNION ALL SELECT v.relid, 'v' FROM listener.tenant_views(relation) v) i
+        FROM (SELECT t.relid, t.relkind FROM listener.tenant_inputs(relation, NULL) t
+              UNION SELECT r.relid, r.relkind FROM listener.reads(relation) r WHERE r.relid < 16384 OR r.relkind = 'S'
+              UNION SELECT v.relid, 'v' FROM listener.tenant_views(relation) v) i
         JOIN pg_class c ON c.oid = i.relid ORDER BY i.relkind = 'v', i.relid
     LOOP
         BEGIN

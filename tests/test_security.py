@@ -241,6 +241,8 @@ async def test_every_function_of_ours_has_a_pinned_path_where_it_lends_rights_an
         "truncate()",
         "row()",
         "name()",
+        "watch()",
+        "moved()",
     }
     assert len(triggers) >= 60
     # All triggers write with the owner's rights.
