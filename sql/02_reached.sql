@@ -129,6 +129,11 @@ BEGIN
                 SELECT 'pg_proc'::regclass, o.oprcode, 0, false FROM pg_operator o
                 WHERE w.classid = 'pg_operator'::regclass AND o.oid = w.objid AND o.oprcode >= 16384
                 UNION ALL
+                -- What sorts and groups by it is the function of its operator family.
+                SELECT 'pg_proc'::regclass, p.amproc, 0, false
+                FROM pg_amop m JOIN pg_amproc p ON p.amprocfamily = m.amopfamily AND p.amproc >= 16384
+                WHERE w.classid = 'pg_operator'::regclass AND m.amopopr = w.objid
+                UNION ALL
                 -- A row as a whole: all columns of whatever is read there.
                 SELECT 'pg_attribute'::regclass, a.attrelid, a.attnum, false
                 FROM (SELECT r.ev_action::text FROM pg_rewrite r WHERE w.classid = 'pg_rewrite'::regclass AND r.oid = w.objid

@@ -154,6 +154,23 @@ async def test_a_function_of_an_extension_that_runs_a_text_is_refused(
     assert raised.value.sqlstate == "LSN03"
 
 
+async def test_a_comparison_of_an_operator_family_that_reads_a_table_is_refused(
+    shop: Database, superuser: AsyncConnection[Any]
+) -> None:
+    await arranged(superuser, READER)
+    await superuser.execute(
+        """CREATE FUNCTION shop.less(int, int) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT $1 < $2';
+           CREATE FUNCTION shop.compared(int, int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT ($1 - $2 + shop.liar(0))::int';
+           CREATE OPERATOR shop.<<< (leftarg = int, rightarg = int, function = shop.less);
+           CREATE OPERATOR CLASS shop.odd FOR TYPE int USING btree AS OPERATOR 1 shop.<<<,
+               OPERATOR 3 =, FUNCTION 1 shop.compared(int, int)"""
+    )
+    with pytest.raises(psycopg.Error, match=r"the query calls .*shop\.liar"):
+        await managed(
+            shop, "SELECT tenant_id, array_agg(v ORDER BY v USING OPERATOR(shop.<<<)) AS t FROM shop.o GROUP BY 1"
+        )
+
+
 HARMLESS: dict[str, tuple[LiteralString, str]] = {
     "an immutable function": (
         "CREATE FUNCTION shop.fee(int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT $1 * 2'",
