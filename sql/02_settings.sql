@@ -38,10 +38,13 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.use_settings(settings jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    previous jsonb := (SELECT jsonb_object_agg(n, current_setting(n, true)) FROM jsonb_object_keys(settings) n);
+    previous jsonb := '{}';
 BEGIN
-    PERFORM set_config(s.key, s.value, true) FROM jsonb_each_text(settings) s;
-    RETURN coalesce(previous, '{}');
+    IF settings <> '{}' THEN
+        previous := (SELECT jsonb_object_agg(n, current_setting(n, true)) FROM jsonb_object_keys(settings) n);
+        PERFORM set_config(s.key, s.value, true) FROM jsonb_each_text(settings) s;
+    END IF;
+    RETURN previous;
 END
 $function$;
 
@@ -166,6 +169,14 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
     ORDER BY 1, 2, 3
 $function$;
 
+-- session_refusal(relation): by what its rows depend on the session that computes them, where that cannot be set for the computation
+-- and is no policy's; NULL: by nothing.
+CREATE OR REPLACE FUNCTION listener.session_refusal(relation regclass) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT string_agg(DISTINCT d.what, ', ') FROM listener.session_dependence(relation) d
+    WHERE d.place <> 'policy' AND (d.kind IN ('session', 'setting') OR (d.kind = 'unknown setting' AND d.place = 'query'))
+$function$;
+
 -- check_session(name, relations): raises LSN03 where the rows of these views depend on the session that computes them, by something
 -- that cannot be set for the computation; warns where it is a policy that may let them.
 -- Returns the custom settings that are, name -> value: what this session has, else the database. '': neither has one.
@@ -175,10 +186,16 @@ DECLARE
     found record;
     custom jsonb := '{}';
     value text;
+    refused text := (SELECT string_agg(listener.session_refusal(r), ', ') FROM unnest(relations) r);
 BEGIN
+    IF refused IS NOT NULL THEN
+        RAISE EXCEPTION 'the rows of % would depend on the session that computes them: it reads %', check_session.name, refused
+            USING ERRCODE = 'LSN03', HINT = 'Leave it away, or store in a column what it is needed for. current_user is the same role for '
+                'every refresh; a setting of your own that the query names as a constant is kept: current_setting(''app.…'', true).';
+    END IF;
     FOR found IN
-        SELECT d.place, d.kind, d.what, bool_or(d.place <> 'policy') AS computed FROM unnest(relations) r (relation)
-        CROSS JOIN LATERAL listener.session_dependence(r.relation) d GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+        SELECT DISTINCT d.place, d.kind, d.what FROM unnest(relations) r (relation)
+        CROSS JOIN LATERAL listener.session_dependence(r.relation) d ORDER BY 1, 2, 3
     LOOP
         IF found.kind = 'custom setting' THEN
             value := coalesce(nullif(current_setting(found.what, true), ''), listener.default_setting(found.what), '');
@@ -189,15 +206,9 @@ BEGIN
         ELSIF found.place = 'policy' THEN
             RAISE WARNING 'a policy on what % reads may show each session other rows: it reads %', check_session.name, found.what
                 USING HINT = 'Let it ask for current_user, which is the same role for every refresh, or for app.execution_context.';
-        ELSIF found.kind = 'unknown setting' AND found.place = 'function' THEN
+        ELSE
             RAISE WARNING 'a function that % calls reads a setting whose name is not a constant', check_session.name
                 USING HINT = 'Unless it is app.current_tenant_id, the rows depend on the session that refreshes them. Name the setting in the function.';
-        ELSE
-            RAISE EXCEPTION 'the rows of % would depend on the session that computes them: it reads %', check_session.name, found.what
-                USING ERRCODE = 'LSN03', HINT = CASE found.kind
-                    WHEN 'unknown setting' THEN 'Name the setting as a constant: current_setting(''app.…'', true).'
-                    WHEN 'setting' THEN 'Leave it away: what a session sets it to differs from caller to caller.'
-                    ELSE 'Leave it away, or store in a column what it is needed for. current_user is the same role for every refresh.' END;
         END IF;
     END LOOP;
     RETURN custom;
@@ -274,15 +285,14 @@ $function$;
 --   names with a dot   only a superuser may put a setting that no extension defines into a SET clause
 --   timezone_abbreviations   PostgreSQL reads a file each time that a function pins it, which takes 40 µs
 CREATE OR REPLACE FUNCTION listener.custom_settings(view listener.managed_view) RETURNS jsonb
--- PL/pgSQL, since a session keeps its plan: each refresh asks.
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    RETURN coalesce((
-        SELECT jsonb_object_agg(s.key, s.value)
+    RETURN (
+        SELECT coalesce(jsonb_object_agg(s.key, s.value), '{}')
         FROM (SELECT 'timezone_abbreviations' AS key, coalesce(view.settings ->> 'timezone_abbreviations', 'Default') AS value
               UNION ALL
               SELECT o.key, o.value FROM jsonb_each_text(view.settings) o WHERE o.key LIKE '%.%') s
-        WHERE current_setting(s.key, true) IS DISTINCT FROM s.value), '{}');
+        WHERE current_setting(s.key, true) IS DISTINCT FROM s.value);
 END
 $function$;
 

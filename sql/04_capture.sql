@@ -60,9 +60,11 @@ DECLARE
     ring text;
     body text;
     renamed text;
+    partitioned boolean;
 BEGIN
     SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = source_id;
     SELECT i.notify, i.notify_names INTO mode, notify_names FROM listener.installation i;
+    partitioned := EXISTS (SELECT FROM pg_class c WHERE c.oid = source.relid AND (c.relkind = 'p' OR c.relispartition));
     PERFORM listener.generate_tenant_of(source.id);
     IF listener.tracks_by_view() THEN
         SELECT string_agg(CASE WHEN t.attnum IS NULL THEN 'true' ELSE format(
@@ -124,15 +126,74 @@ BEGIN
     IF NOT FOUND THEN%s
     END IF;$sql$, body);
         END IF;
+        IF partitioned AND form.event = 'update' THEN
+            body := format($sql$
+    IF pg_catalog.current_setting('listener.moved_%1$s', true) = 'moved' THEN
+        GET DIAGNOSTICS callers = PG_CONTEXT;
+        everybody := NOT listener.is_plain_update(callers, pg_catalog.current_query());
+    END IF;
+    IF everybody THEN%2$s%3$s
+        PERFORM pg_catalog.set_config('listener.moved_%1$s', 'logged', true);
+    ELSE%4$s
+    END IF;$sql$, source.id, format(log_tenants, 'SELECT ''''::pg_catalog.text'),
+                CASE WHEN looked_through THEN format(log_moves, 'SELECT ''''::pg_catalog.text') ELSE '' END, body);
+        END IF;
         PERFORM listener.create_capture_function(
             format('capture_%s_%s%s', source.id, form.event, form.suffix),
-            CASE WHEN looked_through AND form.event = 'update' THEN 'tenants bigint;' ELSE '' END,
+            CASE WHEN looked_through AND form.event = 'update' THEN 'tenants bigint;' ELSE '' END
+            || CASE WHEN partitioned AND form.event = 'update' THEN ' callers text; everybody boolean := false;' ELSE '' END,
             CASE WHEN NOT form.by_name AND form.event <> 'truncate' THEN renamed END,
             format(log_tenants, 'SELECT ''''::pg_catalog.text'), body, ring);
     END LOOP;
     PERFORM listener.generate_row_capture(source, renamed, looked_through, unlinked, log_moves, ring);
+    IF partitioned THEN
+        PERFORM listener.generate_moves(source.id);
+    END IF;
     UPDATE listener.source s SET capture_digest = listener.capture_digest(s.id) WHERE s.id = source.id;
 END
+$function$;
+
+-- generate_moves(source_id): listener.capture_<id>_watch and listener.capture_<id>_moved, see wanted_triggers(). MERGE hands the
+-- UPDATE trigger the rows that stay in their partition; those that it moves to another it gives to the DELETE and INSERT
+-- triggers, which do not fire unless the MERGE has such actions. So `watch` sets listener.moved_<id>, `moved` notes there that
+-- a row left its partition, and the UPDATE trigger, which fires last, then takes the change for everybody's, unless
+-- is_plain_update() knows better. The setting ends with the transaction, or with its savepoint, as the log rows do.
+CREATE OR REPLACE FUNCTION listener.generate_moves(source_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    made record;
+BEGIN
+    FOR made IN SELECT format(m.name, source_id) AS name, format(m.body, source_id) AS body FROM (VALUES
+        ('capture_%s_watch', $body$
+BEGIN
+    IF COALESCE(pg_catalog.current_setting('listener.moved_%1$s', true), '') = '' THEN
+        PERFORM pg_catalog.set_config('listener.moved_%1$s', 'watch', true);
+    END IF;
+    RETURN NULL;
+END
+$body$), ('capture_%s_moved', $body$
+BEGIN
+    IF pg_catalog.current_setting('listener.moved_%1$s', true) = 'watch' THEN
+        PERFORM pg_catalog.set_config('listener.moved_%1$s', 'moved', true);
+    END IF;
+    RETURN NULL;
+END
+$body$)) AS m (name, body) LOOP
+        EXECUTE format('CREATE OR REPLACE FUNCTION listener.%I() RETURNS trigger
+                        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS %L', made.name, made.body);
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION listener.%I() FROM PUBLIC', made.name);
+    END LOOP;
+END
+$function$;
+
+-- is_plain_update(callers, query): whether the statement that fired the trigger is surely an UPDATE and no MERGE: then the
+-- trigger was given every row. `callers` is PG_CONTEXT in the trigger, `query` what the client sent. Without a function in
+-- between, what the client sent is all there is; else the second line shows the statement. Where that is not to be had (an
+-- SQL function, a prepared statement, messages in another language), the answer is no, and all tenants are refreshed.
+CREATE OR REPLACE FUNCTION listener.is_plain_update(callers text, query text) RETURNS boolean
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT CASE WHEN position(E'\n' IN callers) = 0 THEN coalesce(query !~* '\m(merge|execute)\M', false)
+                ELSE split_part(callers, E'\n', 2) ~* '^SQL statement "\s*UPDATE\s' END
 $function$;
 
 -- capture_digest(source_id): of the capture functions of a source as they are now: generate_capture notes it, and doctor compares.
@@ -142,7 +203,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM pg_proc p
     WHERE p.pronamespace = 'listener'::regnamespace AND p.prorettype = 'trigger'::regtype
       AND p.proname IN (SELECT format('capture_%s_%s%s', $1, e.event, n.suffix)
-                        FROM unnest('{insert,update,delete,truncate,row}'::text[]) e (event)
+                        FROM unnest('{insert,update,delete,truncate,row,watch,moved}'::text[]) e (event)
                         CROSS JOIN unnest('{"",_by_name}'::text[]) n (suffix))
 $function$;
 

@@ -16,48 +16,83 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
--- capture_tables(relid): the tables that need triggers for a source: the table, and every partition of it, since a
--- trigger on the root does not see a statement that names a leaf. by_name: the columns stand in another order than
--- the root's.
-CREATE OR REPLACE FUNCTION listener.capture_tables(relid oid) RETURNS TABLE (relation regclass, by_name boolean)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT t.oid::regclass, listener.row_shape(t.oid) IS DISTINCT FROM listener.row_shape($1)
-    FROM (SELECT c.oid FROM pg_class c WHERE c.oid = $1 AND c.relkind IN ('r', 'p')
-          UNION SELECT p.relid FROM pg_partition_tree($1) p) AS t (oid)
+-- tables_below(relid): a table and those that are read with it: its partitions, or children that inherit from it.
+CREATE OR REPLACE FUNCTION listener.tables_below(relid oid) RETURNS TABLE (relid oid)
+LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
+    WITH RECURSIVE below (oid) AS (
+        SELECT $1
+        UNION
+        SELECT i.inhrelid FROM below b JOIN pg_inherits i ON i.inhparent = b.oid
+    )
+    SELECT b.oid FROM below b
 $function$;
 
--- wanted_triggers(source_id): the triggers that a source should have. Those for each row are for tables that a
--- subscription fills: logical replication's apply fires no statement triggers. They fire in it alone.
+-- capture_tables(relid): the tables that need triggers for a source: the table itself; what is below it (partitions, or children
+-- that inherit from it), since a trigger does not see a statement that names a table below its own; and what is above any of
+-- these, since a statement that names a table above fires the triggers of that one alone. So a view that reads one partition
+-- refreshes the tenants of what is written to the others through the root: too many tenants, never too few. Foreign tables
+-- below cannot have these triggers (view_troubles() names them), and temporary ones belong to one session.
+--   by_name: its columns stand in another order than the source's
+CREATE OR REPLACE FUNCTION listener.capture_tables(relid oid) RETURNS TABLE (relation regclass, by_name boolean)
+LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
+    WITH RECURSIVE tree (oid) AS (
+        SELECT b.relid FROM listener.tables_below($1) b
+        UNION
+        SELECT i.inhparent FROM tree t JOIN pg_inherits i ON i.inhrelid = t.oid
+    )
+    SELECT c.oid::regclass, listener.row_shape(c.oid) IS DISTINCT FROM listener.row_shape($1)
+    FROM tree t JOIN pg_class c ON c.oid = t.oid
+    WHERE c.relkind IN ('r', 'p') AND (c.relpersistence <> 't' OR c.oid = $1)
+$function$;
+
+-- wanted_triggers(source_id): the triggers that a source should have. Those named `row` are for tables that a subscription
+-- fills: logical replication's apply fires no statement triggers. They fire in it alone.
+--   watch, moved   where partitions are, for MERGE: it moves a row to another partition without showing it to the UPDATE
+--                  trigger. `watch` runs before each UPDATE or MERGE that names a partitioned table. From then on, to the end
+--                  of the transaction, `moved` runs for each row that leaves a partition, see generate_moves(). Where
+--                  the source is a partition itself, also for each row that comes into it from another one.
 CREATE OR REPLACE FUNCTION listener.wanted_triggers(source_id integer)
 RETURNS TABLE (relation regclass, name name, event text, referencing text, level text, function name, enabled "char")
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT t.relation, format('listener_%s_%s', s.id, e.name)::name, e.event, e.referencing, e.level,
-           format('capture_%s_%s%s', s.id, e.name, CASE WHEN t.by_name THEN '_by_name' ELSE '' END)::name, e.enabled
+    SELECT t.relation, format('listener_%s_%s', s.id, e.name)::name,
+           CASE WHEN e.name = 'moved' AND o.relispartition THEN 'AFTER INSERT OR DELETE' ELSE e.event END, e.referencing,
+           e.level || CASE e.name WHEN 'moved' THEN format(' WHEN (pg_catalog.current_setting(%L, true) = ''watch'')',
+                                                           'listener.moved_' || s.id) ELSE '' END,
+           format('capture_%s_%s%s', s.id, e.name,
+                  CASE WHEN t.by_name AND e.name NOT IN ('watch', 'moved') THEN '_by_name' ELSE '' END)::name, e.enabled
     FROM listener.source s
+    JOIN pg_class o ON o.oid = s.relid
     CROSS JOIN LATERAL listener.capture_tables(s.relid) t
     JOIN pg_class c ON c.oid = t.relation
-    CROSS JOIN (VALUES ('insert', 'INSERT', 'REFERENCING NEW TABLE AS new_rows', 'STATEMENT', 'A'::"char"),
-                       ('update', 'UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows', 'STATEMENT', 'A'),
-                       ('delete', 'DELETE', 'REFERENCING OLD TABLE AS old_rows', 'STATEMENT', 'A'),
-                       ('truncate', 'TRUNCATE', '', 'STATEMENT', 'A'),
-                       ('row', 'INSERT OR UPDATE OR DELETE', '', 'ROW', 'R'))
+    CROSS JOIN (VALUES ('insert', 'AFTER INSERT', 'REFERENCING NEW TABLE AS new_rows', 'STATEMENT', 'A'::"char"),
+                       ('update', 'AFTER UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows', 'STATEMENT', 'A'),
+                       ('delete', 'AFTER DELETE', 'REFERENCING OLD TABLE AS old_rows', 'STATEMENT', 'A'),
+                       ('truncate', 'AFTER TRUNCATE', '', 'STATEMENT', 'A'),
+                       ('watch', 'BEFORE UPDATE', '', 'STATEMENT', 'A'),
+                       ('moved', 'AFTER DELETE', '', 'ROW', 'A'),
+                       ('row', 'AFTER INSERT OR UPDATE OR DELETE', '', 'ROW', 'R'))
         AS e (name, event, referencing, level, enabled)
     WHERE s.id = $1
-      AND (e.level = 'STATEMENT' OR (c.relkind = 'r' AND EXISTS (
+      AND CASE e.name
+          WHEN 'watch' THEN c.relkind = 'p'
+          WHEN 'moved' THEN c.relkind = 'r' AND c.relispartition
+          WHEN 'row' THEN c.relkind = 'r' AND EXISTS (
               SELECT FROM pg_subscription_rel r
-              WHERE r.srrelid IN (SELECT a.relid FROM pg_partition_ancestors(t.relation) a UNION SELECT t.relation))))
+              WHERE r.srrelid IN (SELECT a.relid FROM pg_partition_ancestors(t.relation) a UNION SELECT t.relation))
+          ELSE true END
 $function$;
 
--- capture_state(source_id, relid): what the catalog says of a source's triggers on a table, and of the table's place
--- among partitions. It changes with whatever may have let a write go by unseen, even if that was undone since: the
--- rows' xmin is in it.
+-- capture_state(source_id, relid): what the catalog says of a source's triggers on a table, of the table's place
+-- among partitions, and whether it is logged. It changes with whatever may have let a write go by unseen, even if that was
+-- undone since: the rows' xmin is in it.
 CREATE OR REPLACE FUNCTION listener.capture_state(source_id integer, relid oid) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT concat((SELECT string_agg(concat_ws(' ', g.tgname, g.tgenabled, g.xmin), ', ' ORDER BY g.tgname)
                    FROM pg_trigger g
                    WHERE g.tgrelid = $2 AND g.tgname LIKE format('listener\_%s\_%%', $1)),
                   (SELECT string_agg(concat_ws(' ', '; part of', i.inhparent, i.xmin), '')
-                   FROM pg_inherits i WHERE i.inhrelid = $2))
+                   FROM pg_inherits i WHERE i.inhrelid = $2),
+                  (SELECT '; unlogged' FROM pg_class c WHERE c.oid = $2 AND c.relpersistence = 'u'))
 $function$;
 
 -- is_rehearsal(): whether this transaction only tries what adopting would do: see begin_rehearsal(). The transaction's own number
@@ -98,7 +133,7 @@ BEGIN
                                     AND g.tgfoid = to_regproc('listener.' || t.function)::oid)
                 ORDER BY t.relation::oid, t.name
             LOOP
-                EXECUTE format('CREATE OR REPLACE TRIGGER %I AFTER %s ON %s %s FOR EACH %s EXECUTE FUNCTION listener.%I()',
+                EXECUTE format('CREATE OR REPLACE TRIGGER %I %s ON %s %s FOR EACH %s EXECUTE FUNCTION listener.%I()',
                                wanted.name, wanted.event, wanted.relation, wanted.referencing, wanted.level, wanted.function);
                 EXECUTE format('ALTER TABLE %s ENABLE %s TRIGGER %I', wanted.relation,
                                CASE wanted.enabled WHEN 'A' THEN 'ALWAYS' ELSE 'REPLICA' END, wanted.name);

@@ -1,9 +1,9 @@
 -- Sources: which tables are captured, and how their rows find their tenant: by a column or a look-up. Longer than the
 -- other files, because the two are told apart throughout.
 
--- check_source(relation, tenant_column): raises LSN03 for a table that triggers cannot cover, and for a tenant column
--- that is missing, is computed only when read, is of a type that another role could give code of its own to, or has a collation
--- that takes different texts for equal: capture logs one of them, and the rows of the other would stay as they are.
+-- check_source(relation, tenant_column): raises LSN03 for a table that triggers cannot cover, for one with such a partition, and
+-- for a tenant column that is missing, is computed only when read, is of a type that another role could give code of its own to, or
+-- has a collation that takes different texts for equal: capture logs one of them, and the rows of the other would stay as they are.
 CREATE OR REPLACE FUNCTION listener.check_source(relation regclass, tenant_column name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -20,12 +20,18 @@ BEGIN
     refusal := CASE
         WHEN class.relkind = 'm' THEN 'a materialized view: its changes fire no trigger'
         WHEN class.relkind = 'f' THEN 'a foreign table: its changes happen elsewhere and fire no trigger'
+        WHEN class.nspname IN ('pg_catalog', 'information_schema') THEN 'a system catalog, whose changes fire no trigger'
+        WHEN class.relkind = 'S' THEN 'a sequence, whose changes fire no trigger'
         WHEN class.relkind NOT IN ('r', 'p') THEN 'no table'
         WHEN class.relpersistence = 'u' THEN 'unlogged: a crash empties it and fires no trigger'
         WHEN class.relpersistence = 't' THEN 'a temporary table'
-        WHEN class.nspname IN ('pg_catalog', 'information_schema') THEN 'a system catalog'
         WHEN class.nspname = 'listener' THEN 'part of the schema listener itself'
         WHEN class.inherits THEN 'part of an inheritance tree: a trigger on a parent does not see its children''s rows'
+        ELSE (SELECT min(format('partitioned, and its partition %s is %s', c.oid::regclass,
+                                CASE c.relkind WHEN 'f' THEN 'a foreign table: its changes happen elsewhere and fire no trigger'
+                                               ELSE 'unlogged: a crash empties it and fires no trigger' END))
+              FROM pg_partition_tree(relation) t JOIN pg_class c ON c.oid = t.relid
+              WHERE c.relkind = 'f' OR c.relpersistence = 'u')
     END;
     IF refusal IS NOT NULL THEN
         RAISE EXCEPTION '% cannot be a source: it is %', relation, refusal USING ERRCODE = 'LSN03';

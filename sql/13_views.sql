@@ -8,7 +8,8 @@
 --   tenant_column   of type uuid, text, varchar, bigint or integer; NULL: the rows have no tenant, or read those of
 --                   others, and the whole view is one key
 --   tenants_query   one column: every tenant there is; required where a source has row-level security
---   depends_on      the tables that functions in the query read ('{}': none)
+--   depends_on      the tables that functions in the query read ('{}': none). A change to one of them refreshes every tenant,
+--                   unless add_source() said whose its rows are
 --   quiet_period, max_wait, edge   the window: default 250 ms, 2 s, leading
 --   max_age         refresh each key at least so often: for queries that depend on the time
 --   timezone        the time zone that the query is read and computed in
@@ -17,6 +18,8 @@
 --   compute_role    the role that the query is computed as, where its team's code is to reach nothing of other teams; left
 --                   out: that of the installation. check_compute_role() says what it must be
 -- It is read and computed under the session's other settings, DateStyle say: view.settings keeps them.
+-- A table that a policy reads refreshes every tenant, too, and so does a MERGE that moves rows to another partition: PostgreSQL
+-- does not show these to a trigger (docs/capture.md).
 -- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
 -- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
 -- Raises LSN03 with a hint where the query or the privileges do not allow it. Warns of what 20_scope.sql and 20_time.sql find.
@@ -155,6 +158,13 @@ BEGIN
     view.created_at := clock_timestamp();
     view.settings := coalesce(view.settings, '{}');
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
+    -- Whose rights a view is computed with, and so which policies bind it, is known from here on.
+    source_ids := source_ids || ARRAY(
+        SELECT listener.register_source(p.relid::regclass, NULL)
+        FROM listener.policy_sources(to_regclass('listener.definition_' || view.id), view.tenant_column) p
+        WHERE NOT EXISTS (SELECT FROM listener.source s WHERE s.id = ANY (source_ids) AND s.relid = p.relid
+                            AND (p.is_apart OR s.explicit OR s.tenant_column IS NULL OR view.tenant_column IS NULL)));
+    UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint) WHERE v.id = view.id;
     INSERT INTO listener.view_source
     SELECT view.id, s, listener.same_form(s, view.tenant_type) FROM unnest(source_ids) s;
     PERFORM listener.check_cycles();

@@ -235,6 +235,8 @@ DECLARE
                      JOIN listener.source o ON o.id = s.id
                      CROSS JOIN LATERAL listener.capture_tables(o.relid) t
                      JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity
+                       -- What is above a table that is read binds who names it there.
+                       AND (c.oid = o.relid OR c.oid NOT IN (SELECT p.relid FROM pg_partition_ancestors(o.relid) p))
                        AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND listener.lists_target(p)));
 BEGIN
     IF view.tenant_column IS NULL THEN
@@ -317,20 +319,25 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE c.oid = $1
 $function$;
 
--- register_sources(definition, tenant_column, depends_on): registers every table that the definition reads.
+-- register_sources(definition, tenant_column, depends_on): registers every table that the definition reads, and those that
+-- policies read while it is computed.
 --   source_ids; tenant_secured: row-level security is forced on each that has tenants
 -- A view without a tenant column takes a table as it is captured already, or as a view by tenant would most likely have it
 -- later: two sets of triggers on it would cost its writers twice. Else a table with a column of the tenant column's name is a tenant's; one without, unless add_source named its column,
--- is shared by all tenants. Raises LSN03 for a function that may hide a table, or for a missing privilege.
+-- is shared by all tenants. So is one that depends_on names, or that a policy reads with the rows of all tenants in sight, unless
+-- add_source said otherwise: whose rows a function or a policy looks at, nobody sees. Raises LSN03 for a function that may hide a table, or for a missing privilege.
 CREATE OR REPLACE FUNCTION listener.register_sources(
     definition regclass, tenant_column name, depends_on regclass[], OUT source_ids integer[], OUT tenant_secured boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     hiding text;
     shared text;
+    told text;
+    asked text;
     likely name := coalesce((SELECT v.tenant_column FROM listener.managed_view v WHERE v.tenant_column IS NOT NULL
                              GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 1), 'tenant_id');
 BEGIN
+    PERFORM listener.check_source(r.relid::regclass, NULL) FROM listener.reads(definition) r WHERE r.relid < 16384 OR r.relkind = 'S';
     SELECT string_agg(f.funcid::regprocedure::text, ', ') INTO hiding FROM listener.hiding_functions(definition) f;
     IF hiding IS NOT NULL AND depends_on IS NULL THEN
         RAISE EXCEPTION 'the query calls %, which may read tables that the catalog does not show', hiding
@@ -339,26 +346,37 @@ BEGIN
     END IF;
     SELECT array_agg(listener.register_source(t.relid::regclass, t.tenant_column) ORDER BY t.relid),
            register_sources.tenant_column IS NOT NULL
-               AND coalesce(bool_and(t.secured) FILTER (WHERE t.tenant_column IS NOT NULL OR t.through), false),
-           string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.tenant_column IS NULL AND NOT t.through)
-    INTO source_ids, tenant_secured, shared
+               AND coalesce(bool_and(t.secured) FILTER (WHERE t.found_column IS NOT NULL OR t.through), false),
+           string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.found_column IS NULL AND NOT t.through),
+           string_agg(t.relid::regclass::text, ', ') FILTER (WHERE t.tenant_column IS NULL AND t.found_column IS NOT NULL AND t.is_named),
+           string_agg(t.relid::regclass::text, ', ') FILTER (
+               WHERE t.tenant_column IS NULL AND t.found_column IS NOT NULL AND NOT t.is_named)
+    INTO source_ids, tenant_secured, shared, told, asked
     FROM (
-        SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured, known.through_id IS NOT NULL AS through,
-               CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE coalesce(
-                   a.attname, listener.target_tenant_column(c.oid, definition, register_sources.tenant_column)) END AS tenant_column
-        FROM pg_class c
-        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = coalesce(register_sources.tenant_column, likely)
-                                AND a.attnum > 0 AND NOT a.attisdropped
-                                AND (register_sources.tenant_column IS NOT NULL
-                                     OR a.attgenerated <> 'v' AND a.atttypid = ANY ('{uuid,text,varchar,int4,int8}'::regtype[]))
-        -- One that a look-up goes through was told its column there; it counts where the table has none of this name.
-        LEFT JOIN LATERAL (
-            SELECT s.* FROM listener.source s
-            WHERE s.relid = c.oid AND (s.explicit OR register_sources.tenant_column IS NULL OR (a.attname IS NULL AND EXISTS (
-                SELECT FROM listener.source o WHERE o.through_id = s.id)))
-            ORDER BY s.explicit DESC, s.tenant_column IS NULL, s.id LIMIT 1) known ON true
-        WHERE c.oid IN (SELECT r.relid FROM listener.reads(definition) r WHERE r.relkind <> 'v'
-                        UNION SELECT d FROM unnest(depends_on) d)
+        SELECT x.*, CASE WHEN x.is_apart OR x.is_explicit OR register_sources.tenant_column IS NULL THEN x.found_column END AS tenant_column
+        FROM (
+            SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured, known.through_id IS NOT NULL AS through,
+                   read.is_apart, read.is_named, known.explicit IS TRUE AS is_explicit,
+                   CASE WHEN known.id IS NOT NULL THEN known.tenant_column ELSE coalesce(
+                       a.attname, listener.target_tenant_column(c.oid, definition, register_sources.tenant_column)) END AS found_column
+            FROM (SELECT r.relid, bool_and(r.is_apart) AS is_apart, bool_or(r.is_named) AS is_named
+                  FROM (SELECT d.relid, true, false FROM listener.reads(definition) d WHERE d.relkind <> 'v'
+                        UNION ALL SELECT d, false, true FROM unnest(depends_on) d
+                        UNION ALL
+                        SELECT p.relid, p.is_apart, false FROM listener.policy_sources(definition, register_sources.tenant_column) p)
+                      AS r (relid, is_apart, is_named)
+                  GROUP BY r.relid) read
+            JOIN pg_class c ON c.oid = read.relid
+            LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = coalesce(register_sources.tenant_column, likely)
+                                    AND a.attnum > 0 AND NOT a.attisdropped
+                                    AND (register_sources.tenant_column IS NOT NULL
+                                         OR a.attgenerated <> 'v' AND a.atttypid = ANY ('{uuid,text,varchar,int4,int8}'::regtype[]))
+            -- One that a look-up goes through was told its column there; it counts where the table has none of this name.
+            LEFT JOIN LATERAL (
+                SELECT s.* FROM listener.source s
+                WHERE s.relid = c.oid AND (s.explicit OR register_sources.tenant_column IS NULL OR (a.attname IS NULL AND EXISTS (
+                    SELECT FROM listener.source o WHERE o.through_id = s.id)))
+                ORDER BY s.explicit DESC, s.tenant_column IS NULL, s.id LIMIT 1) known ON true) x
     ) t;
     -- A look-up's rows are their parents': when those change tenant, or go, these do.
     SELECT array_agg(DISTINCT i.id) INTO source_ids
@@ -366,6 +384,14 @@ BEGIN
           UNION SELECT listener.through_sources(s.id) FROM unnest(source_ids) s (id)) i;
     IF shared IS NOT NULL AND tenant_column IS NOT NULL THEN
         RAISE NOTICE '% has no column %: a change to it refreshes every tenant', shared, tenant_column;
+    END IF;
+    IF told IS NOT NULL THEN
+        RAISE NOTICE 'depends_on names %: a change to it refreshes every tenant, since whose rows a function reads is not seen', told
+            USING HINT = format('Where they are those of the tenant alone: SELECT listener.add_source(''…'', %L).', tenant_column);
+    END IF;
+    IF asked IS NOT NULL THEN
+        RAISE NOTICE 'a policy reads %: a change to it refreshes every tenant', asked
+            USING HINT = format('Where it reads the rows of the tenant alone: SELECT listener.add_source(''…'', %L).', tenant_column);
     END IF;
 END
 $function$;

@@ -77,18 +77,23 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY d.attnum
 $function$;
 
--- view_fingerprint(view): changes with what the definition reads, see fingerprint(), and with the columns of the target
--- that it fills: one that was dropped and added again is empty for every tenant. NULL while the definition or the target
+-- view_fingerprint(view): changes with what the definition and its tenants query depend on, see fingerprint(); with the columns
+-- of the tables that depends_on names, since rewriting a table fires no trigger; and with the columns of the target
+-- that it fills: one that was dropped and added again is empty for every tenant. Begins with the number of the formula. NULL while the definition or the target
 -- is gone, or the target's columns are not those of the definition: nothing can be filled then.
 CREATE OR REPLACE FUNCTION listener.view_fingerprint(view listener.managed_view) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT md5(concat_ws(E'\n', listener.fingerprint(t.definition), t.target::oid,
-                         string_agg(concat_ws(' ', a.attnum, d.attname), E'\n' ORDER BY d.attnum)))
-    FROM (SELECT to_regclass('listener.definition_' || view.id) AS definition,
+    SELECT '2 ' || md5(concat_ws(E'\n', listener.fingerprint(t.definition),
+                         CASE WHEN view.tenants_query IS NOT NULL THEN listener.fingerprint(t.tenants) END,
+                         (SELECT string_agg(concat_ws(' ', c.attrelid, c.attnum, c.xmin), ',' ORDER BY c.attrelid, c.attnum)
+                          FROM pg_attribute c
+                          WHERE c.attrelid IN (SELECT to_regclass(n.name) FROM unnest(view.depends_on) n (name)) AND c.attnum > 0),
+                         t.target::oid, string_agg(concat_ws(' ', a.attnum, d.attname), E'\n' ORDER BY d.attnum)))
+    FROM (SELECT to_regclass('listener.definition_' || view.id) AS definition, to_regclass('listener.tenants_' || view.id) AS tenants,
                  to_regclass(format('%I.%I', view.target_schema, view.target_name)) AS target) t
     JOIN pg_attribute d ON d.attrelid = t.definition AND d.attnum > 0
     LEFT JOIN pg_attribute a ON a.attrelid = t.target AND a.attname = d.attname AND a.attnum > 0
                             AND (a.atttypid, a.atttypmod) = (d.atttypid, d.atttypmod)
-    GROUP BY t.definition, t.target
+    GROUP BY t.definition, t.tenants, t.target
     HAVING bool_and(a.attnum IS NOT NULL)
 $function$;

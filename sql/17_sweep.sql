@@ -70,8 +70,8 @@ BEGIN
 END
 $function$;
 
--- changed_definitions(): the views whose definition, nested views or functions read differently than they did when
--- they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
+-- changed_definitions(): the views whose definition, or anything that its result depends on (see reached()), is another than
+-- it was when they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
 -- when something that it reads was dropped with CASCADE, or a materialized view that is kept as one and was made anew; and
 -- takes note of it: makes a definition that went again, finds the tables anew, puts triggers on those that are new, and
 -- marks every tenant dirty. Runs with the owner's rights,
@@ -103,10 +103,11 @@ BEGIN
         -- A function finds its tables by name: another table may bear it now.
         CONTINUE WHEN NOT is_gone
             AND coalesce(listener.view_fingerprint(managed) = managed.fingerprint, true)
-            AND NOT EXISTS (SELECT FROM unnest(managed.depends_on) d (name)
-                            WHERE to_regclass(d.name) NOT IN (
-                                SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
-                                WHERE w.view_id = managed.id));
+            AND NOT EXISTS (
+                SELECT FROM unnest(managed.depends_on) d (name)
+                WHERE to_regclass(d.name) NOT IN (
+                    SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
+                    WHERE w.view_id = managed.id AND (s.explicit OR s.tenant_column IS NULL OR managed.tenant_column IS NULL)));
         view := managed.name;
         trouble := NULL;
         BEGIN
@@ -120,6 +121,10 @@ BEGIN
             FROM listener.register_sources(definition, managed.tenant_column, coalesce(managed.depends_on, '{}')::regclass[]) r;
             IF is_gone THEN
                 PERFORM listener.restore_tenants(managed, found_ids);
+            ELSE
+                -- Sessions keep its plan, which servers before 18 do not drop when a role gets other rights, nor any server
+                -- when an IMMUTABLE function that was computed in planning is replaced.
+                PERFORM listener.generate_difference(managed);
             END IF;
             INSERT INTO listener.view_source (view_id, source_id, same_form)
             SELECT managed.id, s, listener.same_form(s, managed.tenant_type) FROM unnest(found_ids) s
@@ -149,7 +154,42 @@ BEGIN
 END
 $function$;
 
--- regenerate(): makes anew what is generated from the catalog, after a new release of these files was applied.
+-- first_fingerprint(view): what view_fingerprint() was until migration 0003.
+CREATE OR REPLACE FUNCTION listener.first_fingerprint(view listener.managed_view) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH nested AS MATERIALIZED (
+        SELECT t.definition, v.relid
+        FROM (SELECT to_regclass('listener.definition_' || view.id) AS definition) t
+        CROSS JOIN LATERAL (SELECT t.definition::oid UNION
+                            SELECT r.relid FROM listener.reads(t.definition) r WHERE r.relkind = 'v') AS v (relid)
+    )
+    SELECT md5(concat_ws(E'\n', (
+            SELECT md5(string_agg(p.part, E'\n' ORDER BY p.part))
+            FROM (SELECT CASE WHEN n.relid = n.definition THEN '' ELSE n.relid::regclass::text END || pg_get_viewdef(n.relid) FROM nested n
+                  UNION ALL
+                  SELECT f.oid::regprocedure::text || pg_get_functiondef(f.oid)
+                  FROM (SELECT DISTINCT p.oid
+                        FROM nested n
+                        JOIN pg_rewrite w ON w.ev_class = n.relid
+                        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+                                        AND d.refclassid = 'pg_proc'::regclass
+                        JOIN pg_proc p ON p.oid = d.refobjid AND p.provolatile <> 'i'
+                        WHERE (p.pronamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+                               OR p.proname ~ '^(query|cursor|table|schema|database)_to_xml' OR p.proname = 'ts_stat')
+                          AND NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = 'pg_proc'::regclass
+                                            AND e.objid = p.oid AND e.deptype = 'e')) f) AS p (part)),
+        to_regclass(format('%I.%I', view.target_schema, view.target_name))::oid,
+        (SELECT string_agg(concat_ws(' ', a.attnum, d.attname), E'\n' ORDER BY d.attnum)
+         FROM pg_attribute d
+         LEFT JOIN pg_attribute a ON a.attrelid = to_regclass(format('%I.%I', view.target_schema, view.target_name))
+                                 AND a.attname = d.attname AND a.attnum > 0
+         WHERE d.attrelid = to_regclass('listener.definition_' || view.id) AND d.attnum > 0)))
+$function$;
+
+-- regenerate(): makes anew what is generated from the catalog, after a new release of these files was applied. A fingerprint
+-- of the formula before is replaced where it still says "unchanged": then the next sweep does not refresh every tenant of
+-- every view for nothing. Where it does not, or a policy reads a table that is no source yet, it is left, and the sweep marks the
+-- view: no change from before the migration, or during it, is lost.
 CREATE OR REPLACE FUNCTION listener.regenerate() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -163,6 +203,11 @@ BEGIN
     PERFORM listener.generate_capture(s.id) FROM listener.source s
     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relid) ORDER BY s.id;
     PERFORM listener.generate_difference(v) FROM listener.managed_view v;
+    UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint)
+    WHERE v.fingerprint NOT LIKE '2 %' AND v.fingerprint = listener.first_fingerprint(v) AND NOT EXISTS (
+        SELECT FROM listener.policy_sources(to_regclass('listener.definition_' || v.id), v.tenant_column) p
+        WHERE p.relid NOT IN (SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
+                              WHERE w.view_id = v.id AND (p.is_apart OR s.explicit OR s.tenant_column IS NULL OR v.tenant_column IS NULL)));
     -- As the first release made it, the policy showed the service every tenant's rows at any time.
     FOR target IN
         SELECT p.polrelid::regclass FROM pg_policy p

@@ -39,6 +39,21 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     WHERE r.relid IS NULL AND to_regclass(r.source) IS NULL
     WINDOW readers AS (PARTITION BY r.source)
     UNION ALL
+    SELECT t.view, format('the definition of %s reads %s, %s, whose changes fire no trigger: take it out of the query', t.view,
+                          r.relid::regclass, CASE r.relkind WHEN 'S' THEN 'a sequence' ELSE 'a system catalog' END)
+    FROM target t CROSS JOIN LATERAL listener.reads(t.definition) r
+    WHERE r.relid < 16384 OR r.relkind = 'S'
+    UNION ALL
+    -- What is above a table is read by nobody here.
+    SELECT r.view, format('%s%s is %s', c.oid::regclass,
+                          CASE WHEN c.oid <> r.relid THEN format(', which is read with %s,', r.source) ELSE '' END,
+                          CASE WHEN c.relkind = 'f'
+                               THEN format('a foreign table, and its changes fire no trigger: take it out of what %s is made of', r.source)
+                               ELSE format('unlogged, so that a crash empties it and fires no trigger: ALTER TABLE %s SET LOGGED',
+                                           c.oid::regclass) END)
+    FROM read r CROSS JOIN LATERAL listener.tables_below(r.relid) b JOIN pg_class c ON c.oid = b.relid
+    WHERE c.relkind = 'f' OR (c.relpersistence = 'u' AND c.relkind = 'r')
+    UNION ALL
     SELECT r.view, format('the tenant column %I of %s is gone: a write to it marks every tenant, until listener.add_source '
                           'says how its rows find theirs', r.tenant_column, r.source)
     FROM read r

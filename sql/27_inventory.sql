@@ -158,8 +158,9 @@ BEGIN
     mends := '{}';
     FOR read IN
         SELECT i.relid::regclass AS source, i.relkind, c.relowner, c.relnamespace
-        FROM (SELECT i.relid, i.relkind FROM listener.tenant_inputs(relation, NULL) i
-              UNION ALL SELECT v.relid, 'v' FROM listener.tenant_views(relation) v) i
+        FROM (SELECT t.relid, t.relkind FROM listener.tenant_inputs(relation, NULL) t
+              UNION SELECT r.relid, r.relkind FROM listener.reads(relation) r WHERE r.relid < 16384 OR r.relkind = 'S'
+              UNION SELECT v.relid, 'v' FROM listener.tenant_views(relation) v) i
         JOIN pg_class c ON c.oid = i.relid ORDER BY i.relkind = 'v', i.relid
     LOOP
         BEGIN
@@ -183,6 +184,12 @@ BEGIN
                                      installed.service_role, read.source, installed.service_role);
         END IF;
     END LOOP;
+    IF listener.session_refusal(relation) IS NOT NULL THEN
+        strategy := 'refused';
+        why := format('its rows depend on the session that computes them: it reads %s', listener.session_refusal(relation));
+        mends := ARRAY['leave that away, or store in a column what it is needed for'];
+        RETURN;
+    END IF;
     SELECT string_agg(DISTINCT f.funcid::regprocedure::text, ', ') INTO hiding 
     FROM (SELECT relation::oid AS relid UNION SELECT v.relid FROM listener.tenant_views(relation) v) v
     CROSS JOIN LATERAL listener.hiding_functions(v.relid) f;

@@ -240,7 +240,8 @@ async def test_an_order_that_the_query_does_not_ask_for_is_no_reason_to_refuse(s
             SET ROLE acme_owner;
             CREATE TABLE billing.tags (tenant_id bigint, tag text, filling text DEFAULT repeat('x', 500));
             CREATE INDEX ON billing.tags (tenant_id, tag DESC);
-            INSERT INTO billing.tags SELECT CASE WHEN n IN (1, 2000, 4000) THEN 1 ELSE 2 END, n FROM generate_series(1, 5000) n;
+            INSERT INTO billing.tags
+            SELECT CASE WHEN n IN (1, 2000, 4000) THEN 1 ELSE 2 END, n FROM generate_series(1, 5000) n;
             CREATE MATERIALIZED VIEW reporting.tags AS
             SELECT tenant_id, string_agg(tag, ',') AS tags FROM billing.tags GROUP BY tenant_id;
             GRANT SELECT ON billing.tags TO listener_service;

@@ -110,7 +110,8 @@ async def test_a_leaf_of_another_order_looks_its_column_up_by_name(superuser: As
     found = await rows(
         superuser,
         """SELECT g.tgrelid::regclass::text, bool_and(p.proname LIKE '%by_name') FROM pg_trigger g
-           JOIN pg_proc p ON p.oid = g.tgfoid WHERE g.tgname LIKE 'listener%'
+           JOIN pg_proc p ON p.oid = g.tgfoid
+           WHERE g.tgname LIKE 'listener%' AND g.tgname !~ '_(watch|moved)$'  -- these look at no column
            GROUP BY 1 HAVING bool_or(p.proname LIKE '%by_name')""",
     )
     assert found == [("shop.odd", True)]

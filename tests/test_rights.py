@@ -151,7 +151,16 @@ async def test_no_command_lends_its_rights_to_the_code_of_a_team(
     url = database.url(user)
     (tmp_path / "query.sql").write_text(QUERY)
     files = str(tmp_path / "views")
-    adopting = ("adopt", "team.totals", "--tenants-query", "SELECT id FROM team.tenants", "--strategy", "tenant")
+    adopting = (
+        "adopt",
+        "team.totals",
+        "--tenants-query",
+        "SELECT id FROM team.tenants",
+        "--strategy",
+        "tenant",
+        "--depends-on",
+        "",
+    )
     commands: list[tuple[tuple[str, ...], bool]] = [
         (("inventory",), True),
         (("inventory", "--compare"), True),
@@ -246,7 +255,7 @@ async def test_the_role_that_the_service_logs_in_as_owns_no_function_and_may_alt
     await team.execute(
         """
         SELECT listener.create_view('turnover', 'SELECT tenant_id, sum(v) AS v FROM team.sales GROUP BY 1',
-                                    tenants_query => 'SELECT id FROM team.tenants')
+                                    tenants_query => 'SELECT id FROM team.tenants', depends_on => '{}')
         """
     )
     cursor = await team.execute(
@@ -283,7 +292,7 @@ async def test_doctor_finds_a_function_that_somebody_altered_and_migrate_makes_i
     await team.execute(
         """
         SELECT listener.create_view('turnover', 'SELECT tenant_id, sum(v) AS v FROM team.sales GROUP BY 1',
-                                    tenants_query => 'SELECT id FROM team.tenants')
+                                    tenants_query => 'SELECT id FROM team.tenants', depends_on => '{}')
         """
     )
     findings = "SELECT object, mend FROM listener.function_findings() WHERE level = 'error'"

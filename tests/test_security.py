@@ -241,12 +241,18 @@ async def test_every_function_of_ours_has_a_pinned_path_where_it_lends_rights_an
         "truncate()",
         "row()",
         "name()",
+        "watch()",
+        "moved()",
     }
     assert len(triggers) >= 60
     # All triggers write with the owner's rights.
     assert [name for name, is_trigger, definer, *_ in functions if is_trigger and not definer] == []
     # Each calls one function, in which the path is pinned, and gives the caller's path back.
-    known = {"listener.refresh(text,text)", "listener.refresh_all_for_tenant(text)"}
+    known = {
+        "listener.check_drift(text,text)",
+        "listener.refresh(text,text)",
+        "listener.refresh_all_for_tenant(text)",
+    }
     assert {name for name, _, definer, pinned, _, _ in functions if definer and not pinned} == known
     assert [name for name, *_, is_open, _ in functions if is_open] == []
     assert [name for name, *_, by_superuser in functions if by_superuser] == []

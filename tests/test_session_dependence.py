@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from conftest import Database
 from shop import one, rows
@@ -93,6 +93,27 @@ async def test_what_differs_by_session_and_cannot_be_set_is_refused(
         assert what in (refused.value.diag.message_primary or ""), case
         assert refused.value.diag.message_hint, case
     assert await one(superuser, "SELECT count(*) FROM listener.managed_view") == 0
+
+
+async def test_inventory_does_not_propose_what_is_refused(database: Database, superuser: AsyncConnection[Any]) -> None:
+    await superuser.execute(
+        """
+        CREATE MATERIALIZED VIEW public.stored AS SELECT tenant_id, id, public.who_says() AS who FROM public.o;
+        ALTER MATERIALIZED VIEW public.stored OWNER TO listener_owner;
+        """
+    )
+    async with database.connect("listener_service") as service:
+        proposed: LiteralString = (
+            "SELECT strategy, why FROM listener.proposal('public.stored', 'tenant_id', true, NULL)"
+        )
+        why = "its rows depend on the session that computes them: it reads session_user"
+        assert await rows(service, proposed) == [("refused", why)]
+    async with database.connect("listener_migrator") as migrator:
+        for call in ("begin_adoption", "keep_materialized_view"):
+            with pytest.raises(psycopg.Error, match="session_user"):
+                await migrator.execute(
+                    sql.SQL("SELECT listener.{}('public.stored', depends_on => '{{}}')").format(sql.Identifier(call))
+                )
 
 
 async def test_a_tenants_query_that_differs_by_session_is_refused(

@@ -182,6 +182,22 @@ async def test_a_literal_is_read_in_the_views_time_zone_also_where_it_is_made_ag
     assert await rows(superuser, found) == [(1, True), (2, True)]
 
 
+async def test_a_fragment_of_xml_is_kept_where_the_session_reads_documents(
+    database: Database, superuser: AsyncConnection[Any]
+) -> None:
+    query = "SELECT tenant_id, id, xmlforest(raw, words) AS x, ARRAY[xmlforest(raw, words)] AS xs FROM public.o"
+    try:
+        await superuser.execute("SELECT '<a/>'::xml")
+    except psycopg.errors.FeatureNotSupported:
+        pytest.skip("this server was built without libxml")
+    async with database.connect("listener_migrator") as author:
+        await author.execute("SET xmloption = 'document'")
+        await author.execute("SELECT listener.create_view('v', %s, '{id}')", (query,))
+        for written in (4, 0):
+            assert await one(author, "SELECT inserted FROM listener.refresh('v', 't1'::text)") == written
+        assert await one(superuser, "SELECT x::text FROM public.v WHERE id = 2") == "<raw>05/06/07</raw>"
+
+
 async def test_a_backslash_that_a_session_reads_otherwise_is_refused(
     database: Database, superuser: AsyncConnection[Any]
 ) -> None:
