@@ -30,7 +30,8 @@ class Step:
     """What is to be done for one view.
 
     `changes`: a line for each thing that differs. `rebuild` and `window` are those arguments of begin_alter and
-    set_window that are to change; `readers` have to be granted SELECT; `compute_role` is the one to set, none where it stays.
+    set_window that are to change; `readers` have to be granted SELECT; `compute_role` holds the role to set, and is
+    empty where it stays.
     """
 
     view: str
@@ -146,10 +147,7 @@ async def _compared(connection: AsyncConnection[Any], file: ViewFile, row: DictR
         if sorted(named) != sorted(row["depends_on"] or []):
             step.rebuild["depends_on"] = depends_on
             step.changes.append(f"depends_on: {_shown(row['depends_on'])} -> {_shown(named)}")
-    await _compare_window(connection, step, file, row)
-    if (role := wanted.get("compute_role")) != row["compute_role"]:
-        step.compute_role = [role]
-        step.changes.append(f"compute_role: {_shown(row['compute_role'])} -> {_shown(role)}")
+    await _compare_settings(connection, step, file, row)
     step.readers = [role for role in file.readers if role not in row["readers"]]
     step.changes += [f"{role} is to read it" for role in step.readers]
     if step.rebuild:
@@ -159,7 +157,7 @@ async def _compared(connection: AsyncConnection[Any], file: ViewFile, row: DictR
     return step
 
 
-async def _compare_window(connection: AsyncConnection[Any], step: Step, file: ViewFile, row: DictRow) -> None:
+async def _compare_settings(connection: AsyncConnection[Any], step: Step, file: ViewFile, row: DictRow) -> None:
     async with connection.cursor(row_factory=dict_row) as cursor:
         # As create_view fills in what is not given; as text, so that '1 hour' and '60 min' are one.
         await cursor.execute(
@@ -178,6 +176,9 @@ async def _compare_window(connection: AsyncConnection[Any], step: Step, file: Vi
         if wanted[name] != row[name]:
             step.window[name] = wanted[name]
             step.changes.append(f"{name}: {_shown(row[name])} -> {_shown(wanted[name])}")
+    if (role := file.options.get("compute_role")) != row["compute_role"]:
+        step.compute_role = [role]
+        step.changes.append(f"compute_role: {_shown(row['compute_role'])} -> {_shown(role)}")
 
 
 def _stripped(value: Any) -> Any:

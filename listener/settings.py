@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     owner_role: Name = Field(default="listener_owner", description="owns the schema, definitions and targets")
     service_role: Name = Field(default="listener_service", description="the role that drains and refreshes")
     compute_role: Name = Field(
-        default_factory=lambda given: compute_role_of(given),
+        default_factory=compute_role_of,
         description="the role that definitions are computed as; it cannot log in. Default: the service's name with"
         " _compute for _service; the owner where owner and service are one role",
     )

@@ -1,7 +1,7 @@
 """Nobody's code runs with somebody else's rights: a team's functions, policies, operators, casts, checks, triggers.
 
 A team's code tries what it can at each place where a command plans or evaluates it. What it finds out it writes into
-sequences, which no rollback takes back: `ran` that it ran at all, `broken` that it ran with rights that it must not have.
+sequences, which no rollback takes back: `ran` that it ran at all, `broken` that it had rights that it must not have.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ BEGIN
 END
 $attack$;
 -- Whoever calls an operator without its schema, and has team's in the path, calls this one.
-CREATE FUNCTION team.same(text, text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN PERFORM team.attack(); RETURN true; END $$;
+CREATE FUNCTION team.same(text, text) RETURNS boolean LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM team.attack(); RETURN true; END $$;
 CREATE OPERATOR team.= (leftarg = text, rightarg = text, function = team.same);
 CREATE FUNCTION team.fee(v int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
     $$ BEGIN PERFORM team.attack(); RETURN v * 2; END $$;
@@ -108,7 +109,9 @@ CREATE FUNCTION team.on_write() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PER
 CREATE TRIGGER on_write BEFORE INSERT OR UPDATE ON team.totals FOR EACH ROW EXECUTE FUNCTION team.on_write();
 """
 
-QUERY = "SELECT tenant_id, sum(team.fee(v))::bigint::team.amount AS n, team.fee(4) AS fee FROM team.sales GROUP BY tenant_id"
+QUERY = """
+SELECT tenant_id, sum(team.fee(v))::bigint::team.amount AS n, team.fee(4) AS fee FROM team.sales GROUP BY tenant_id
+"""
 
 
 @pytest.fixture
@@ -128,7 +131,8 @@ async def unharmed(superuser: AsyncConnection[Any], what: str) -> None:
         """
         SELECT (SELECT is_called FROM team.broken), (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = 'team'),
                pg_catalog.pg_has_role('team', 'listener_owner', 'MEMBER'),
-               (SELECT count(*) FROM pg_catalog.pg_proc p WHERE p.proname IN ('compare', 'refresh', 'evaluate_1', 'difference_1')
+               (SELECT count(*) FROM pg_catalog.pg_proc p
+                WHERE p.proname IN ('compare', 'refresh', 'evaluate_1', 'difference_1')
                 AND p.pronamespace IN (to_regnamespace('listener'), to_regnamespace('listener_private'))
                 AND NOT p.prosecdef AND p.prolang <> (SELECT oid FROM pg_catalog.pg_language WHERE lanname = 'sql'))
         """
@@ -213,7 +217,8 @@ async def test_no_function_lends_its_rights_to_the_code_of_a_team(
         await administrator.execute("SET search_path = pg_catalog, pg_temp")
         await administrator.execute(
             """
-            SELECT listener.create_view('team.turnover', %s, '{tenant_id}', tenants_query => 'SELECT id FROM team.tenants',
+            SELECT listener.create_view('team.turnover', %s, '{tenant_id}',
+                                        tenants_query => 'SELECT id FROM team.tenants',
                                         depends_on => '{}')
             """,
             (QUERY,),
@@ -234,7 +239,8 @@ async def test_no_function_lends_its_rights_to_the_code_of_a_team(
             "SELECT view FROM listener.changed_definitions()",
             "SELECT source FROM listener.repair_capture()",
             "SELECT trouble FROM listener.view_troubles()",
-            "SELECT listener.begin_alter('turnover', 'SELECT tenant_id, 1::bigint::team.amount AS n, team.fee(5) AS fee FROM team.sales')",
+            "SELECT listener.begin_alter('turnover', 'SELECT tenant_id, 1::bigint::team.amount AS n, team.fee(5) AS fee "
+            "FROM team.sales')",
             "SELECT listener.abort_alter('turnover')",
         ):
             await administrator.execute(call.encode())
