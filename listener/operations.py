@@ -29,10 +29,10 @@ class Difference:
     """One key whose target does not equal its definition, or could not be compared with it.
 
     `missing` rows are only in the definition, `extra` ones only in the target. `stale`: a change is known that will
-    be refreshed; `undetermined`: the definition has more than one right result; `moved`: it depends on the time, which has
-    gone on since; otherwise the target is wrong.
-    `untenanted`: the missing rows have no tenant, so `tenant_id` is None and no target ever has them. `error`: why there
-    was no comparison; where even the tenants could not be listed, `tenant_id` is None.
+    be refreshed; `undetermined`: the definition has more than one right result; `moved`: it depends on the time, which
+    has gone on since; otherwise the target is wrong. `untenanted`: the missing rows have no tenant, so `tenant_id` is
+    None and no target ever has them. `error`: why there was no comparison; where even the tenants could not be listed,
+    `tenant_id` is None.
     """
 
     view: str
@@ -185,8 +185,8 @@ async def verify(
 ) -> AsyncIterator[tuple[int, int, Difference | None]]:
     """Compares every key of the views with its definition; yields done, total and the difference if there is one.
 
-    What cannot be compared is a Difference with an error, and stops no other key. Rows that have no tenant, and so no key,
-    are one Difference a view.
+    What cannot be compared is a Difference with an error, and stops no other key. Rows that have no tenant, and so no
+    key, are one Difference a view.
     """
     keys: list[tuple[str, str]] = []
     unlisted: list[Difference] = []
