@@ -127,11 +127,17 @@ $function$;
 -- row_tenant(source, by_name): the tenant of the row `r` of a table that has a tenant column. Where equal values are the
 -- same text it is left as it is: a million uuids are told apart in half the time that their texts take.
 -- by_name: for a partition whose columns stand in another order than the root's, whose rows tenant_of_<id> does not
--- take. It looks the column up by its name, slower, and a name that is gone means all tenants.
+-- take. It looks the column up by its name, slower, and a name that is gone means all tenants. JSON keeps the blanks that
+-- char(n) has at its end, which a cast to text takes away.
 CREATE OR REPLACE FUNCTION listener.row_tenant(source listener.source, by_name boolean) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN by_name
-                THEN format('(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L) COLLATE pg_catalog."C"', source.tenant_column)
+                THEN format(CASE WHEN EXISTS (
+                                SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                                WHERE a.attrelid = source.relid AND a.attname = source.tenant_column AND NOT a.attisdropped
+                                  AND coalesce(nullif(t.typbasetype, 0), t.oid) = 'bpchar'::regtype)
+                            THEN 'pg_catalog.rtrim(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L) COLLATE pg_catalog."C"'
+                            ELSE '(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L) COLLATE pg_catalog."C"' END, source.tenant_column)
                 ELSE format(CASE WHEN listener.tracks_by_view() THEN 'r.%2$I' ELSE 'listener.tenant_of_%1$s(ROW(r.*)::listener.row_%1$s)' END,
                             source.id, source.tenant_column)
                      || CASE WHEN EXISTS (
