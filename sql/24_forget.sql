@@ -79,6 +79,7 @@ DECLARE
     only_view listener.managed_view;
     key record;
     present text;
+    custom jsonb;
     deleted bigint;
     counted bigint;
     everywhere text[];
@@ -108,9 +109,10 @@ BEGIN
         view_name := key.view_name;
         -- The definition has no row of it: what a refresh does, which a paused view has none of, deletes those of the target.
         PERFORM set_config('app.current_tenant_id', key.spelled, true), set_config('app.execution_context', 'worker', true);
+        custom := listener.use_settings(listener.custom_settings(listener.find_view(key.view_name)));
         EXECUTE format('SELECT d.column3 FROM listener_private.%I($1) d', 'difference_' || key.view_id) INTO deleted USING key.spelled;
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('app.execution_context', '', true);
-        PERFORM listener.give_back_tenant(callers_tenant);
+        PERFORM listener.give_back_tenant(callers_tenant), listener.use_settings(custom);
         rows_deleted := rows_deleted + deleted;
         DELETE FROM listener.refresh_state r WHERE r.view_id = key.view_id AND r.tenant = key.spelled;
         GET DIAGNOSTICS counted = ROW_COUNT;
