@@ -135,7 +135,7 @@ async def database_identity(connection: AsyncConnection[Any]) -> tuple[int, int]
 
 
 async def computing_role(connection: AsyncConnection[Any]) -> tuple[str, bool] | None:
-    """A role that views are computed as, and whether row-level security fails to bind it; one that it fails to bind first.
+    """A role that computes views, and whether row-level security fails to bind it; one that it fails to bind first.
 
     None where the function that refreshes is not there.
     """

@@ -127,8 +127,8 @@ $function$;
 -- row_tenant(source, by_name): the tenant of the row `r` of a table that has a tenant column. Where equal values are the
 -- same text it is left as it is: a million uuids are told apart in half the time that their texts take.
 -- by_name: for a partition whose columns stand in another order than the root's, whose rows tenant_of_<id> does not
--- take. It looks the column up by its name, slower, and a name that is gone means all tenants. JSON keeps the blanks that
--- char(n) has at its end, which a cast to text takes away.
+-- take. It looks the column up by its name, slower, and a name that is gone means all tenants. JSON keeps the blanks
+-- that char(n) has at its end, which a cast to text takes away.
 CREATE OR REPLACE FUNCTION listener.row_tenant(source listener.source, by_name boolean) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN by_name
