@@ -264,6 +264,7 @@ BEGIN
     IF managed.target_rls THEN
         EXECUTE format('ALTER POLICY listener_list ON %s TO %I', target, listener.grantee_of(managed));
     END IF;
+    UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint) WHERE v.id = managed.id;
     -- Row-level security may show another role other rows.
     PERFORM listener.mark_all_dirty(managed.id), set_config('role', previous_role, true);
 END
