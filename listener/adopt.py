@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 BY_TENANT, WHOLE, KEPT = "tenant", "whole", "materialized view"
 REFUSED = "LSN03"
 NAMED = 3  # tenants in a message
-WRITE_IT_LOCAL = "Write the query so that PostgreSQL can show it; `listener inventory` says what is in the way."
+WRITE_IT_LOCAL = (
+    "Write the query so that PostgreSQL's planner can prove it; `listener inventory` says what is in the way."
+)
 BUSY_PATIENCE, BUSY_PAUSE = 30.0, 0.1  # seconds
 Result = TypeVar("Result")
 
@@ -63,7 +65,7 @@ class Adopted:
 class _NotByTenantError(Exception):
     """A tenant's rows are others when they are computed alone, or may be; the text says whose, or why."""
 
-    def __init__(self, text: str, hint: str = "Leave --strategy away.") -> None:
+    def __init__(self, text: str, hint: str = "Leave --strategy out.") -> None:
         super().__init__(text)
         self.hint = hint
 
@@ -251,7 +253,7 @@ async def _check(connection: AsyncConnection[Any], view: str, request: Request, 
     if await adoptions.hidden_from_owner(connection, view) and (
         changed := await adoptions.rows_changed(connection, view)
     ):
-        tell(f"{changed} rows are others than at the last refresh of the materialized view")
+        tell(f"{changed} rows differ from those of the last REFRESH of the materialized view")
 
 
 async def _is_exact_now(connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
@@ -287,7 +289,7 @@ async def _check_tenants(connection: AsyncConnection[Any], view: str, request: R
     if differing:
         raise _NotByTenantError(
             f"the materialized view has rows of {named}{more}, which the tenants query does not list",
-            hint="Name a query that lists every tenant: --tenants-query.",
+            hint="Give a query that lists every tenant: --tenants-query.",
         )
     source, owner = hidden
     tell(

@@ -12,7 +12,7 @@ ADOPT = """\
 
 -- Locks {sources}: SHARE ROW EXCLUSIVE, for a moment each.
 {begin};
--- makes the target beside it, with the key ({key}), refreshed {how}, computed in the time zone {zone}, and runs
+-- makes the target next to it, with the key ({key}), refreshed {how}, computed in the time zone {zone}, and runs
 {beside}
 {losses}
 -- The service fills it; without the service:

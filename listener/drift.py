@@ -79,11 +79,11 @@ class Rounds:
         self._metrics.verified.labels(found["outcome"]).inc()
         if found["outcome"] == "undetermined" and found["example"] is not None:
             log.warning(
-                "a definition has more than one right result: computed again, it was another",
+                "a definition has more than one right result: computed again, it came out differently",
                 view=view,
                 tenant_id=tenant,
                 example=found["example"],
-                fix="listener doctor names what decides it",
+                fix="listener doctor says what to change in the query",
             )
         if found["outcome"] != "drift":
             return False

@@ -47,13 +47,13 @@ class Metrics:
         )
         self.view_staleness = Gauge(
             "listener_view_staleness_seconds",
-            "Age of the oldest change that the view does not show, whatever keeps it, a pause included.",
+            "Age of the oldest change that the view does not show, whatever the reason; a pause counts, too.",
             ["view"],
             registry=r,
         )
         self.view_max_staleness = Gauge(
             "listener_view_max_staleness_seconds",
-            "How old that may get: the view's max_staleness, where it has one.",
+            "The view's max_staleness: the age that such a change may reach. Absent where the view has no limit.",
             ["view"],
             registry=r,
         )

@@ -254,8 +254,8 @@ def _apply_functions(connection: psycopg.Connection[Any], settings: Settings) ->
     ).fetchone()
     if lacking is not None:
         console.warning(
-            f"there is no role {settings.compute_role} that the owner is a member of: definitions are computed as "
-            f"{lacking[0]}. Run what `listener roles` prints as an administrator, then `listener migrate` again."
+            f"role {settings.compute_role} does not exist, or the owner is no member of it: {lacking[0]} computes "
+            "definitions. As an administrator run what `listener roles` prints, then `listener migrate` again."
         )
 
 

@@ -135,13 +135,19 @@ async def database_identity(connection: AsyncConnection[Any]) -> tuple[int, int]
 
 
 async def computing_role(connection: AsyncConnection[Any]) -> tuple[str, bool] | None:
-    """The role that refreshes run as, and whether row-level security fails to bind it. None: nothing refreshes."""
+    """A role that computes views, and whether row-level security fails to bind it; one that it fails to bind first.
+
+    None where the function that refreshes is not there.
+    """
     row = await (
         await connection.execute(
             """
             SELECT r.rolname::text, r.rolsuper OR r.rolbypassrls
-            FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner
-            WHERE p.oid = to_regprocedure('listener.refresh(text, text)')
+            FROM (SELECT i.compute_role FROM listener.installation i
+                  UNION SELECT v.compute_role FROM listener.managed_view v) c
+            JOIN pg_roles r ON r.rolname = c.compute_role
+            WHERE to_regprocedure('listener.refresh(text, text)') IS NOT NULL
+            ORDER BY 2 DESC, 1 LIMIT 1
             """
         )
     ).fetchone()

@@ -92,8 +92,8 @@ class Settings(BaseSettings):
     service_role: Name = Field(default="listener_service", description="the role that drains and refreshes")
     compute_role: Name = Field(
         default_factory=compute_role_of,
-        description="the role that definitions are computed as; it cannot log in. Default: the service's name with"
-        " _compute for _service; the owner where owner and service are one role",
+        description="the role that computes definitions; it cannot log in. Default: the service's name with _compute"
+        " for _service, or the owner where owner and service are one role",
     )
     allow_superuser: bool = Field(
         default=False, description="run as a superuser, whom row-level security does not bind"

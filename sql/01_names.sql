@@ -2,7 +2,7 @@
 --
 -- Errors of this schema carry SQLSTATEs of their own, so that a caller can tell them apart without reading messages:
 --   LSN01  unknown view            LSN02  validation error: tenant missing or malformed, or a wrong argument
---   LSN03  refused: the definition or the set-up does not allow it (the message says what, the hint how to mend it)
+--   LSN03  refused: the definition or the set-up does not allow it (the message says what, the hint how to fix it)
 --   LSN04  the definition returns two rows with one key
 --   LSN05  the transaction's isolation level is not READ COMMITTED
 --   LSN06  the caller's release is too old for this schema
@@ -98,8 +98,8 @@ BEGIN
 END
 $function$;
 
--- is_administrator(): whether the session is that of somebody who administers this schema: a superuser, or a member of its
--- owner that is not the service.
+-- is_administrator(): whether the user of the session administers this schema: a superuser, or a member of its owner
+-- other than the service.
 CREATE OR REPLACE FUNCTION listener.is_administrator() RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT r.rolsuper OR (session_user <> i.service_role AND pg_has_role(session_user, i.owner_role, 'MEMBER'))

@@ -1,7 +1,8 @@
 -- What a definition reads, from the catalog.
 
--- reads(relation): every relation that a view or a materialized view reads, through views, the view itself left out. The catalog keeps no dependency
--- on its own tables, so the stored query is searched for their numbers; what views of PostgreSQL's own read is left out.
+-- reads(relation): every relation that a view or a materialized view reads, also through views; not the view itself.
+-- The catalog keeps no dependency on its own tables, so the stored query is searched for their numbers. What
+-- PostgreSQL's own views read is left out.
 CREATE OR REPLACE FUNCTION listener.reads(relation regclass)
 RETURNS TABLE (relid oid, relkind "char")
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -22,8 +23,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT w.relid, w.relkind FROM walk w WHERE w.relid <> relation
 $function$;
 
--- query_of(relation): the query of a view or a materialized view, with every name qualified. It is the same in every session, and
--- its dates and times are read back as the same ones in every session. Money is written as lc_monetary says, and read so.
+-- query_of(relation): the query of a view or a materialized view, with every name qualified. Every session gets the
+-- same text, and reads its dates and times as the same ones. Money is written, and read, as lc_monetary says.
 CREATE OR REPLACE FUNCTION listener.query_of(relation oid) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD'
 SET IntervalStyle = 'postgres' SET extra_float_digits = 1 SET bytea_output = 'hex' SET quote_all_identifiers = off

@@ -1,10 +1,10 @@
--- What the result of a definition depends on besides the rows that it reads: functions, types, policies and the like, and
--- what these depend on in turn. docs/capture.md says which of it is refused, which becomes a source, and which the sweep
--- compares.
+-- What the result of a definition depends on besides the rows that it reads: functions, types, policies and the like,
+-- and what these depend on in turn. docs/capture.md says which of it is refused, which becomes a source, and which the
+-- sweep compares.
 
--- body_relations(funcid): the tables and views that the text of a function in SQL or PL/pgSQL names after FROM, JOIN and the
--- like, or after a comma. A name without a schema is looked up in the search_path of the function, and where it has none, in
--- every schema: more than it reads, never less, as long as the text names it.
+-- body_relations(funcid): the tables and views that the text of a function in SQL or PL/pgSQL names after FROM, JOIN
+-- and the like, or after a comma. A name without a schema is looked up in the search_path that the function sets; if it
+-- sets none, in every schema. So this may be more than the function reads, and never less than its text names.
 CREATE OR REPLACE FUNCTION listener.body_relations(funcid oid) RETURNS TABLE (relid oid)
 LANGUAGE sql STABLE ROWS 3 SET search_path = pg_catalog, pg_temp AS $function$
     WITH body AS (
@@ -32,8 +32,8 @@ LANGUAGE sql STABLE ROWS 3 SET search_path = pg_catalog, pg_temp AS $function$
         OR n.nspname = ANY (SELECT trim(s.schema, ' "') FROM unnest(string_to_array(x.path, ',')) AS s (schema))))
 $function$;
 
--- body_names(funcid): what else the text of a function in SQL or PL/pgSQL may call: each function of a name that it has
--- before a bracket, each operator of a user's own whose sign it has, and each cast of a user's own.
+-- body_names(funcid): what the text of a function in SQL or PL/pgSQL may call: each user's function whose name stands
+-- before a bracket, each user's operator whose sign is in the text, and the function of each user's cast.
 CREATE OR REPLACE FUNCTION listener.body_names(funcid oid) RETURNS TABLE (classid oid, objid oid)
 LANGUAGE plpgsql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -61,8 +61,8 @@ BEGIN
 END
 $function$;
 
--- computing_roles(relation): the roles whose rights decide which rows a definition is computed from: the one that computes it,
--- and the owners of the views in it that are not security_invoker. A materialized view that stays one is computed as its owner.
+-- computing_roles(relation): the roles whose rights decide which rows a definition reads: the role that computes it,
+-- and the owners of the views in it that are not security_invoker. The owner of a materialized view computes that.
 CREATE OR REPLACE FUNCTION listener.computing_roles(relation regclass) RETURNS oid[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH defined AS (
@@ -82,12 +82,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         ORDER BY 1)
 $function$;
 
--- reached(relation): the objects that the result of a view or a materialized view depends on, as the catalog names them:
---   classid, objid, objsubid   as in pg_depend. A column of pg_class is one that is used; a row of pg_attribute one that
---                              belongs to a row which is used as a whole, so that its name counts too
---   by_policy                  reached through a policy: the tables among these are read whenever their rows decide
--- What the catalog does not know, the text of functions, is searched for names. PostgreSQL's own objects are left out: they
--- do not change.
+-- reached(relation): the objects that the result of a view or a materialized view depends on, as the catalog names
+-- them:
+--   classid, objid, objsubid   as in pg_depend. A column of pg_class is one that is used; a row of pg_attribute one
+--                              that belongs to a row which is used as a whole, so that its name counts too
+--   by_policy                  reached through a policy: the rows of such a table decide which rows the view shows
+-- The catalog does not know what the text of a function uses, so that is searched for names. PostgreSQL's own objects
+-- are left out: they do not change.
 CREATE OR REPLACE FUNCTION listener.reached(relation regclass)
 RETURNS TABLE (classid oid, objid oid, objsubid integer, by_policy boolean)
 LANGUAGE plpgsql STABLE ROWS 50 SET search_path = pg_catalog, pg_temp SET jit = off
@@ -107,8 +108,9 @@ BEGIN
                 FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class
                 WHERE w.classid = 'pg_class'::regclass AND w.objsubid = 0 AND r.ev_class = w.objid AND c.relkind IN ('v', 'm')
                 UNION ALL
-                -- What the catalog knows. The row type of a table is its columns, below. A table of which columns are used is not
-                -- there as a whole; the one that a policy is on is read by whoever the policy binds.
+                -- What the catalog knows. A row type is followed by its columns, below. A table whose columns are used
+                -- comes as those columns, and as a whole only where a query, a function or a policy reads it; the
+                -- table that a policy is on does not count as read by that policy.
                 SELECT d.refclassid, d.refobjid, s.refobjsubid, false
                 FROM pg_depend d
                 CROSS JOIN LATERAL (
@@ -129,12 +131,12 @@ BEGIN
                 SELECT 'pg_proc'::regclass, o.oprcode, 0, false FROM pg_operator o
                 WHERE w.classid = 'pg_operator'::regclass AND o.oid = w.objid AND o.oprcode >= 16384
                 UNION ALL
-                -- What sorts and groups by it is the function of its operator family.
+                -- Sorting and grouping by an operator calls the comparison function of its operator family.
                 SELECT 'pg_proc'::regclass, p.amproc, 0, false
                 FROM pg_amop m JOIN pg_amproc p ON p.amprocfamily = m.amopfamily AND p.amproc >= 16384
                 WHERE w.classid = 'pg_operator'::regclass AND m.amopopr = w.objid
                 UNION ALL
-                -- A row as a whole: all columns of whatever is read there.
+                -- Where a row is used as a whole: all columns of the tables that are read there.
                 SELECT 'pg_attribute'::regclass, a.attrelid, a.attnum, false
                 FROM (SELECT r.ev_action::text FROM pg_rewrite r WHERE w.classid = 'pg_rewrite'::regclass AND r.oid = w.objid
                       UNION ALL
@@ -176,10 +178,11 @@ BEGIN
 END
 $function$;
 
--- policy_sources(relation, tenant_column): the tables that policies read while a definition is computed, themselves or through
--- views and functions: a change to one of them may show or hide any row.
---   is_apart   whether a refresh sees only the rows of its tenant there: policies of the table itself compare its tenant column
---              with the setting, and nothing reads it with other rights; or a look-up goes through it, and said so
+-- policy_sources(relation, tenant_column): the tables that policies read while a definition is computed, themselves or
+-- through views and functions: a change to one of them may show or hide any row.
+--   is_apart   whether a refresh sees only its tenant's rows of the table. So it is where all policies of the table
+--              compare its tenant column with app.current_tenant_id and nothing reads it with other rights; and where a
+--              look-up goes through the table by that column
 CREATE OR REPLACE FUNCTION listener.policy_sources(relation regclass, tenant_column name) RETURNS TABLE (relid oid, is_apart boolean)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH reached AS MATERIALIZED (
@@ -213,8 +216,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE c.oid >= 16384 AND c.relnamespace <> 'listener'::regnamespace
 $function$;
 
--- reads_unseen(name): whether a function of PostgreSQL's own, or of an extension, returns what no capture can see: it runs a
--- query or reads a table that it is given by name, a sequence, a large object, a file, or a system catalog.
+-- reads_unseen(name): whether a function of PostgreSQL or of an extension returns what capture cannot see: it runs a
+-- query that it is given as text, or reads a table that it is given by name, a sequence, a large object, a file or the
+-- catalog.
 CREATE OR REPLACE FUNCTION listener.reads_unseen(name name) RETURNS boolean
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT $1 ~ ('^(query|cursor|table|schema|database)_to_xml|^(crosstab|connectby|dblink|xpath_table|lo_|pgp_armor_headers$)'
@@ -224,12 +228,12 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
                  'partition_|lock_status|cursor|prepared_|timezone_|describe_|identify_|available_|hba_|tables_)')
 $function$;
 
--- hiding_functions(relation): the functions through which a view may read a table that the catalog does not know of, called by
--- it, by an operator, an aggregate, a cast or a type, or by one of these functions, at any depth:
---   * those of users that are not IMMUTABLE, and those IMMUTABLE ones whose text names a table, or runs what it puts together
---   * of PostgreSQL's own and of extensions those that reads_unseen() names
---   * of those that a policy calls, which are seldom IMMUTABLE and read settings: the ones whose text puts a query together,
---     or names a system catalog. What tables they name is found: policy_sources()
+-- hiding_functions(relation): the functions through which a view may read a table that the catalog does not know of,
+-- called by it, by an operator, an aggregate, a cast or a type, or by one of these functions, at any depth:
+--   * a user's function that is not IMMUTABLE, or whose text names a table or runs a statement that it puts together
+--   * a function of PostgreSQL or of an extension that reads_unseen() names
+--   * a user's function that only a policy calls: if its text runs a statement that it puts together, or names a system
+--     catalog. Such functions are seldom IMMUTABLE; the tables that they name, policy_sources() finds
 CREATE OR REPLACE FUNCTION listener.hiding_functions(relation regclass) RETURNS TABLE (funcid oid)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 #variable_conflict use_column
@@ -294,8 +298,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                       (SELECT string_agg(concat_ws(' ', d.oid, d.dicttemplate, d.dictinitoption), ' ' ORDER BY d.oid) FROM pg_ts_dict d)))
 $function$;
 
--- fingerprint(relation): changes with everything but rows that the result of a view depends on: see reached(). The number in
--- front is that of the formula: another one says nothing about a change, see regenerate().
+-- fingerprint(relation): changes with everything that the result of a view depends on, except rows: see reached(). It
+-- begins with the number of the formula: fingerprints of two formulas cannot be compared, see regenerate().
 CREATE OR REPLACE FUNCTION listener.fingerprint(relation regclass) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $function$
@@ -366,11 +370,11 @@ BEGIN
         UNION ALL
         SELECT concat('collation ', pg_database_collation_actual_version(d.oid)) FROM pg_database d WHERE d.datname = current_database()
         UNION ALL
-        -- Which of its configurations text search takes, a setting may say.
+        -- A setting may say which configuration text search takes, so all of them count.
         SELECT listener.text_search_digest()
         WHERE EXISTS (SELECT FROM tree t WHERE t.tree ~ text_search OR t.body ~* 'to_ts(vector|query)|ts_(headline|lexize|debug)|@@')
         UNION ALL
-        -- Which roles a role has, where somebody asks.
+        -- The memberships of these roles, where a function asks for them.
         SELECT concat_ws(' ', 'member', m.member, m.roleid)
         FROM (WITH RECURSIVE has (member, roleid) AS (
                   SELECT m.member, m.roleid FROM pg_auth_members m WHERE m.member = ANY (roles)

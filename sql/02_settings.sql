@@ -1,19 +1,19 @@
--- The settings that a definition is read and computed under, so that its rows depend on the view and on nothing that the caller set.
+-- The settings under which a definition is read and computed, so that its rows do not depend on the caller.
 --
--- All settings of PostgreSQL 15 to 18 that a session may change were gone through. Pinned are those that reach a result. Left out are
---   those that choose among plans (enable_*, *_cost, work_mem, jit_*, geqo*, parallel workers, constraint_exclusion,
---   plan_cache_mode …): all plans have one result. Where a query has several right results, pinning a plan would not make them one
---   limits, logging, storage, replication, vacuum (statement_timeout, default_tablespace, synchronous_commit …): nothing in a query
---   reads them but current_setting(), which session_dependence() finds
---   application_name, client_encoding: they say who is connected, and how to speak to that client. session_dependence() finds
---   what returns them
---   default_transaction_*, transaction_*: a refresh refuses every isolation level but READ COMMITTED
---   escape_string_warning, check_function_bodies, client_min_messages, createrole_self_grant …: they decide on messages, or on
---   commands that no query contains
---   what only a superuser may set (lc_messages, session_replication_role, lo_compat_privileges …): no caller has set it
+-- Of all settings of PostgreSQL 15 to 18 that a session may change, those that can change a result are pinned. Others:
+--   * those that choose among plans (enable_*, *_cost, work_mem, jit_*, geqo*, parallel workers, constraint_exclusion,
+--     plan_cache_mode …): all plans have one result. A query with several right results would have them under one
+--     plan, too
+--   * limits, logging, storage, replication, vacuum (statement_timeout, default_tablespace, synchronous_commit …): a
+--     query reads them by current_setting() alone, which session_dependence() finds
+--   * application_name, client_encoding: session_dependence() finds the functions that return them
+--   * default_transaction_*, transaction_*: a refresh refuses every isolation level but READ COMMITTED
+--   * escape_string_warning, check_function_bodies, client_min_messages, createrole_self_grant …: they change messages,
+--     or commands that no query contains
+--   * what only a superuser may set (lc_messages, session_replication_role, lo_compat_privileges …)
 
--- kept_settings(): the settings for which no one value is right: a view keeps those of the session that registers it, in
--- managed_view.settings. The time zone has a column of its own.
+-- kept_settings(): the settings for which no one value is right: a view keeps those of the session that registers it,
+-- in managed_view.settings. The time zone has a column of its own.
 CREATE OR REPLACE FUNCTION listener.kept_settings() RETURNS text[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT '{DateStyle,IntervalStyle,array_nulls,xmloption,xmlbinary,lc_monetary,lc_numeric,lc_time,default_text_search_config,quote_all_identifiers,backslash_quote,transform_null_equals,timezone_abbreviations}'::text[]
@@ -25,16 +25,16 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT jsonb_object_agg(k.name, current_setting(k.name)) FROM unnest(listener.kept_settings() || '{TimeZone}') k (name)
 $function$;
 
--- own_settings(): what the code of this schema, and what query_of() writes, is read under: a session may read a backslash otherwise, or
--- have names quoted that need no quotes.
+-- own_settings(): the settings under which the code of this schema, and the texts that query_of() writes, are read. In
+-- some sessions a backslash means something else, or PostgreSQL quotes names that need no quotes.
 CREATE OR REPLACE FUNCTION listener.own_settings() RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT '{"standard_conforming_strings": "on", "quote_all_identifiers": "off", "transform_null_equals": "off",
              "array_nulls": "on", "xmloption": "content", "DateStyle": "ISO, YMD", "IntervalStyle": "postgres"}'::jsonb
 $function$;
 
--- use_settings(settings): sets these for the rest of the transaction, name -> value. Returns what they were: use_settings() of that
--- gives it back, and so does an error, with the transaction.
+-- use_settings(settings): sets these for the rest of the transaction, name -> value. Returns what they were before, so
+-- that use_settings() of that restores them. An error restores them with the transaction.
 CREATE OR REPLACE FUNCTION listener.use_settings(settings jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -48,7 +48,8 @@ BEGIN
 END
 $function$;
 
--- default_setting(name): the value of a setting in a session that sets nothing itself: the database's, else the server's.
+-- default_setting(name): the value of a setting in a session that sets nothing itself: that of the database, else that
+-- of the server. What is set for a role does not count.
 CREATE OR REPLACE FUNCTION listener.default_setting(name text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(
@@ -75,11 +76,12 @@ BEGIN
 END
 $function$;
 
--- code_of(relation): the code that a view runs: its stored query and those of the views that it reads, the conditions of the
--- policies on what these read, and the functions in all of them.
---   place     'query', or 'policy' where only a policy leads to it
---   tree      as PostgreSQL stores it, '' of a function whose body is a text; source: as people write it
---   routine, language   of a function; NULL: it is none
+-- code_of(relation): the code that a view runs: its stored query and those of the views that it reads, the conditions
+-- of the policies on the tables that these read, and the functions that any of them calls.
+--   place     'query', or 'policy' for what only a policy leads to
+--   tree      as PostgreSQL stores it; '' for a function whose body is a text
+--   source    as people write it
+--   routine, language   of a function; NULL where it is not one
 CREATE OR REPLACE FUNCTION listener.code_of(relation regclass)
 RETURNS TABLE (place text, tree text, source text, routine oid, language name)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
@@ -110,14 +112,15 @@ BEGIN
 END
 $function$;
 
--- session_dependence(relation): by what the rows of a view depend on the session that computes it, through nested views, the
--- policies on what it reads, and the functions in them.
---   place   'query': its own text, or that of a view; 'function': the text of a function that it calls; 'policy'
---   kind    'session': what no setting decides, session_user say; 'setting': one that is not pinned; 'unknown setting': one whose name
---           is not a constant; 'custom setting': one that can be set for the computation
+-- session_dependence(relation): what makes the rows of a view depend on the session that computes it: in nested views,
+-- in the policies of the tables that it reads, and in the functions of all these.
+--   place   'query': the query, or that of a nested view; 'function': a function that the query calls; 'policy'
+--   kind    'session': what no setting decides, session_user say; 'setting': a setting that is not pinned; 'unknown
+--           setting': a setting whose name is not a constant; 'custom setting': a setting that can be set for the
+--           computation
 --   what    the function, or the setting
--- The catalog has no dependency on PostgreSQL's own functions, so the stored query is searched for their numbers, and texts for
--- their names.
+-- The catalog has no dependency on PostgreSQL's own functions, so stored queries are searched for their numbers, and
+-- texts for their names.
 CREATE OR REPLACE FUNCTION listener.session_dependence(relation regclass) RETURNS TABLE (place text, kind text, what text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     WITH code AS (
@@ -152,7 +155,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
                CASE WHEN s.name IS NULL THEN 'unknown setting' WHEN s.name LIKE '%.%' THEN 'custom setting' ELSE 'setting' END,
                coalesce(lower(s.name), 'current_setting(…)')
         FROM settings s
-        -- The tenant and the context are set by each refresh; and what is pinned, or the server's alone, is the same for every session.
+        -- Each refresh sets the tenant and the context. What is pinned, or only the server can change, is the same in
+        -- every session.
         WHERE s.name IS NULL
            OR lower(s.name) NOT IN ('app.current_tenant_id', 'app.execution_context', 'search_path', 'timezone', 'extra_float_digits',
                                     'bytea_output', 'standard_conforming_strings', 'row_security', 'gin_fuzzy_search_limit',
@@ -169,17 +173,18 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
     ORDER BY 1, 2, 3
 $function$;
 
--- session_refusal(relation): by what its rows depend on the session that computes them, where that cannot be set for the computation
--- and is no policy's; NULL: by nothing.
+-- session_refusal(relation): for what a view is refused: what makes its rows depend on the session, cannot be set for
+-- the computation, and is not in a policy. NULL: nothing.
 CREATE OR REPLACE FUNCTION listener.session_refusal(relation regclass) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT string_agg(DISTINCT d.what, ', ') FROM listener.session_dependence(relation) d
     WHERE d.place <> 'policy' AND (d.kind IN ('session', 'setting') OR (d.kind = 'unknown setting' AND d.place = 'query'))
 $function$;
 
--- check_session(name, relations): raises LSN03 where the rows of these views depend on the session that computes them, by something
--- that cannot be set for the computation; warns where it is a policy that may let them.
--- Returns the custom settings that are, name -> value: what this session has, else the database. '': neither has one.
+-- check_session(name, relations): raises LSN03 where session_refusal() says something of one of these views; warns of
+-- what else may make rows depend on the session.
+-- Returns the custom settings that the views read, name -> value: the value of this session, else of the database, else
+-- ''.
 CREATE OR REPLACE FUNCTION listener.check_session(name text, relations regclass[]) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -190,8 +195,8 @@ DECLARE
 BEGIN
     IF refused IS NOT NULL THEN
         RAISE EXCEPTION 'the rows of % would depend on the session that computes them: it reads %', check_session.name, refused
-            USING ERRCODE = 'LSN03', HINT = 'Leave it away, or store in a column what it is needed for. current_user is the same role for '
-                'every refresh; a setting of your own that the query names as a constant is kept: current_setting(''app.…'', true).';
+            USING ERRCODE = 'LSN03', HINT = 'Leave it out, or store the value in a column. current_user is allowed: it is the same role for '
+                'every refresh. So is a setting of your own whose name is a constant: current_setting(''app.…'', true).';
     END IF;
     FOR found IN
         SELECT DISTINCT d.place, d.kind, d.what FROM unnest(relations) r (relation)
@@ -201,22 +206,23 @@ BEGIN
             value := coalesce(nullif(current_setting(found.what, true), ''), listener.default_setting(found.what), '');
             custom := custom || jsonb_build_object(found.what, value);
             IF found.what NOT IN (SELECT g.name FROM pg_settings g) THEN
-                RAISE NOTICE '% is computed with % = %, whatever the caller has', check_session.name, found.what, quote_literal(value);
+                RAISE NOTICE '% is computed with % = %, whatever a caller sets', check_session.name, found.what, quote_literal(value);
             END IF;
         ELSIF found.place = 'policy' THEN
-            RAISE WARNING 'a policy on what % reads may show each session other rows: it reads %', check_session.name, found.what
-                USING HINT = 'Let it ask for current_user, which is the same role for every refresh, or for app.execution_context.';
+            RAISE WARNING 'a policy of a table that % reads may show each session other rows: it reads %', check_session.name, found.what
+                USING HINT = 'Compare with current_user, which is the same role for every refresh, or with app.execution_context.';
         ELSE
             RAISE WARNING 'a function that % calls reads a setting whose name is not a constant', check_session.name
-                USING HINT = 'Unless it is app.current_tenant_id, the rows depend on the session that refreshes them. Name the setting in the function.';
+                USING HINT = 'Unless that setting is app.current_tenant_id, the rows depend on the session that refreshes them. '
+                    'Write the name of the setting in the function.';
         END IF;
     END LOOP;
     RETURN custom;
 END
 $function$;
 
--- reads_locale(relation): whether its rows may depend on lc_*: it formats or reads text by a template, or money; or it runs code
--- that is not looked into.
+-- reads_locale(relation): whether the rows of a view may depend on lc_*: it formats or reads text by a template, or
+-- money; or it calls a function in a language other than SQL and PL/pgSQL, which is not searched.
 CREATE OR REPLACE FUNCTION listener.reads_locale(relation regclass) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     SELECT EXISTS (
@@ -225,7 +231,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
            OR c.tree ~ ':[a-z]*type (790|791)\M')
 $function$;
 
--- reads_search_configuration(relation): the same of default_text_search_config.
+-- reads_search_configuration(relation): whether the rows of a view may depend on default_text_search_config.
 CREATE OR REPLACE FUNCTION listener.reads_search_configuration(relation regclass) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     SELECT EXISTS (
@@ -234,15 +240,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
            OR c.source ~* '@@|tsquery|tsvector|\m(json(b)?_to_tsvector|array_to_tsvector|ts_headline|get_current_ts_config|default_text_search_config)\M')
 $function$;
 
--- pinned_settings(view): the settings that a function of the view pins in SET clauses, each with its value. What the registration
--- kept counts; else what has always been pinned, or PostgreSQL's default. search_path is a list of quoted names, all others are
--- plain values.
+-- pinned_settings(view): the settings that the functions of a view pin in SET clauses, each with its value: the one
+-- that the registration kept, else the one that was always pinned, else the default. search_path is a list of quoted
+-- names.
 CREATE OR REPLACE FUNCTION listener.pinned_settings(view listener.managed_view) RETURNS TABLE (name text, value text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 DECLARE
     definition regclass := to_regclass('listener.definition_' || view.id);
-    -- What a definition does not read is not pinned to what another server may lack.
+    -- What a definition does not read is pinned to a value that every server has: not every one has each locale.
     by_locale boolean := definition IS NULL OR listener.reads_locale(definition);
     by_configuration boolean := definition IS NULL OR listener.reads_search_configuration(definition);
 BEGIN
@@ -280,8 +286,8 @@ BEGIN
 END
 $function$;
 
--- custom_settings(view): the settings that a view is computed under and that no SET clause pins, those of them that the session has
--- otherwise: name -> value. They are set for the computation, and the caller's are given back afterwards.
+-- custom_settings(view): name -> value of the settings that no SET clause can pin, where the session has another value
+-- than the view. They are set for the computation; afterwards the caller's values are restored.
 --   names with a dot   only a superuser may put a setting that no extension defines into a SET clause
 --   timezone_abbreviations   PostgreSQL reads a file each time that a function pins it, which takes 40 µs
 CREATE OR REPLACE FUNCTION listener.custom_settings(view listener.managed_view) RETURNS jsonb
@@ -296,8 +302,8 @@ BEGIN
 END
 $function$;
 
--- reading_settings(view): what the texts of a view's queries are read under. A literal such as '2026-03-01' becomes a time when it
--- is read, not when it is computed.
+-- reading_settings(view): the settings under which the texts of a view's queries are read. A literal such as
+-- '2026-03-01' becomes a time when it is read, not when it is computed.
 CREATE OR REPLACE FUNCTION listener.reading_settings(view listener.managed_view) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT jsonb_build_object(
@@ -313,8 +319,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         'standard_conforming_strings', 'on')
 $function$;
 
--- check_written(relation, query): raises LSN03 where the query of a materialized view, as query_of() writes it, would be read as
--- another one under the database's settings.
+-- check_written(relation, query): raises LSN03 where the query of a materialized view, as query_of() writes it, would
+-- be read as another one under the database's settings.
 CREATE OR REPLACE FUNCTION listener.check_written(relation regclass, query text) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -325,7 +331,7 @@ BEGIN
 END
 $function$;
 
--- registered_settings(view): all settings that the registration of a view kept, for another one that is to be computed as it is.
+-- registered_settings(view): all settings of a view, for a session that registers or fills another one like it.
 CREATE OR REPLACE FUNCTION listener.registered_settings(view listener.managed_view) RETURNS jsonb
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT listener.default_settings() || listener.reading_settings(view) || view.settings

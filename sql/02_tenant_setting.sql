@@ -1,14 +1,15 @@
 -- The setting app.current_tenant_id, in the session that calls.
 --
--- PostgreSQL does not take such a setting back to where it was unset: once it was set in a session, even for one transaction, even for
--- one that was rolled back, it is '' afterwards, and RESET and DISCARD ALL give ''. A policy that casts it, and expects NULL where no
--- tenant was named, raises from then on: ''::uuid is no uuid. So a session that had named no tenant is left with one that nobody is.
--- What remains: a transaction that is rolled back takes that with it and leaves ''; so does DISCARD ALL. Only the policy itself
--- (nullif(…, '')), or a value for the role (ALTER ROLE … SET app.current_tenant_id), helps there. `listener doctor` names such policies.
+-- PostgreSQL cannot make such a setting unset again. Once it was set in a session, even in a transaction that was
+-- rolled back, it is '' afterwards; RESET and DISCARD ALL give '', too. A policy that casts it, and expects NULL where
+-- no tenant was named, raises an error from then on, since ''::uuid is no uuid. So a session that had named no tenant
+-- is left with a tenant that does not exist. This does not survive a rollback of the transaction, nor DISCARD ALL: both
+-- leave ''. There only the policy itself (nullif(…, '')), or a value for the role (ALTER ROLE … SET
+-- app.current_tenant_id), helps. `listener doctor` names such policies.
 
--- raising_policies(): the policies that raise where the setting is '', and not where it is unset.
---   type   that they cast the setting to
---   mended   USING and WITH CHECK as they should be; NULL where a function does it
+-- raising_policies(): the policies that raise an error where the setting is '', and none where it is unset.
+--   type     the type to which they cast the setting
+--   mended   USING and WITH CHECK as they should be; NULL where a function of the policy has the cast
 CREATE OR REPLACE FUNCTION listener.raising_policies() RETURNS TABLE (relation regclass, policy name, type text, mended text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     WITH pattern (cast_of) AS (
@@ -34,7 +35,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
     WHERE f.found IS NOT NULL
 $function$;
 
--- nobody(type): a tenant that nobody is, as text.
+-- nobody(type): the text of a tenant of this type that does not exist.
 CREATE OR REPLACE FUNCTION listener.nobody(type text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     -- 'listener', and a version that no generator makes: the nil uuid is somebody's default tenant.
@@ -42,9 +43,9 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
                 ELSE '-2147483648' END
 $function$;
 
--- give_back_tenant(callers_tenant): sets app.current_tenant_id to what the caller had, for the rest of the transaction. Where the
--- caller had none: for the session, to a tenant that nobody is, where a policy would raise otherwise; else it is ''. A session of the
--- service itself always knows '' for none.
+-- give_back_tenant(callers_tenant): sets app.current_tenant_id to what the caller had, for the rest of the transaction.
+-- Where the caller had none, it becomes ''; or, where a policy would raise an error on that, for the session, a tenant
+-- that does not exist. In the service's own sessions it always becomes ''.
 CREATE OR REPLACE FUNCTION listener.give_back_tenant(callers_tenant text) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

@@ -1,39 +1,45 @@
--- Who computes. A definition, a policy of a table that it reads, a function that either calls, a trigger or a check of a
--- target: all of it is code of a team, and it runs with the rights of whoever computes. So it runs as the view's compute
--- role and nothing else: a role that cannot log in, that may read the team's sources and write its targets.
+-- Which role computes. A definition, a policy of a table that it reads, a function that either calls, a trigger or a
+-- check of a target: all of this is code of a team, and runs with the rights of the role that computes. So only the
+-- view's compute role runs it: a role that cannot log in, and that may read the team's sources and write its targets.
 --
--- Three things keep that code where it is:
---   * It is reached through SECURITY DEFINER functions that the compute role owns. In such a function PostgreSQL refuses
---     SET ROLE and SET SESSION AUTHORIZATION, so that code cannot become the session's user again. A role that was set
---     with SET ROLE can be left with RESET ROLE; so nothing here sets a role and then plans or evaluates.
---   * Who owns a function may alter it: to SECURITY INVOKER, say, and its next caller would run it with rights of its own.
---     So these functions are in the schema listener_private, which only its owner may use: a statement that alters a
---     function has to name it, and the compute role cannot.
---   * What only looks (compares, lists, plans) runs in a subtransaction that is rolled back: no setting, temporary object
---     or row that such code made is left in the session of an administrator.
+-- Three things keep such code within these rights:
+--   * It runs in SECURITY DEFINER functions that the compute role owns. In such a function PostgreSQL refuses SET ROLE
+--     and SET SESSION AUTHORIZATION, so the code cannot become the session's user. (It could after a SET ROLE, by RESET
+--     ROLE; so nothing here sets a role and then plans or evaluates.)
+--   * The owner of a function may alter it: to SECURITY INVOKER, say, and then it would run with the rights of its next
+--     caller. So these functions are in the schema listener_private, which only its owner may use: a statement that
+--     alters a function has to name it, and the compute role cannot.
+--   * What only looks (compares, lists, plans) runs in a subtransaction that is rolled back. So no setting, temporary
+--     object or row of such code is left in the session of an administrator.
 --
+<<<<<<< HEAD
 --   * A prepared statement, a session's advisory lock, a cursor WITH HOLD and a temporary object outlive the code that made
 --     them, and the first two outlive a rollback as well. The next to use such a name, or a type's, would run that code with
 --     the rights of the session. leave_nothing() takes them away wherever such code has run.
 --
 -- Of each view there are difference_<id>, which writes (see 10_difference.sql), and evaluate_<id> and plan_<id>, which look.
+=======
+-- Each view has difference_<id>, which writes (see 10_difference.sql), and evaluate_<id> and plan_<id>, which only
+-- look.
+>>>>>>> main
 
--- compute_role_of(view): the role that a view is computed as: its own, or that of the installation.
+-- compute_role_of(view): the role that computes a view: its own, or that of the installation.
 CREATE OR REPLACE FUNCTION listener.compute_role_of(view listener.managed_view) RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(view.compute_role, i.compute_role) FROM listener.installation i
 $function$;
 
--- grantee_of(view): the role that is granted what computing a view needs. The compute role of the installation has what the
--- service has, as its member; a compute role of the view's own is granted each thing itself.
+-- grantee_of(view): the role that needs the grants for computing a view. The compute role of the installation has the
+-- grants of the service, as its member; a view's own compute role needs each of them itself.
 CREATE OR REPLACE FUNCTION listener.grantee_of(view listener.managed_view) RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(view.compute_role, i.service_role) FROM listener.installation i
 $function$;
 
--- check_compute_role(role): raises LSN03 where a view should not be computed as this role: it must be one that cannot log in
--- and that row-level security binds; it must be able to become no role that has more, and none of the service's, whose
--- rights reach every team; and the owner of this schema must be its member, to give it the functions that compute. NULL is right.
+-- check_compute_role(role): raises LSN03 where this role should not compute a view. It must not log in, bypass
+-- row-level security or make roles. It must be no member of the owner, the service or the installation's compute role,
+-- whose rights reach every team. The owner of this schema must be its member, to give it the functions that compute.
+-- NULL is right.
 CREATE OR REPLACE FUNCTION listener.check_compute_role(role name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -57,7 +63,8 @@ BEGIN
     WHERE w.is_so ORDER BY w.ord LIMIT 1;
     IF role IN (installed.owner_role, installed.service_role, installed.compute_role) THEN
         wrong := 'it is a role of the installation';
-        hint := format('Leave it out, or make one of its own: CREATE ROLE team_compute NOLOGIN; GRANT team_compute TO %I;', installed.owner_role);
+        hint := format('Leave it out, or make a role for the team: CREATE ROLE team_compute NOLOGIN; GRANT team_compute TO %I;',
+                       installed.owner_role);
     ELSIF wrong IS NULL THEN
         SELECT format('it is a member of %I', m.other), format('REVOKE %I FROM %I;', m.other, role) INTO wrong, hint
         FROM unnest(ARRAY[installed.owner_role, installed.service_role, installed.compute_role]) AS m (other)
@@ -68,13 +75,13 @@ BEGIN
         hint := format('GRANT %I TO %I;', role, installed.owner_role);
     END IF;
     IF wrong IS NOT NULL THEN
-        RAISE EXCEPTION 'no view is computed as %: %', role, wrong USING ERRCODE = 'LSN03', HINT = hint;
+        RAISE EXCEPTION 'role % cannot compute a view: %', role, wrong USING ERRCODE = 'LSN03', HINT = hint;
     END IF;
 END
 $function$;
 
--- set_clauses(settings): SET clauses of a function, of settings by name. The value of search_path is a list of quoted
--- names; quoted as a whole, it would be one name.
+-- set_clauses(settings): the SET clauses of a function, from name -> value. The value of search_path is a list of
+-- quoted names; quoted as a whole, it would be one name.
 CREATE OR REPLACE FUNCTION listener.set_clauses(settings jsonb) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT string_agg(CASE s.key WHEN 'search_path' THEN 'SET search_path = ' || s.value
@@ -88,9 +95,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT jsonb_object_agg(s.name, s.value) FROM listener.pinned_settings(view) s
 $function$;
 
--- evaluating_body(): the body of a function (statement text, tenant text) RETURNS jsonb: evaluates a statement that
--- returns one row of one jsonb column, for the tenant $1 (NULL: for that of the session), and leaves nothing behind. It runs with the search_path of the
--- view; so everything in it is qualified.
+-- evaluating_body(): the body of a function (statement text, tenant text) RETURNS jsonb. It evaluates a statement that
+-- returns one row of one jsonb column, for the tenant $1 (NULL: that of the session), and leaves nothing behind. It
+-- runs under the search_path of the view, so everything in it is qualified.
 CREATE OR REPLACE FUNCTION listener.evaluating_body() RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT $body$
@@ -105,7 +112,7 @@ BEGIN
         END IF;
         EXECUTE statement INTO computed USING tenant;
         is_done := true;
-        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was evaluated is to leave nothing behind';
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was evaluated leaves nothing behind';
     EXCEPTION WHEN SQLSTATE 'LSN00' THEN
         IF is_done IS NOT TRUE THEN
             RAISE;
@@ -116,10 +123,12 @@ END
 $body$
 $function$;
 
--- planning_body(): the body of a function (preparation text[], questions jsonb) RETURNS jsonb: runs the statements of
--- `preparation`, plans each question, and leaves nothing behind.
---   questions   [{"query", "path": the search_path, "settings": {name: value}, "opens": true to open it as a cursor instead}]
--- Returns an array: for each question its plan, or {"error", "sqlstate"}; or one such object where the preparation failed.
+-- planning_body(): the body of a function (preparation text[], questions jsonb) RETURNS jsonb. It runs the statements
+-- of `preparation`, plans each question, and leaves nothing behind.
+--   questions   [{"query", "path": the search_path, "settings": {name: value}, "opens": true to open it as a cursor
+--               instead}]
+-- Returns an array: for each question its plan, or {"error", "sqlstate"}; or one such object where the preparation
+-- failed.
 CREATE OR REPLACE FUNCTION listener.planning_body() RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT $body$
@@ -154,7 +163,7 @@ BEGIN
                     EXECUTE explain INTO plan;
                 END IF;
                 is_planned := true;
-                RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was planned is to leave nothing behind';
+                RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was planned leaves nothing behind';
             EXCEPTION WHEN OTHERS THEN
                 answer := CASE WHEN is_planned THEN coalesce(to_jsonb(plan), 'null')
                                ELSE jsonb_build_object('error', SQLERRM, 'sqlstate', SQLSTATE) END;
@@ -162,7 +171,7 @@ BEGIN
             answers := answers || jsonb_build_array(answer);
         END LOOP;
         is_done := true;
-        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was prepared is to leave nothing behind';
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'what was prepared leaves nothing behind';
     EXCEPTION WHEN OTHERS THEN
         IF is_done IS NOT TRUE THEN
             RETURN jsonb_build_object('error', SQLERRM, 'sqlstate', SQLSTATE);
@@ -173,7 +182,8 @@ END
 $body$
 $function$;
 
--- planning_settings(): what a plan is made under: each condition where it is applied, each scan one, no parallel worker.
+-- planning_settings(): the settings for a plan that can be read: each condition stands where it is applied, each table
+-- has one scan, and no worker is parallel.
 CREATE OR REPLACE FUNCTION listener.planning_settings() RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT '{"search_path": "pg_catalog, pg_temp", "jit": "off", "standard_conforming_strings": "on", "quote_all_identifiers": "off",
@@ -183,17 +193,17 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
              "enable_indexscan": "off", "enable_indexonlyscan": "off", "enable_bitmapscan": "off"}'::jsonb
 $function$;
 
--- function_digest(routine): changes with whatever somebody may alter of a function: what it does, whose rights it has, its
--- settings, its owner.
+-- function_digest(routine): changes when somebody alters a function: its body, SECURITY DEFINER, settings, volatility
+-- or owner.
 CREATE OR REPLACE FUNCTION listener.function_digest(routine regprocedure) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT md5(concat_ws(E'\n', p.prosrc, p.prosqlbody, p.prosecdef, p.proconfig, p.provolatile, p.proleakproof, p.proowner))
     FROM pg_proc p WHERE p.oid = routine
 $function$;
 
--- make_private(role, signature, returns, volatility, settings, body): makes or replaces a function of listener_private that
--- `role` owns and the owner of this schema may call. An owner needs CREATE on the schema at the moment of the hand-over,
--- and must not keep it.
+-- make_private(role, signature, arguments, volatility, settings, body): makes or replaces a function of
+-- listener_private that `role` owns, and that the owner of this schema may call. `role` gets CREATE on the schema for
+-- the moment of ALTER OWNER.
 CREATE OR REPLACE FUNCTION listener.make_private(
     role name, signature text, arguments text, volatility text, settings jsonb, body text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -202,7 +212,7 @@ DECLARE
     routine regprocedure;
     is_handed_over boolean;
 BEGIN
-    -- As a literal: a column's name may hold whatever a dollar quote ends with.
+    -- As a literal, since a column's name in the body may hold the end of a dollar quote.
     EXECUTE format('CREATE OR REPLACE FUNCTION listener_private.%s LANGUAGE plpgsql %s SECURITY DEFINER %s AS %L',
                    arguments, volatility, listener.set_clauses(settings), body);
     routine := to_regprocedure('listener_private.' || signature);
@@ -213,15 +223,16 @@ BEGIN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', routine, role);
         EXECUTE format('REVOKE CREATE ON SCHEMA listener_private FROM %I', role);
     END IF;
-    -- Also where it is no member of that role any more.
+    -- The owner may cease to be a member of that role.
     EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', routine, owner_role);
     INSERT INTO listener.installed_function (signature, digest) VALUES (routine::text, listener.function_digest(routine))
     ON CONFLICT ON CONSTRAINT installed_function_pkey DO UPDATE SET digest = excluded.digest;
 END
 $function$;
 
--- generate_computing(view): makes or replaces evaluate_<id> and plan_<id> of a view. What writes rows is never planned for parallel
--- workers, so nothing that is compared with these rows is: ties and sums of floats come out as they did there.
+-- generate_computing(view): makes or replaces evaluate_<id> and plan_<id> of a view. A statement that writes rows never
+-- gets parallel workers, so evaluate_<id>, which compares with these rows, gets none either: with them ties and sums of
+-- floats could come out differently.
 CREATE OR REPLACE FUNCTION listener.generate_computing(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -237,7 +248,7 @@ BEGIN
 END
 $function$;
 
--- drop_computing(view_id): drops all functions of a view in listener_private.
+-- drop_computing(view_id): drops the functions of a view in listener_private.
 CREATE OR REPLACE FUNCTION listener.drop_computing(view_id integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -254,6 +265,7 @@ BEGIN
 END
 $function$;
 
+<<<<<<< HEAD
 -- temporary_objects(): what this session has made that is temporary.
 CREATE OR REPLACE FUNCTION listener.temporary_objects() RETURNS oid[]
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -312,6 +324,12 @@ $function$;
 -- evaluate(view, statement, tenant): what a statement returns, one jsonb, computed for a tenant ($1) as refresh() computes:
 -- as the view's compute role, under the view's settings. Nothing that it does is left. It sees what the statement that calls it sees.
 -- For the functions of this schema that run as its owner: they must not touch a definition, a source or a target themselves.
+=======
+-- evaluate(view, statement, tenant): the one jsonb that a statement returns, computed for a tenant ($1) as refresh()
+-- computes: as the view's compute role, under the view's settings. It leaves nothing behind, and has the snapshot of
+-- the calling statement. The functions of this schema that run as its owner read a definition, a source or a target by
+-- it alone.
+>>>>>>> main
 CREATE OR REPLACE FUNCTION listener.evaluate(view listener.managed_view, statement text, tenant text) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -331,7 +349,7 @@ BEGIN
 END
 $function$;
 
--- plan(view_id, preparation, questions): what planning_body() answers, as the view's compute role.
+-- plan(view_id, preparation, questions): runs planning_body() as the view's compute role.
 CREATE OR REPLACE FUNCTION listener.plan(view_id integer, preparation text[], questions jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -350,8 +368,8 @@ BEGIN
 END
 $function$;
 
--- check_may_act(role): raises LSN03 where the calling role may not have something computed as `role`: only a superuser and
--- the members of a role may.
+-- check_may_act(role): raises LSN03 where the calling role may not run a query as `role`. A superuser may, and the
+-- members of `role`.
 CREATE OR REPLACE FUNCTION listener.check_may_act(role name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -359,20 +377,20 @@ BEGIN
         RAISE EXCEPTION 'there is no role %', role USING ERRCODE = 'LSN03';
     ELSIF current_user <> role AND NOT pg_has_role(current_user, role, CASE
             WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END) THEN
-        RAISE EXCEPTION 'role % may not have anything computed as %', current_user, role USING ERRCODE = 'LSN03',
+        RAISE EXCEPTION 'role % may not run a query as %', current_user, role USING ERRCODE = 'LSN03',
             HINT = format('Run it as a member of %1$I, or: GRANT %1$I TO %2$I.', role, current_user);
     ELSIF NOT has_database_privilege(role, current_database(), 'TEMPORARY') THEN
-        RAISE EXCEPTION 'role % may make nothing temporary in %', role, current_database() USING ERRCODE = 'LSN03',
+        RAISE EXCEPTION 'role % may not create temporary objects in the database %', role, current_database() USING ERRCODE = 'LSN03',
             HINT = format('GRANT TEMPORARY ON DATABASE %I TO %I;', current_database(), role);
     END IF;
 END
 $function$;
 
--- evaluate_as(role, statement, tenant, settings), plan_as(role, preparation, questions, settings): the same for what is no
--- managed view: as the owner of a materialized view, say, whose code its query runs. The function that runs it is the
--- role's for this one call: it is temporary, and gone with a subtransaction before anything else is done.
---   settings   SET clauses, by name
--- Raises LSN03 where the caller is no member of the role, and what the statement raises.
+-- evaluate_as(role, statement, tenant, settings), plan_as(role, preparation, questions, settings): as evaluate() and
+-- plan(), for a query of no managed view: that of a materialized view, say, as its owner. The function that runs it is
+-- temporary, belongs to the role, and is gone with a subtransaction after this one call.
+--   settings   name -> value, for SET clauses
+-- Raises LSN03 where the caller may not act as the role, and what the statement raises.
 CREATE OR REPLACE FUNCTION listener.evaluate_as(role name, statement text, tenant text, settings jsonb DEFAULT '{}') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -389,10 +407,16 @@ BEGIN
         EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', role);
         EXECUTE 'SELECT pg_temp.listener_evaluate($1, $2)' INTO computed USING statement, tenant;
         is_done := true;
+<<<<<<< HEAD
         RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
     EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
         PERFORM listener.leave_nothing(NULL);
         IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
+=======
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
+    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
+        IF is_done IS NOT TRUE THEN
+>>>>>>> main
             RAISE;
         END IF;
     END;
@@ -415,10 +439,16 @@ BEGIN
         EXECUTE format('ALTER FUNCTION pg_temp.listener_plan(text[], jsonb) OWNER TO %I', role);
         EXECUTE 'SELECT pg_temp.listener_plan($1, $2)' INTO answers USING preparation, questions;
         is_done := true;
+<<<<<<< HEAD
         RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
     EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
         PERFORM listener.leave_nothing(NULL);
         IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
+=======
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
+    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
+        IF is_done IS NOT TRUE THEN
+>>>>>>> main
             RAISE;
         END IF;
     END;

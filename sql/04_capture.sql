@@ -7,8 +7,8 @@
 -- It says nothing where the session has set listener.notify to 'off'; nor, while no mode was chosen, where prepared
 -- transactions are allowed: PREPARE TRANSACTION refuses a transaction that has notified. A transaction rings for its
 -- first eight statements, once more for all tenants, and then no more: one commit wakes whoever listens once.
--- source_name NULL: the installation hides names. Then it notifies once, of nobody and no table, in the words of
--- ring_for_all(), which a service of any release understands.
+-- source_name NULL: the installation hides names. Then it notifies once and names neither tenant nor table, with the
+-- text of ring_for_all(), which a service of any release understands.
 CREATE OR REPLACE FUNCTION listener.ring(source_id integer, source_name text, mode text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $function$
 DECLARE
@@ -153,11 +153,12 @@ BEGIN
 END
 $function$;
 
--- generate_moves(source_id): listener.capture_<id>_watch and listener.capture_<id>_moved, see wanted_triggers(). MERGE hands the
--- UPDATE trigger the rows that stay in their partition; those that it moves to another it gives to the DELETE and INSERT
--- triggers, which do not fire unless the MERGE has such actions. So `watch` sets listener.moved_<id>, `moved` notes there that
--- a row left its partition, and the UPDATE trigger, which fires last, then takes the change for everybody's, unless
--- is_plain_update() knows better. The setting ends with the transaction, or with its savepoint, as the log rows do.
+-- generate_moves(source_id): makes listener.capture_<id>_watch and listener.capture_<id>_moved, see wanted_triggers().
+-- A MERGE gives its UPDATE trigger only the rows that stay in their partition. It gives those that move to the DELETE
+-- and INSERT triggers, which fire only if the MERGE has such actions. So `watch` sets listener.moved_<id>, and `moved`
+-- notes in it that a row left its partition. The UPDATE trigger fires last, and then marks every tenant, unless
+-- is_plain_update() says that the statement was no MERGE. The setting ends with the transaction, or with its savepoint,
+-- as the log rows do.
 CREATE OR REPLACE FUNCTION listener.generate_moves(source_id integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -186,10 +187,10 @@ $body$)) AS m (name, body) LOOP
 END
 $function$;
 
--- is_plain_update(callers, query): whether the statement that fired the trigger is surely an UPDATE and no MERGE: then the
--- trigger was given every row. `callers` is PG_CONTEXT in the trigger, `query` what the client sent. Without a function in
--- between, what the client sent is all there is; else the second line shows the statement. Where that is not to be had (an
--- SQL function, a prepared statement, messages in another language), the answer is no, and all tenants are refreshed.
+-- is_plain_update(callers, query): whether the statement that fired the trigger is surely an UPDATE and no MERGE, so
+-- that the trigger has every row. `callers` is PG_CONTEXT in the trigger, `query` what the client sent. If no function
+-- is in between, `query` is the statement; else the second line of `callers` shows it. If neither does (an SQL
+-- function, a prepared statement, messages in another language), the answer is no, and every tenant is refreshed.
 CREATE OR REPLACE FUNCTION listener.is_plain_update(callers text, query text) RETURNS boolean
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN position(E'\n' IN callers) = 0 THEN coalesce(query !~* '\m(merge|execute)\M', false)

@@ -18,8 +18,8 @@ BEGIN
 END
 $function$;
 
--- set_notify_names(names): whether a notification names the table and the tenant. false: it says only that something was
--- written, since each role that can connect to the database can LISTEN.
+-- set_notify_names(names): whether a notification names the table and the tenant. false: it says only that something
+-- was written, since each role that can connect to the database can LISTEN.
 CREATE OR REPLACE FUNCTION listener.set_notify_names(names boolean) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

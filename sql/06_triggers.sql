@@ -16,7 +16,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
--- tables_below(relid): a table and those that are read with it: its partitions, or children that inherit from it.
+-- tables_below(relid): a table, and the tables whose rows a query of it reads: its partitions, or its inheritance
+-- children.
 CREATE OR REPLACE FUNCTION listener.tables_below(relid oid) RETURNS TABLE (relid oid)
 LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE below (oid) AS (
@@ -27,12 +28,12 @@ LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
     SELECT b.oid FROM below b
 $function$;
 
--- capture_tables(relid): the tables that need triggers for a source: the table itself; what is below it (partitions, or children
--- that inherit from it), since a trigger does not see a statement that names a table below its own; and what is above any of
--- these, since a statement that names a table above fires the triggers of that one alone. So a view that reads one partition
--- refreshes the tenants of what is written to the others through the root: too many tenants, never too few. Foreign tables
--- below cannot have these triggers (view_troubles() names them), and temporary ones belong to one session.
---   by_name: its columns stand in another order than the source's
+-- capture_tables(relid): the tables that need triggers for a source. A statement fires the triggers of the table that
+-- it names, and of no other. So these are the source, the tables below it (partitions, or inheritance children), and
+-- the tables above any of them. A view of one partition thus refreshes the tenants of rows that are written to the
+-- other partitions through the root: too many tenants, never too few. Left out are foreign tables, which cannot have
+-- these triggers (view_troubles() names them), and temporary ones, which belong to one session.
+--   by_name   its columns have another order than those of the source
 CREATE OR REPLACE FUNCTION listener.capture_tables(relid oid) RETURNS TABLE (relation regclass, by_name boolean)
 LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE tree (oid) AS (
@@ -45,12 +46,12 @@ LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
     WHERE c.relkind IN ('r', 'p') AND (c.relpersistence <> 't' OR c.oid = $1)
 $function$;
 
--- wanted_triggers(source_id): the triggers that a source should have. Those named `row` are for tables that a subscription
--- fills: logical replication's apply fires no statement triggers. They fire in it alone.
---   watch, moved   where partitions are, for MERGE: it moves a row to another partition without showing it to the UPDATE
---                  trigger. `watch` runs before each UPDATE or MERGE that names a partitioned table. From then on, to the end
---                  of the transaction, `moved` runs for each row that leaves a partition, see generate_moves(). Where
---                  the source is a partition itself, also for each row that comes into it from another one.
+-- wanted_triggers(source_id): the triggers that a source should have. Those named `row` are for tables that a
+-- subscription fills: logical replication's apply fires no statement triggers. They fire in it alone.
+--   watch, moved   for MERGE on partitions: it moves a row to another partition without showing it to the UPDATE
+--                  trigger. `watch` runs before each UPDATE or MERGE that names a partitioned table. From then on, to
+--                  the end of the transaction, `moved` runs for each row that leaves a partition; if the source is a
+--                  partition, also for each row that comes into one. See generate_moves()
 CREATE OR REPLACE FUNCTION listener.wanted_triggers(source_id integer)
 RETURNS TABLE (relation regclass, name name, event text, referencing text, level text, function name, enabled "char")
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -83,8 +84,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 $function$;
 
 -- capture_state(source_id, relid): what the catalog says of a source's triggers on a table, of the table's place
--- among partitions, and whether it is logged. It changes with whatever may have let a write go by unseen, even if that was
--- undone since: the rows' xmin is in it.
+-- among partitions, and whether it is logged. It changes with whatever may have let a write go by unseen, even if that
+-- was undone since: the rows' xmin is in it.
 CREATE OR REPLACE FUNCTION listener.capture_state(source_id integer, relid oid) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT concat((SELECT string_agg(concat_ws(' ', g.tgname, g.tgenabled, g.xmin), ', ' ORDER BY g.tgname)
@@ -95,8 +96,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                   (SELECT '; unlogged' FROM pg_class c WHERE c.oid = $2 AND c.relpersistence = 'u'))
 $function$;
 
--- is_rehearsal(): whether this transaction only tries what adopting would do: see begin_rehearsal(). The transaction's own number
--- says so, which no setting of a session can be by chance or for long.
+-- is_rehearsal(): whether this transaction only tries what adopting would do: see begin_rehearsal(). The setting holds
+-- the number of this transaction, which no session has there by chance.
 CREATE OR REPLACE FUNCTION listener.is_rehearsal() RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(current_setting('listener.rehearsal', true) = pg_current_xact_id_if_assigned()::text, false)

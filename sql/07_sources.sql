@@ -1,9 +1,10 @@
 -- Sources: which tables are captured, and how their rows find their tenant: by a column or a look-up. Longer than the
 -- other files, because the two are told apart throughout.
 
--- check_source(relation, tenant_column): raises LSN03 for a table that triggers cannot cover, for one with such a partition, and
--- for a tenant column that is missing, is computed only when read, is of a type that another role could give code of its own to, or
--- has a collation that takes different texts for equal: capture logs one of them, and the rows of the other would stay as they are.
+-- check_source(relation, tenant_column): raises LSN03 for a table that triggers cannot cover, or that has such a
+-- partition; and for a tenant column that is missing, is computed only when read, is of a type to which another role
+-- could give code, or has a collation that takes different texts for equal. (Capture logs one of the texts; rows with
+-- the other would go stale.)
 CREATE OR REPLACE FUNCTION listener.check_source(relation regclass, tenant_column name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

@@ -19,9 +19,10 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE a.attrelid = target AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 
--- exact_text(value), exact_value(image, type): a value as text, and read back as the same value. In some settings PostgreSQL's own text
--- of a value is that of another one, too: two times that are an hour apart when clocks go back, where DateStyle is not ISO; a NULL in
--- an array and 'NULL', where array_nulls is off. A view may be computed under these, and its rows are compared and written all the same.
+-- exact_text(value), exact_value(image, value): a value as text, and that text as the same value again. Under some
+-- settings two values have one text: two times an hour apart when clocks go back, if DateStyle is not ISO; a NULL in an
+-- array and 'NULL', if array_nulls is off. A view may be computed under such settings, and its rows still need exact
+-- comparing and writing.
 CREATE OR REPLACE FUNCTION listener.exact_text(value anyelement) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET DateStyle = 'ISO, YMD' SET array_nulls = on
 SET xmloption = 'content' AS $function$
@@ -37,8 +38,8 @@ BEGIN
 END
 $function$;
 
--- text_of(view, expression), value_of(view, expression, type): the same as parts of a statement that runs under the settings of the
--- view: plain casts, where these do not change a value.
+-- text_of(view, expression), value_of(view, expression, type): the SQL for these in a statement that runs under the
+-- settings of the view. Where casts_exactly(view), it is a plain cast.
 CREATE OR REPLACE FUNCTION listener.casts_exactly(view listener.managed_view) RETURNS boolean
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(view.settings ->> 'DateStyle', 'ISO') LIKE 'ISO%' AND coalesce(view.settings ->> 'array_nulls', 'on') = 'on'
@@ -147,12 +148,13 @@ SELECT (SELECT pg_catalog.count(*) FROM written w WHERE w.inserted),
 END
 $function$;
 
--- generate_difference(view): makes or replaces listener_private.difference_<id>(tenant), which runs that statement, and what
--- else computes the view: see 03_computing.sql. It is static SQL, so that a session parses it once, and may keep its plan:
--- parsing and planning took two thirds of a small refresh. Which plan is taken, refresh() says. It runs with the rights of
--- the view's compute role; that of a materialized view with those of the owner of this schema, since PostgreSQL lets only a
--- view's owner, and its members, refresh it, and confines what its query calls by itself. Nothing is made where target or
--- definition are gone, or the target lacks a column: the statement would leave that out for good.
+-- generate_difference(view): makes or replaces listener_private.difference_<id>(tenant), which runs that statement, and
+-- what else computes the view: see 03_computing.sql. It is static SQL, so that a session parses it once, and may keep
+-- its plan: parsing and planning took two thirds of a small refresh. Which plan is taken, refresh() says. It runs as
+-- the view's compute role. For a materialized view it runs as the owner of this schema: PostgreSQL lets only the owner
+-- of a materialized view, and its members, refresh it, and runs the query with that owner's rights. Nothing is made
+-- where target or definition are gone, or the target lacks a column: the statement would leave that column out for
+-- good.
 CREATE OR REPLACE FUNCTION listener.generate_difference(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

@@ -71,11 +71,11 @@ $function$;
 --
 -- Each statement has a snapshot of its own, and their order is the proof: the version is read before the rows are
 -- computed, so a change that was drained earlier is visible to the computation, and one that is drained later raises
--- the version again. The rows are computed by difference_<id>, with the rights of the view's compute role and under the
--- settings of the view whoever calls, so the result never depends on the caller, and row-level security binds it.
--- Nothing else here touches a source or a target: this function has the rights of the owner of the schema. The app.*
--- settings are given back by hand: only a superuser may put a parameter that no extension defines into a SET clause. An
--- error needs no hand, it takes the settings back with the transaction.
+-- the version again. difference_<id> computes the rows, as the view's compute role and under the view's settings, so
+-- the result never depends on the caller, and row-level security binds it. This function has the rights of the owner of
+-- the schema; so nothing else in it touches a source or a target. The app.* settings are restored by hand: only a
+-- superuser may put a parameter that no extension defines into a SET clause. An error restores them with the
+-- transaction.
 CREATE OR REPLACE FUNCTION listener.run_refresh(
     view text, tenant_id text,
     OUT outcome text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT version bigint, OUT duration interval)
@@ -152,10 +152,11 @@ BEGIN
 END
 $function$;
 
--- restore_path(callers_path): gives a session its search_path back after what a definition calls has run in it. Such code can
--- set a path for the session, and a SET clause of a function undoes its own setting, not that one: the next statement would
--- take its operators from the schema of a team. An administrator's path is set in any case: such code can hide what it set
--- below a setting that ends with the transaction. To be called by a function without a SET clause for the path.
+-- restore_path(callers_path): gives a session its search_path back after what a definition calls has run in it. Such
+-- code can set a path for the session, and a SET clause of a function undoes its own setting, not that one: the next
+-- statement would take its operators from the schema of a team. An administrator's path is set in any case: such code
+-- can hide what it set below a setting that ends with the transaction. To be called by a function without a SET clause
+-- for the path.
 CREATE OR REPLACE FUNCTION listener.restore_path(callers_path text) RETURNS void
 LANGUAGE plpgsql VOLATILE AS $function$
 BEGIN
@@ -167,8 +168,8 @@ $function$;
 
 -- refresh(view, tenant_id): makes one tenant's rows of the target equal to its definition.
 --   outcome   'refreshed'; 'busy': another session is refreshing this key, ask again; 'paused': nothing was done
---   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected. duration: how long
---   it took, as refresh_state keeps it; NULL where nothing was done
+--   inserted, updated, deleted: rows of the target. version: the dirty version that is now reflected. duration: how
+--   long it took, as refresh_state keeps it; NULL where nothing was done
 -- Reads the definition's sources and dirty_key; writes the target, refresh_state, and closes the key's dead letter.
 -- Raises LSN01, LSN02, LSN04, LSN05, LSN06, and whatever the definition raises.
 CREATE OR REPLACE FUNCTION listener.refresh(

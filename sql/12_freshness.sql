@@ -130,7 +130,8 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 $function$;
 
 -- explain_key(view, tenant_id): what is known of one key, for "why is this stale?". Ages in seconds.
---   app_correlation_id: what the application set as app.correlation_id with the newest change that is not shown, if it did
+--   app_correlation_id: what the application set as app.correlation_id with the newest change that is not shown, if it
+--       did
 CREATE OR REPLACE FUNCTION listener.explain_key(
     view text, tenant_id text,
     OUT view_name text, OUT tenant text, OUT paused boolean, OUT undrained bigint, OUT oldest_undrained_age float8,
@@ -195,8 +196,8 @@ BEGIN
 END
 $function$;
 
--- staleness(): how old the oldest change is that a view does not show, whatever keeps it: not drained yet, waiting for its
--- refresh, failing, paused, or shown so far only by a view that this one reads. One row per view.
+-- staleness(): how old the oldest change is that a view does not show, whatever keeps it: not drained yet, waiting for
+-- its refresh, failing, paused, or shown so far only by a view that this one reads. One row per view.
 --   dirty_keys, dirty_since   of what is drained, and the view's own
 --   since                     of all; NULL: nothing is known that is not shown
 --   max_staleness             NULL too for a view that does not have its place yet: nobody reads it

@@ -1,4 +1,5 @@
--- Refresh of everything that one tenant has: what an application calls that has written, and wants to read it in every view.
+-- Refreshes every view of one tenant: for an application that has written something, and wants to read it in all of
+-- them.
 
 -- run_refresh_all(tenant_id): what refresh_all_for_tenant() does; see there.
 CREATE OR REPLACE FUNCTION listener.run_refresh_all(tenant_id text)
@@ -32,26 +33,27 @@ BEGIN
                         ELSE listener.canonical_or_null(run_refresh_all.tenant_id, v.tenant_type) END) AS t (tenant)
         WHERE t.tenant IS NOT NULL AND v.replaces IS NULL
           AND NOT EXISTS (SELECT FROM listener.adoption a WHERE a.view_id = v.id AND a.state IN ('filling', 'turned back'))
-        -- A view has all that its own upstream has upstream, and one more.
+        -- The more views are upstream of a view, the later it comes: it has at least one more than each of these.
         ORDER BY (SELECT count(*) FROM listener.view_upstream u WHERE u.view_id = v.id), v.name
     LOOP
         started := clock_timestamp();
         BEGIN
-            -- Asked after what it reads was refreshed: what changed there is logged by then.
+            -- Asked here, after what it reads was refreshed: what changed there is logged by now.
             IF key.tenant = '' AND NOT key.is_paused AND NOT listener.is_pending(key.id, '') THEN
                 SELECT 'fresh', 0, 0, 0, r.refreshed_version INTO outcome, inserted, updated, deleted, version
                 FROM (SELECT) AS nothing LEFT JOIN LATERAL listener.state_of(key.id, '') r ON true;
             ELSE
                 SELECT r.outcome, r.inserted, r.updated, r.deleted, r.version
                 INTO outcome, inserted, updated, deleted, version FROM listener.run_refresh(key.name, key.tenant) r;
-                -- Before anything is called by a name that is not qualified: what the definition calls may have set a path.
+                -- Before anything is called by a name that is not qualified: what the definition calls may have set a
+                -- path.
                 PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
             END IF;
         EXCEPTION WHEN OTHERS THEN
             GET STACKED DIAGNOSTICS failed_message = MESSAGE_TEXT, failed_detail = PG_EXCEPTION_DETAIL,
                                     failed_hint = PG_EXCEPTION_HINT;
             RAISE EXCEPTION '%: %', key.name, failed_message USING ERRCODE = SQLSTATE,
-                DETAIL = concat_ws(' ', nullif(failed_detail, ''), 'What this call refreshed before it is taken back.'),
+                DETAIL = concat_ws(' ', nullif(failed_detail, ''), 'What this call refreshed before is undone.'),
                 HINT = coalesce(nullif(failed_hint, ''),
                                 'Each other view can be refreshed by itself: SELECT * FROM listener.refresh(view, tenant_id).');
         END;
@@ -62,9 +64,10 @@ BEGIN
         duration := clock_timestamp() - started;
         RETURN NEXT;
     END LOOP;
-    -- What the refresh of a target logged would have each view that reads it refreshed once more, and for nothing: these
-    -- were computed after it, and the lock of its key, which is held to the end of this transaction, lets nobody write these
-    -- rows in between. Only what is of this tenant, and where every reader is shown; a change of the application's stays.
+    -- The refresh of a target logs a change, for which each view that reads the target would be refreshed once more.
+    -- That is not needed: these views were computed after it, and the lock of its key, which is held to the end of this
+    -- transaction, keeps others from writing these rows in between. So these log rows are deleted: those of this
+    -- tenant, and only where every reader was refreshed. Those of the application stay.
     DELETE FROM listener.change_log l
     USING listener.managed_view u, listener.source s
     WHERE l.xid = pg_current_xact_id() AND l.source_id = s.id
@@ -80,16 +83,16 @@ BEGIN
 END
 $function$;
 
--- refresh_all_for_tenant(tenant_id): refreshes each view for this tenant, in the transaction of the caller; a view that
--- others read before those that read it, so that they compute with its new rows. One row per view, in this order.
---   outcome    of a view by tenant: as refresh() says; it is computed in any case
---              of a view without tenants, which is one key for everybody: 'fresh', and nothing is computed, where no change
---              is known that it does not show; else as refresh() says
+-- refresh_all_for_tenant(tenant_id): refreshes each view for this tenant, in the transaction of the caller. A view
+-- comes before the views that read it, so that they compute with its new rows. Returns one row per view, in this order.
+--   outcome    of a view by tenant: as refresh() says; it is always computed
+--              of a view without tenants: 'fresh' where it shows every known change, and then it is not computed; else
+--              as refresh() says
 --   duration   how long this view took
--- Left out: a view whose tenants are of a type that this one cannot be, and one that does not have its place yet, since it
--- is still being filled for an adoption or an alteration.
--- Everything or nothing: an error of one view takes back what was refreshed before it. It is raised with the SQLSTATE that it
--- has, and names the view.
+-- Left out are a view whose tenants have a type that this tenant cannot have, and one that is still being filled for an
+-- adoption or an alteration.
+-- Everything or nothing: an error of one view undoes what was refreshed before it. It keeps its SQLSTATE, and names the
+-- view.
 -- Raises LSN02 where this can be no tenant of any view, and what refresh() raises.
 CREATE OR REPLACE FUNCTION listener.refresh_all_for_tenant(tenant_id text)
 RETURNS TABLE (

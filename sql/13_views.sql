@@ -8,21 +8,20 @@
 --   tenant_column   of type uuid, text, varchar, bigint or integer; NULL: the rows have no tenant, or read those of
 --                   others, and the whole view is one key
 --   tenants_query   one column: every tenant there is; required where a source has row-level security
---   depends_on      the tables that functions in the query read ('{}': none). A change to one of them refreshes every tenant,
---                   unless add_source() said whose its rows are
+--   depends_on      the tables that functions in the query read ('{}': none). A change to one of them refreshes every
+--                   tenant, unless add_source() said whose its rows are
 --   quiet_period, max_wait, edge   the window: default 250 ms, 2 s, leading
---   max_age         refresh each key at least so often: for queries that depend on the time
---   timezone        the time zone that the query is read and computed in
+--   max_age         the longest time between two refreshes of a key: for queries that depend on the time
+--   timezone        the time zone in which the query is read and computed
 --   target_rls      row-level security on the target, by app.current_tenant_id
---   max_staleness   how old a change that is not shown may get before an alert: docs/operations.md, ListenerTooStale
---   compute_role    the role that the query is computed as, where its team's code is to reach nothing of other teams; left
---                   out: that of the installation. check_compute_role() says what it must be
--- It is read and computed under the session's other settings, DateStyle say: view.settings keeps them.
--- A table that a policy reads refreshes every tenant, too, and so does a MERGE that moves rows to another partition: PostgreSQL
--- does not show these to a trigger (docs/capture.md).
--- Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its unique index,
--- the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
--- Raises LSN03 with a hint where the query or the privileges do not allow it. Warns of what 20_scope.sql and 20_time.sql find.
+--   max_staleness   the age that a change may reach before the view shows it: docs/operations.md, ListenerTooStale
+--   compute_role    the role that computes the query, so that its team's code reaches nothing of other teams; left out:
+--                   that of the installation. check_compute_role() says what it must be
+-- The query is read and computed under the settings that the session has now, DateStyle say: managed_view.settings
+-- keeps them. A change to a table that a policy reads refreshes every tenant, unless the table's own policies keep
+-- tenants apart. Makes listener.definition_<id> and listener.tenants_<id> (security_invoker views), the target and its
+-- unique index, the capture triggers, and marks every tenant dirty: filling is refreshing. Everything or nothing.
+-- Raises LSN03 with a hint where the query or the privileges do not allow it. Warns of what warn_of_definition() finds.
 CREATE OR REPLACE FUNCTION listener.create_view(
     name text, query text, key_columns name[] DEFAULT '{}', tenant_column name DEFAULT 'tenant_id',
     tenants_query text DEFAULT NULL, depends_on regclass[] DEFAULT NULL,
@@ -57,7 +56,7 @@ BEGIN
     view.settings := listener.session_settings() - 'TimeZone';
     previous := listener.use_settings(listener.own_settings());
     IF previous ->> 'standard_conforming_strings' <> 'on' AND pg_catalog.strpos(query || coalesce(tenants_query, ''), E'\\') > 0 THEN
-        RAISE EXCEPTION 'this session reads a backslash in a literal as an escape, and a view''s query is read without that'
+        RAISE EXCEPTION 'standard_conforming_strings is off here, and the query of a view is read with it on: a backslash would change'
             USING ERRCODE = 'LSN03', HINT = 'SET standard_conforming_strings = on.';
     ELSIF name IS NULL OR query IS NULL OR key_columns IS NULL THEN
         RAISE EXCEPTION 'name, query and key_columns must be given' USING ERRCODE = 'LSN02';
@@ -158,7 +157,7 @@ BEGIN
     view.created_at := clock_timestamp();
     view.settings := coalesce(view.settings, '{}');
     INSERT INTO listener.managed_view OVERRIDING SYSTEM VALUE SELECT view.*;
-    -- Whose rights a view is computed with, and so which policies bind it, is known from here on.
+    -- From here on the role that computes the view is known, and so which policies bind it.
     source_ids := source_ids || ARRAY(
         SELECT listener.register_source(p.relid::regclass, NULL)
         FROM listener.policy_sources(to_regclass('listener.definition_' || view.id), view.tenant_column) p
@@ -197,8 +196,8 @@ BEGIN
 END
 $function$;
 
--- set_window(view, ...): changes a view's window; NULL leaves a value as it is, `without_max_age` and `without_max_staleness`
--- take that away. A running service takes it over with the next change or sweep.
+-- set_window(view, ...): changes a view's window. NULL leaves a value as it is; `without_max_age` and
+-- `without_max_staleness` remove that value. A running service takes it over with the next change or sweep.
 CREATE OR REPLACE FUNCTION listener.set_window(
     view text, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
     max_age interval DEFAULT NULL, without_max_age boolean DEFAULT false, max_staleness interval DEFAULT NULL,
@@ -236,8 +235,9 @@ BEGIN
 END
 $function$;
 
--- set_compute_role(view, role): has a view computed as another role from now on; NULL: as that of the installation. What the
--- one before was granted of its target and its definition is taken from it; what the new one is to read it must have been granted.
+-- set_compute_role(view, role): another role computes the view from now on; NULL: that of the installation. The role
+-- before loses its grants on the target and the definition. The new role must already have the grants on what the query
+-- reads.
 -- Raises LSN03 as check_compute_role() and check_readable() do, having done nothing.
 CREATE OR REPLACE FUNCTION listener.set_compute_role(view text, role name) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -253,7 +253,7 @@ BEGIN
     managed.compute_role := role;
     target := format('%I.%I', managed.target_schema, managed.target_name);
     IF managed.strategy = 'materialized view' THEN
-        RAISE EXCEPTION '% is a materialized view, and its owner''s rights compute it', managed.name USING ERRCODE = 'LSN03';
+        RAISE EXCEPTION '% is a materialized view: its owner computes it, and no other role can', managed.name USING ERRCODE = 'LSN03';
     END IF;
     PERFORM listener.check_readable(to_regclass('listener.definition_' || managed.id), listener.grantee_of(managed)),
             listener.check_readable(to_regclass('listener.tenants_' || managed.id), listener.grantee_of(managed));
@@ -264,7 +264,7 @@ BEGIN
     IF managed.target_rls THEN
         EXECUTE format('ALTER POLICY listener_list ON %s TO %I', target, listener.grantee_of(managed));
     END IF;
-    -- Under row-level security another role may see other rows.
+    -- Row-level security may show another role other rows.
     PERFORM listener.mark_all_dirty(managed.id), set_config('role', previous_role, true);
 END
 $function$;

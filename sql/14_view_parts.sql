@@ -4,7 +4,8 @@
 -- every statement of it, and brackets around the text keep nobody in: "SELECT 1); DROP TABLE x; SELECT (1". So it is
 -- looked at where it is data: as the body of a function that is never called, which is parsed and analysed and nothing
 -- more; then as a cursor's query, since a cursor takes one statement. That plans it, and planning may run functions that
--- call themselves immutable, so the view's plan_<id> opens the cursor. Both read it with the search_path and the settings of the view.
+-- call themselves immutable, so the view's plan_<id> opens the cursor. Both read it under the search_path and the
+-- settings of the view.
 CREATE OR REPLACE FUNCTION listener.check_one_select(view listener.managed_view, query text, what text, hint text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -27,8 +28,8 @@ BEGIN
     END;
     PERFORM listener.use_settings(previous);
     answer := listener.plan(view.id, '{}', jsonb_build_array(jsonb_build_object('query', query, 'path', view.search_path, 'opens', true)));
-    -- What else planning may raise, a policy without its setting say, is no fault of the text: syntax_error,
-    -- invalid_cursor_definition.
+    -- syntax_error, invalid_cursor_definition. Other errors of planning (of a policy without its setting, say) are no
+    -- fault of the text.
     IF answer -> 0 ->> 'sqlstate' IN ('42601', '42P11') THEN
         RAISE EXCEPTION 'the % is refused: %', what, answer -> 0 ->> 'error' USING ERRCODE = 'LSN03', HINT = hint;
     END IF;
@@ -44,9 +45,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         WHERE c.oid = policy.polrelid)
 $function$;
 
--- hides_rows(relation, reader): whether row-level security hides rows of a table from a role as long as no tenant is named: no
--- permissive policy lets it read them all, or a restrictive one takes some away. What else a policy may let through without
--- a tenant is not looked into: it counts as hidden.
+-- hides_rows(relation, reader): whether row-level security hides rows of a table from a role while no tenant is set: no
+-- permissive policy is USING (true) for it, or it has a restrictive policy. What other policies let through without a
+-- tenant is not computed: they count as hiding rows.
 CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid, reader oid) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT EXISTS (
@@ -65,14 +66,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                                         WHERE o.role = 0 OR pg_has_role(reader, o.role, 'USAGE')))))
 $function$;
 
--- hides_rows(relation): the same for the role that definitions are computed as.
+-- hides_rows(relation): whether row-level security hides rows of a table from the installation's compute role.
 CREATE OR REPLACE FUNCTION listener.hides_rows(relation oid) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT listener.hides_rows(relation, (SELECT to_regrole(quote_ident(i.compute_role))::oid FROM listener.installation i))
 $function$;
 
--- hidden_source(relation, reader): a table that a view, or a materialized view, reads and that hides rows when `reader` runs the
--- view's query. A nested view reads with the rights of its own owner, unless it is security_invoker. NULL: there is none.
+-- hidden_source(relation, reader): a table of which hides_rows() is true when `reader` runs the query of this view or
+-- materialized view. A nested view reads with the rights of its own owner, unless it is security_invoker. NULL: there
+-- is none.
 CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass, reader oid) RETURNS regclass
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE walk (relid, read_by, reads_as) AS (
@@ -92,13 +94,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY w.relid LIMIT 1
 $function$;
 
--- hidden_source(relation): the same for the role that definitions are computed as.
+-- hidden_source(relation): such a table for the installation's compute role.
 CREATE OR REPLACE FUNCTION listener.hidden_source(relation regclass) RETURNS regclass
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT listener.hidden_source(relation, (SELECT to_regrole(quote_ident(i.compute_role))::oid FROM listener.installation i))
 $function$;
 
--- hidden_from_owner(relation): the same of a materialized view for the role that owns it, which REFRESH computes it as.
+-- hidden_from_owner(relation): such a table for the owner of a materialized view, as which REFRESH runs its query.
 CREATE OR REPLACE FUNCTION listener.hidden_from_owner(relation regclass) RETURNS regclass
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT listener.hidden_source(relation, (SELECT c.relowner FROM pg_class c WHERE c.oid = relation))
@@ -137,7 +139,8 @@ BEGIN
 END
 $function$;
 
--- check_readable(relation, role): raises LSN03 where the role that is to compute a view may not read what it reads.
+-- check_readable(relation, role): raises LSN03 where this role, which computes the view, may not read what the view
+-- reads.
 CREATE OR REPLACE FUNCTION listener.check_readable(relation regclass, role name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -146,7 +149,7 @@ BEGIN
     SELECT string_agg(format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %s TO %I',
                              n.nspname, role, r.relid::regclass, role), '; ') INTO denied
     FROM listener.reads(relation) r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
-    -- What is ours is granted with the view.
+    -- Grants in the schema listener come with the view.
     WHERE n.nspname <> 'listener'
       AND (NOT has_any_column_privilege(role, r.relid, 'SELECT') OR NOT has_schema_privilege(role, n.oid, 'USAGE'));
     IF denied IS NOT NULL THEN
@@ -155,9 +158,9 @@ BEGIN
 END
 $function$;
 
--- make_definition(view), make_tenants(view): listener.definition_<id> and listener.tenants_<id>, of texts that were looked at. The
--- texts are read with the view's search_path and settings, and nothing else is. Whoever computes the definition is bound by
--- row-level security; a materialized view is computed as its owner.
+-- make_definition(view), make_tenants(view): make listener.definition_<id> and listener.tenants_<id>, of texts that
+-- check_one_select() has passed. Only the texts are read under the view's search_path and settings. The definition is
+-- security_invoker, so that row-level security binds the role that computes it; that of a materialized view is not.
 CREATE OR REPLACE FUNCTION listener.make_definition(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -235,7 +238,7 @@ DECLARE
                      JOIN listener.source o ON o.id = s.id
                      CROSS JOIN LATERAL listener.capture_tables(o.relid) t
                      JOIN pg_class c ON c.oid = t.relation WHERE c.relrowsecurity
-                       -- What is above a table that is read binds who names it there.
+                       -- Policies of a table above the source bind only statements that name that table.
                        AND (c.oid = o.relid OR c.oid NOT IN (SELECT p.relid FROM pg_partition_ancestors(o.relid) p))
                        AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND listener.lists_target(p)));
 BEGIN
@@ -252,9 +255,9 @@ BEGIN
 END
 $function$;
 
--- check_columns(definition, tenant_column, key_columns): the type of the tenant column. Raises LSN03 where a column
--- is missing, the tenant's type is not supported or its collation takes two tenants for one, a key column's type cannot be indexed, or a column has a name that the
--- difference of whole rows takes for its own.
+-- check_columns(definition, tenant_column, key_columns): the type of the tenant column. Raises LSN03 where a column is
+-- missing, the type of the tenant column is not supported, its collation takes two tenants for one, the type of a key
+-- column cannot be indexed, or a column has a name that the difference of whole rows uses itself.
 CREATE OR REPLACE FUNCTION listener.check_columns(definition regclass, tenant_column name, key_columns name[])
 RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -282,7 +285,7 @@ BEGIN
     WHERE a.attrelid = definition AND a.attname = tenant_column;
     IF missing IS NOT NULL THEN
         RAISE EXCEPTION 'tenant column % has the collation %, which takes different texts for equal', tenant_column, missing
-            USING ERRCODE = 'LSN03', HINT = 'Return it as it is in a source whose collation is deterministic, or add COLLATE "C" in the query.';
+            USING ERRCODE = 'LSN03', HINT = 'Return the column of a source whose collation is deterministic, or add COLLATE "C" in the query.';
     END IF;
     SELECT string_agg(format('%I (%s)', a.attname, format_type(a.atttypid, a.atttypmod)), ', ') INTO missing
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
@@ -319,13 +322,14 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WHERE c.oid = $1
 $function$;
 
--- register_sources(definition, tenant_column, depends_on): registers every table that the definition reads, and those that
--- policies read while it is computed.
+-- register_sources(definition, tenant_column, depends_on): registers every table that the definition reads, and those
+-- that policies read while it is computed.
 --   source_ids; tenant_secured: row-level security is forced on each that has tenants
 -- A view without a tenant column takes a table as it is captured already, or as a view by tenant would most likely have it
--- later: two sets of triggers on it would cost its writers twice. Else a table with a column of the tenant column's name is a tenant's; one without, unless add_source named its column,
--- is shared by all tenants. So is one that depends_on names, or that a policy reads with the rows of all tenants in sight, unless
--- add_source said otherwise: whose rows a function or a policy looks at, nobody sees. Raises LSN03 for a function that may hide a table, or for a missing privilege.
+-- later: two sets of triggers on it would cost its writers twice. Otherwise a table with a column of the tenant
+-- column's name has tenants. All other tables are shared by all tenants, unless add_source named their column. So are,
+-- unless add_source said otherwise, a table that depends_on names, and one that a policy reads without keeping tenants
+-- apart: nothing shows whose rows a function or a policy reads. Raises LSN03 for a function that may hide a table.
 CREATE OR REPLACE FUNCTION listener.register_sources(
     definition regclass, tenant_column name, depends_on regclass[], OUT source_ids integer[], OUT tenant_secured boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -371,7 +375,7 @@ BEGIN
                                     AND a.attnum > 0 AND NOT a.attisdropped
                                     AND (register_sources.tenant_column IS NOT NULL
                                          OR a.attgenerated <> 'v' AND a.atttypid = ANY ('{uuid,text,varchar,int4,int8}'::regtype[]))
-            -- One that a look-up goes through was told its column there; it counts where the table has none of this name.
+            -- A table that a look-up goes through has the column that the look-up named, if it has none of this name.
             LEFT JOIN LATERAL (
                 SELECT s.* FROM listener.source s
                 WHERE s.relid = c.oid AND (s.explicit OR register_sources.tenant_column IS NULL OR (a.attname IS NULL AND EXISTS (
@@ -386,12 +390,12 @@ BEGIN
         RAISE NOTICE '% has no column %: a change to it refreshes every tenant', shared, tenant_column;
     END IF;
     IF told IS NOT NULL THEN
-        RAISE NOTICE 'depends_on names %: a change to it refreshes every tenant, since whose rows a function reads is not seen', told
-            USING HINT = format('Where they are those of the tenant alone: SELECT listener.add_source(''…'', %L).', tenant_column);
+        RAISE NOTICE 'depends_on names %: a change to it refreshes every tenant, since nothing shows whose rows the function reads', told
+            USING HINT = format('If it reads the rows of the tenant alone: SELECT listener.add_source(''…'', %L).', tenant_column);
     END IF;
     IF asked IS NOT NULL THEN
         RAISE NOTICE 'a policy reads %: a change to it refreshes every tenant', asked
-            USING HINT = format('Where it reads the rows of the tenant alone: SELECT listener.add_source(''…'', %L).', tenant_column);
+            USING HINT = format('If it reads the rows of the tenant alone: SELECT listener.add_source(''…'', %L).', tenant_column);
     END IF;
 END
 $function$;
@@ -454,7 +458,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT 'nullif(current_setting(''app.current_tenant_id'', true), '''') IS NULL'
 $function$;
 
--- grant_target(view): what computes the view writes its target.
+-- grant_target(view): lets the role that computes a view write its target.
 CREATE OR REPLACE FUNCTION listener.grant_target(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -463,7 +467,7 @@ BEGIN
 END
 $function$;
 
--- grant_definition(view): what computes the view reads its definition and its tenants query.
+-- grant_definition(view): lets the role that computes a view read its definition and its tenants query.
 CREATE OR REPLACE FUNCTION listener.grant_definition(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN

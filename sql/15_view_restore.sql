@@ -77,10 +77,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY d.attnum
 $function$;
 
--- view_fingerprint(view): changes with what the definition and its tenants query depend on, see fingerprint(); with the columns
--- of the tables that depends_on names, since rewriting a table fires no trigger; and with the columns of the target
--- that it fills: one that was dropped and added again is empty for every tenant. Begins with the number of the formula. NULL while the definition or the target
--- is gone, or the target's columns are not those of the definition: nothing can be filled then.
+-- view_fingerprint(view): changes with what the definition and its tenants query depend on, see fingerprint(); with the
+-- columns of the tables that depends_on names, since rewriting a table fires no trigger; and with the columns of the
+-- target that the definition fills, since a column that was dropped and added again is empty for every tenant. It
+-- begins with the number of the formula. NULL while the definition or the target is gone, or the columns of both
+-- differ: nothing can be filled then.
 CREATE OR REPLACE FUNCTION listener.view_fingerprint(view listener.managed_view) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT '2 ' || md5(concat_ws(E'\n', listener.fingerprint(t.definition),

@@ -49,7 +49,7 @@ BEGIN
                record_failure.exception_class, message, record_failure.traceback, record_failure.worker, failures,
                coalesce(record_failure.correlation_id, gen_random_uuid()::text),
                jsonb_build_object('view', v.name, 'tenant_id', record_failure.tenant),
-               -- The newest that the application gave: of a change since then it may not have given any.
+               -- The newest id that the application gave: it may have given none for later changes.
                (SELECT k.app_correlation_id FROM listener.dirty_key k
                 WHERE k.view_id = record_failure.view_id AND k.tenant = record_failure.tenant
                   AND k.version > coalesce(known.refreshed_version, -1) AND k.app_correlation_id IS NOT NULL

@@ -70,13 +70,12 @@ BEGIN
 END
 $function$;
 
--- changed_definitions(): the views whose definition, or anything that its result depends on (see reached()), is another than
--- it was when they were registered, where a table of depends_on is another, whose target has other columns, or whose definition went
--- when something that it reads was dropped with CASCADE, or a materialized view that is kept as one and was made anew; and
--- takes note of it: makes a definition that went again, finds the tables anew, puts triggers on those that are new, and
--- marks every tenant dirty. Runs with the owner's rights,
--- because only the owner may create triggers.
---   trouble: why that could not be done, NULL where it was; the other views are looked at all the same
+-- changed_definitions(): the views whose fingerprint is not the stored one: the definition or anything that its result
+-- depends on (see reached()) changed, a table of depends_on or the columns of the target changed, the definition was
+-- dropped by CASCADE with something that it reads, or a materialized view that is kept as one was created again. For
+-- each of them it makes the definition again, looks which tables it reads, puts triggers on new ones, and marks every
+-- tenant dirty. Runs with the owner's rights, because only the owner may create triggers.
+--   trouble: why that failed, NULL where it did not; the other views are done all the same
 CREATE OR REPLACE FUNCTION listener.changed_definitions() RETURNS TABLE (view text, trouble text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 #variable_conflict use_column
@@ -122,8 +121,9 @@ BEGIN
             IF is_gone THEN
                 PERFORM listener.restore_tenants(managed, found_ids);
             ELSE
-                -- Sessions keep its plan, which servers before 18 do not drop when a role gets other rights, nor any server
-                -- when an IMMUTABLE function that was computed in planning is replaced.
+                -- Replaced, so that sessions drop the plan that they keep. By themselves they do not: servers before 18
+                -- when a role gets other rights, all servers when an IMMUTABLE function is replaced that planning has
+                -- computed.
                 PERFORM listener.generate_difference(managed);
             END IF;
             INSERT INTO listener.view_source (view_id, source_id, same_form)
@@ -154,7 +154,7 @@ BEGIN
 END
 $function$;
 
--- first_fingerprint(view): what view_fingerprint() was until migration 0003.
+-- first_fingerprint(view): what view_fingerprint() returned until migration 0003: see regenerate().
 CREATE OR REPLACE FUNCTION listener.first_fingerprint(view listener.managed_view) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH nested AS MATERIALIZED (
@@ -186,10 +186,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
          WHERE d.attrelid = to_regclass('listener.definition_' || view.id) AND d.attnum > 0)))
 $function$;
 
--- regenerate(): makes anew what is generated from the catalog, after a new release of these files was applied. A fingerprint
--- of the formula before is replaced where it still says "unchanged": then the next sweep does not refresh every tenant of
--- every view for nothing. Where it does not, or a policy reads a table that is no source yet, it is left, and the sweep marks the
--- view: no change from before the migration, or during it, is lost.
+-- regenerate(): makes what is generated from the catalog again, after a new release of these files was applied. It
+-- replaces a fingerprint of the formula before by a new one where the formula before still gives the stored value; so
+-- the next sweep does not refresh everything for nothing. Otherwise, or where a policy reads a table that is no source
+-- yet, the fingerprint stays and the sweep refreshes the view: no change from before the migration, or during it, is
+-- lost.
 CREATE OR REPLACE FUNCTION listener.regenerate() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

@@ -44,11 +44,11 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     FROM target t CROSS JOIN LATERAL listener.reads(t.definition) r
     WHERE r.relid < 16384 OR r.relkind = 'S'
     UNION ALL
-    -- What is above a table is read by nobody here.
+    -- Only the tables below: the view does not read those above.
     SELECT r.view, format('%s%s is %s', c.oid::regclass,
                           CASE WHEN c.oid <> r.relid THEN format(', which is read with %s,', r.source) ELSE '' END,
                           CASE WHEN c.relkind = 'f'
-                               THEN format('a foreign table, and its changes fire no trigger: take it out of what %s is made of', r.source)
+                               THEN format('a foreign table, and its changes fire no trigger: detach it from %s', r.source)
                                ELSE format('unlogged, so that a crash empties it and fires no trigger: ALTER TABLE %s SET LOGGED',
                                            c.oid::regclass) END)
     FROM read r CROSS JOIN LATERAL listener.tables_below(r.relid) b JOIN pg_class c ON c.oid = b.relid

@@ -4,10 +4,11 @@
 -- a table by tenant. Its changes are coalesced over a longer window than a tenant's, since each refresh computes everything.
 --   quiet_period, max_wait, edge   the window: default 1 min, 5 min, trailing
 --   max_age, timezone, depends_on  as for create_view
--- Refreshes with CONCURRENTLY where it has a unique index for that, else its readers wait meanwhile, which a notice says.
--- The owner of this schema must be a member of the view's owner: only that one may refresh it. A refresh that takes longer than
--- LISTENER_STATEMENT_TIMEOUT is cancelled. Raises LSN03 where it is none, or has not such an owner, or where that owner does not see
--- all rows: see check_refreshable().
+-- Refreshes with CONCURRENTLY where it has a unique index for that; else its readers wait during each refresh, and a
+-- notice says so. The owner of this schema must be a member of the view's owner: only that role may refresh it. A
+-- refresh that takes longer than LISTENER_STATEMENT_TIMEOUT is cancelled. Raises LSN03 where the relation is no
+-- materialized view, the owner of this schema is no such member, or the view's owner does not see all rows: see
+-- check_refreshable().
 CREATE OR REPLACE FUNCTION listener.keep_materialized_view(
     relation regclass, quiet_period interval DEFAULT NULL, max_wait interval DEFAULT NULL, edge text DEFAULT NULL,
     max_age interval DEFAULT NULL, timezone text DEFAULT 'UTC', depends_on regclass[] DEFAULT NULL)
@@ -66,8 +67,8 @@ BEGIN
 END
 $function$;
 
--- check_refreshable(relation): raises LSN03 where row-level security hides rows from the owner of a materialized view: REFRESH
--- runs the query as that role, with no tenant, and would empty the view.
+-- check_refreshable(relation): raises LSN03 where row-level security hides rows from the owner of a materialized view:
+-- REFRESH runs the query as that role, with no tenant, and would empty the view.
 CREATE OR REPLACE FUNCTION listener.check_refreshable(relation regclass) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -78,7 +79,7 @@ BEGIN
         RAISE EXCEPTION '% cannot be refreshed: its owner % does not see all rows of % without a tenant, so REFRESH would empty it',
                 relation, owner, hidden
             USING ERRCODE = 'LSN03',
-                  HINT = format('Adopt it by tenant. Or let its owner, and with that each session of that role, see all rows: '
+                  HINT = format('Adopt it by tenant. Or let its owner see all rows, in each session of that role: '
                                 'CREATE POLICY listener_refresh ON %s FOR SELECT TO %I USING (true);', hidden, owner);
     END IF;
 END
@@ -101,8 +102,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY x.indexrelid LIMIT 1
 $function$;
 
--- refresh_statement(view): the body of listener_private.difference_<id>(tenant) for a materialized view. How many rows differ
--- PostgreSQL does not tell. CONCURRENTLY needs rows that were there before. Row-level security may bind its owner by now.
+-- refresh_statement(view): the body of listener_private.difference_<id>(tenant) for a materialized view. PostgreSQL
+-- does not say how many rows changed. CONCURRENTLY needs a view that is populated. Row-level security may bind the
+-- owner by now.
 CREATE OR REPLACE FUNCTION listener.refresh_statement(view listener.managed_view) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT format($body$

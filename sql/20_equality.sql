@@ -1,10 +1,10 @@
--- Which equality proves that two values are one tenant. Capture logs the text of a source's tenant column, the drain writes it
--- as the view's tenant type does, and a view shows the text of its own tenant column: a proof needs that these texts are equal.
--- An `=` of PostgreSQL's own says so between columns of the types that a tenant can have. A cast, a collation or an operator of
--- somebody's own may take two tenants for one.
+-- Which equality proves that two values are one tenant. Capture logs the text of a source's tenant column, the drain
+-- writes it in the form of the view's tenant type, and a view shows the text of its own tenant column: a proof needs
+-- that these texts are equal. PostgreSQL's own `=` proves it between columns of the types that a tenant can have. A
+-- user's cast, collation or operator may take two tenants for one.
 
--- keeps_tenant(type, casts, tenant_type): whether a value of this type that went through these casts, as uncast() writes them, is
--- the same tenant as before, for a view whose tenants are of tenant_type.
+-- keeps_tenant(type, casts, tenant_type): whether a value of this type that went through these casts, as uncast()
+-- writes them, is the same tenant as before, for a view whose tenants are of tenant_type.
 -- '07' and '7' are one number and two texts; as the tenants of a view of integers they are one.
 CREATE OR REPLACE FUNCTION listener.keeps_tenant(type oid, casts text, tenant_type text) RETURNS boolean
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -16,9 +16,9 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
        AND type = ANY ('{uuid,text,varchar,bpchar,name,int2,int4,int8}'::regtype[])
 $function$;
 
--- foreign_equality(relation): what a query has of its own by which two tenants could be equal, in words; NULL where it has nothing
--- of the kind. The plan's text shows an operator, a cast or a collation as if it were PostgreSQL's, so the stored query is
--- searched, through nested views and through the SQL functions that the planner may inline.
+-- foreign_equality(relation): a user's operator, cast, collation or function in a query that may take two tenants for
+-- one, in words; NULL: there is none. A plan's text shows these as if they were PostgreSQL's own, so the stored query
+-- is searched, through nested views and through the SQL functions that the planner may inline.
 CREATE OR REPLACE FUNCTION listener.foreign_equality(relation regclass) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -38,7 +38,7 @@ BEGIN
         JOIN pg_proc p ON p.oid = m.found[1]::oid AND p.oid >= ours
         JOIN pg_language l ON l.oid = p.prolang AND l.lanname = 'sql'
     ), tenantish AS (
-        -- A domain may be one over any of these.
+        -- A domain may be over any of these.
         SELECT t.oid FROM pg_type t WHERE t.typtype IN ('d', 'p') OR t.oid = ANY (tenant_types)
     ), own_operator AS (
         SELECT o.oid FROM pg_operator o
@@ -53,7 +53,7 @@ BEGIN
         FROM code c CROSS JOIN LATERAL regexp_matches(c.tree, ':opno (\d+)', 'g') AS m (found)
         WHERE m.found[1]::oid IN (SELECT o.oid FROM own_operator o)
         UNION ALL
-        -- Rows are grouped by another type's equality, and the planner looks through a cast that changes no byte.
+        -- A cast that changes no byte makes rows be grouped by another type's equality; the planner looks through it.
         SELECT format('the cast to %s', o.oprleft::regtype)
         FROM code c CROSS JOIN LATERAL regexp_matches(c.tree, ':eqop (\d+)', 'g') AS m (found)
         JOIN pg_operator o ON o.oid = m.found[1]::oid AND o.oid >= ours
@@ -69,7 +69,7 @@ BEGIN
         FROM code c CROSS JOIN LATERAL regexp_matches(c.tree, ':collOid (\d+)', 'g') AS m (found)
         JOIN pg_collation l ON l.oid = m.found[1]::oid AND NOT l.collisdeterministic
         UNION ALL
-        -- What a text means is decided when the function is called.
+        -- What is in the text of such a function is known only when it is called.
         SELECT format('the function %s', c.function)
         FROM code c
         WHERE c.tree = '' AND (EXISTS (SELECT FROM own_operator) OR EXISTS (SELECT FROM own_cast)

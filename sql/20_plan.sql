@@ -74,8 +74,8 @@ BEGIN
 END
 $function$;
 
--- uncast(term): the term without its casts, and these from the innermost on: t for text or varchar, n for an integer, u for uuid.
--- Which of them matter, keeps_tenant() says.
+-- uncast(term): the term without its casts, and the casts from the innermost on: t for text or varchar, n for an
+-- integer, u for uuid. keeps_tenant() says which of them matter.
 CREATE OR REPLACE FUNCTION listener.uncast(INOUT term text, OUT casts text)
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE peeled (term, casts) AS (
@@ -90,7 +90,8 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
 $function$;
 
 -- equalities(qual, constant): what a condition says is equal whenever it is true; each both ways. A side is a column of an
--- alias, as plain_text() writes names, or the constant, where alias and name are NULL; and the casts that it went through.
+-- alias, as plain_text() writes names, or the constant, where alias and name are NULL; and the casts that it went
+-- through.
 CREATE OR REPLACE FUNCTION listener.equalities(qual text, constant text)
 RETURNS TABLE (alias text, name text, casts text, other_alias text, other_name text, other_casts text)
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -119,7 +120,7 @@ $function$;
 
 -- implied(plan, constant): what the conditions of a plan make of each other: only rows of `alias` in which the column
 -- `name` has the tenant's value matter to the result, if that is so for other_name of other_alias; where that is NULL, it is
--- so by the constant itself. That holds for what the casts make of both.
+-- so by the constant itself. Both are compared after their casts.
 CREATE OR REPLACE FUNCTION listener.implied(plan jsonb, constant text)
 RETURNS TABLE (alias text, name text, casts text, other_alias text, other_name text, other_casts text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$

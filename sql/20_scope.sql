@@ -23,8 +23,8 @@
 --     proves nothing.
 --   * The text of a plan names the columns of a UNION by those of its first arm. A name that would have to be seen through a
 --     set operation is not understood.
---   * Equal columns are one tenant only where their texts, in the form of the view's tenant type, are equal too. Which casts keep
---     that, and which operators and collations are not PostgreSQL's own: 20_equality.sql.
+--   * Equal columns are one tenant only where their texts, in the form of the view's tenant type, are equal too. Which
+--     casts keep that, and which operators and collations are not PostgreSQL's own: 20_equality.sql.
 --   * A materialized view or a foreign table holds rows whose origin is not seen here.
 
 -- tenant_views(relation): the views through which a view or a materialized view reads, each with how deep it stands. The planner
@@ -95,11 +95,12 @@ BEGIN
 END
 $function$;
 
--- view_text(relation, path): the query of a view or a materialized view, as it reads under this path.
+-- view_text(relation, path): the query of a view or a materialized view, as PostgreSQL writes it under this
+-- search_path.
 CREATE OR REPLACE FUNCTION listener.view_text(relation oid, path text) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
-    -- Stand-ins last: else they would hide what they stand for, and names be qualified.
+    -- pg_temp last: there the stand-ins would hide the real tables, whose names would then be qualified.
     PERFORM set_config('search_path', path || ', pg_temp', true);
     RETURN pg_catalog.rtrim(pg_catalog.pg_get_viewdef(relation), '; ');
 END
@@ -155,10 +156,11 @@ BEGIN
 END
 $function$;
 
--- planned(relation, preparation, questions): what listener.plan() or plan_as() answers for a view or a materialized view: as the
--- compute role of the managed view whose definition it is; else as its owner, or, for who may not act as that one, as the
--- role that the service computes as. Planning runs functions that call themselves immutable, and those are a team's.
--- Raises LSN03 where the calling role may act as none of them.
+-- planned(relation, preparation, questions): what listener.plan() or plan_as() returns for a view or a materialized
+-- view. Planning runs functions that are declared IMMUTABLE, which are a team's code. So the role that plans is, for
+-- the definition of a managed view, its compute role; else the owner of the relation, or, where the caller may not act
+-- as the owner, the service, if that is the caller, or the installation's compute role. Raises LSN03 where the caller
+-- may act as none of them.
 CREATE OR REPLACE FUNCTION listener.planned(relation regclass, preparation text[], questions jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -327,11 +329,12 @@ BEGIN
         WHERE CASE WHEN plans.stood_in THEN s.node ->> 'Schema' ~ '^pg_temp' AND t.relname = s.node ->> 'Relation Name'
                    ELSE t.relid = r.oid OR t.relid IN (SELECT p.relid FROM pg_partition_ancestors(r.oid) p) END
         ORDER BY t.relid = r.oid DESC LIMIT 1) i ON true;
-    -- Each with what it is good for: `tells` that both are one tenant; `links` a row to the one that its look-up finds.
+    -- What each equality proves: `tells`: both sides are one tenant; `links`: the other row is the one that a look-up
+    -- finds.
     WITH read AS MATERIALIZED (
         SELECT s.alias, listener.plain_text(quote_ident(a.attname), '') AS name, coalesce(nullif(t.typbasetype, 0), t.oid) AS type,
                a.attcollation AS collation, l.collisdeterministic IS NOT FALSE AS deterministic,
-               -- Somebody's own type, whose = the look-up may not have found.
+               -- A user's type has an = that may not be the one of the look-up.
                coalesce(nullif(t.typbasetype, 0), t.oid) = ANY (ARRAY(
                    SELECT o.oprleft FROM pg_operator o WHERE o.oprname = '=' AND o.oprleft >= 16384)) AS own
         FROM jsonb_to_recordset(scans) AS s (alias text, relid oid)
@@ -416,7 +419,7 @@ BEGIN
         )
         SELECT j.relid::regclass, (j.proven OR j.finds IS NOT NULL) AND own IS NULL, j.indexed,
                CASE WHEN own IS NOT NULL
-                    THEN format('the query has %s, by which two tenants may be equal: compare tenants by an = of PostgreSQL''s own, '
+                    THEN format('the query has %s, which may take two tenants for one: compare tenants by PostgreSQL''s own =, '
                                 'without it', own)
                     WHEN j.hidden THEN format('a function of the query reads %s: join it in the query itself', j.relid::regclass)
                     WHEN j.finds IS NOT NULL
@@ -426,7 +429,7 @@ BEGIN
                         SELECT FROM jsonb_to_recordset(facts) AS f (alias text, name text, other_alias text, casts text, other_casts text,
                                                                     tells boolean, links boolean)
                         WHERE f.alias = j.alias AND NOT f.tells AND NOT f.links AND f.casts || f.other_casts <> '')
-                    THEN format('%s is compared by a cast, under which two tenants may be equal: compare columns of one type as they are',
+                    THEN format('%s is compared by a cast, which may take two tenants for one: compare columns of the same type, without casts',
                                 j.relid::regclass)
                     WHEN NOT j.proven
                     THEN listener.scope_advice(plans.by_constant, facts, j.path, j.kind, j.traceable, j.alias, tenant_column, j.name, j.keys)

@@ -72,9 +72,9 @@ BEGIN
 END
 $function$;
 
--- warn_of_definition(view, definition): what is no error, and will be regretted: a query that is not proven to be tenant-local, a
--- source that would be read whole for each tenant, rows without a tenant, a result that is not determined or changes with no write.
--- Each with what fixes it.
+-- warn_of_definition(view, definition): warns of what is no error and will cause trouble: a query that is not proven to
+-- be tenant-local, a source that would be read whole for each tenant, rows without a tenant, a result that is not
+-- determined or changes with no write. Each warning has a hint.
 CREATE OR REPLACE FUNCTION listener.warn_of_definition(view listener.managed_view, definition regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

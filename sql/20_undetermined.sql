@@ -1,12 +1,13 @@
--- Whether a query has one right result. Two rows may be shown in either order, a sum of floats may be added up in any: then the
--- result depends on the plan, on how rows lie in the table and on how many workers read them, and changes although nobody writes.
+-- Whether a query has one right result. Rows with equal sort keys may come in either order, and floats may be added up
+-- in any order. Then the result depends on the plan, on the order of rows in the table and on the number of workers,
+-- and changes although nobody writes.
 --
--- The stored query is read as a tree. What it says is decided by ORDER BY: that is so where the expressions which a row is ordered by
--- tell each row from any other (see tells_apart()). What is not understood is not reported as determined; a query that the tree
--- cannot be made of, not at all.
+-- The stored query is read as a tree. An ORDER BY determines the order where its expressions tell each row from any
+-- other: see tells_apart(). An ORDER BY that is not understood is reported. A query whose tree cannot be read is not
+-- reported at all.
 
--- node_tree(nodes): a stored tree of nodes as JSON: {"node": its type, field: value …}, lists as arrays, all else as texts; the
--- bytes of constants are left out. NULL where it cannot be read.
+-- node_tree(nodes): a stored tree of nodes as JSON: {"node": its type, field: value …}, lists as arrays, all else as
+-- texts; the bytes of constants are left out. NULL where it cannot be read.
 CREATE OR REPLACE FUNCTION listener.node_tree(nodes text) RETURNS jsonb
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -26,7 +27,7 @@ EXCEPTION WHEN OTHERS THEN
 END
 $function$;
 
--- query_nodes(query, start): all nodes below `start`, a part of a query, that are this query's own: those of a query within are not.
+-- query_nodes(start): all nodes below `start`, a part of a query, without those of subqueries.
 CREATE OR REPLACE FUNCTION listener.query_nodes(start jsonb) RETURNS SETOF jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE walk (node) AS (
@@ -42,8 +43,8 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT w.node FROM walk w WHERE jsonb_typeof(w.node) = 'object'
 $function$;
 
--- node_column(query, expression): the column of the query's FROM that an expression is, as '<range table index>.<number>'; 'fixed'
--- where all rows have one value of it; NULL where it is neither.
+-- node_column(query, expression): the column of the query's FROM that an expression is, as '<range table
+-- index>.<number>'; 'fixed' where it has one value for all rows; NULL otherwise.
 CREATE OR REPLACE FUNCTION listener.node_column(query jsonb, expression jsonb) RETURNS text
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -58,7 +59,7 @@ BEGIN
         RETURN NULL;
     END IF;
     entry := query -> 'rtable' -> ((expression ->> 'varno')::integer - 1);
-    -- From PostgreSQL 18 on what rows are grouped by is a table of its own.
+    -- From PostgreSQL 18 on, the expressions of GROUP BY are an entry of the range table.
     IF entry ->> 'rtekind' = '9' THEN
         RETURN listener.node_column(query, entry -> 'groupexprs' -> ((expression ->> 'varattno')::integer - 1));
     END IF;
@@ -72,8 +73,9 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT array_agg(n.node ->> 'rtindex') FROM listener.query_nodes(part) AS n (node) WHERE n.node ->> 'node' = 'RANGETBLREF'
 $function$;
 
--- column_equalities(query): the columns that the conditions of a query say are equal to another column, or fixed (NULL): where
--- `known` is the same in two rows, `name` is. An outer join says so of the side that it may leave NULL alone.
+-- column_equalities(query): the columns that the conditions of a query say are equal to another column, or fixed
+-- (NULL): where `known` is the same in two rows, `name` is. An outer join says so of the side that it may leave NULL
+-- alone.
 CREATE OR REPLACE FUNCTION listener.column_equalities(query jsonb) RETURNS TABLE (known text, name text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT s.known, s.name
@@ -89,7 +91,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
       AND s.known IS NOT NULL AND s.name <> 'fixed' AND (filled.sides IS NULL OR split_part(s.name, '.', 1) = ANY (filled.sides))
 $function$;
 
--- entry_keys(query, index): sets of columns of which no two rows of this entry of the range table have the same.
+-- entry_keys(query, index): sets of columns that are unique in this entry of the range table.
 CREATE OR REPLACE FUNCTION listener.entry_keys(query jsonb, index text) RETURNS TABLE (columns text[])
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -115,8 +117,8 @@ BEGIN
 END
 $function$;
 
--- determined(query, columns): the columns that are the same wherever these are, each entry of the FROM all of whose columns are as
--- '<index>.*'.
+-- determined(query, columns): the columns that are equal in two rows wherever these are. '<index>.*' stands for an
+-- entry of the FROM of which all columns are.
 CREATE OR REPLACE FUNCTION listener.determined(query jsonb, columns text[]) RETURNS text[]
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -142,7 +144,7 @@ BEGIN
 END
 $function$;
 
--- query_keys(query): sets of output columns, by number, of which no two rows of the query have the same.
+-- query_keys(query): sets of output columns, by number, that are unique in the result of the query.
 CREATE OR REPLACE FUNCTION listener.query_keys(query jsonb) RETURNS TABLE (numbers text[])
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -177,8 +179,9 @@ BEGIN
 END
 $function$;
 
--- tells_apart(query, expressions, refs): whether rows of which these expressions are the same are the same in all that a query shows.
---   refs: the numbers by which GROUP BY, DISTINCT and ORDER BY refer to them
+-- tells_apart(query, expressions, refs): whether rows for which these expressions are equal are equal in all that the
+-- query shows.
+--   refs: the numbers by which GROUP BY, DISTINCT and ORDER BY refer to the expressions
 CREATE OR REPLACE FUNCTION listener.tells_apart(query jsonb, expressions jsonb, refs text[]) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -207,8 +210,8 @@ BEGIN
 END
 $function$;
 
--- undetermined(relation): what in the query of a view or a materialized view, or in a view that it reads, may come out in more than
--- one right way: what, and what fixes it.
+-- undetermined(relation): what in the query of a view or a materialized view, or in a view that it reads, has more than
+-- one right result: what it is, and how to fix it.
 CREATE OR REPLACE FUNCTION listener.undetermined(relation regclass) RETURNS TABLE (what text, fix text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 #variable_conflict use_column
@@ -233,7 +236,7 @@ BEGIN
                 SELECT n.*, n.name ~ '^(array|string|xml|jsonb?)_?agg$|^jsonb?_(object_)?agg(_strict|_unique)*$' AS gathers FROM node n
             ), aggregate AS (
                 SELECT n.name,
-                       -- Rows that a subquery has ordered come in that order.
+                       -- Rows of a subquery that is ordered come in its order.
                        (jsonb_typeof(n.node -> 'aggorder') = 'array' OR jsonb_typeof(n.node -> 'aggdistinct') = 'array' OR EXISTS (
                             SELECT FROM unnest(listener.from_indexes(query -> 'jointree')) AS i (index)
                             WHERE cardinality(listener.from_indexes(query -> 'jointree')) = 1

@@ -41,8 +41,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY g.ord, s.step
 $function$;
 
--- handed_on(grants, old_owner, new_owner, still_reads): the grants on a relation of `old_owner` as they are on one that takes its
--- place and belongs to `new_owner`, who now grants what the old owner granted. still_reads: the old owner keeps SELECT.
+-- handed_on(grants, old_owner, new_owner, still_reads): the grants on a relation of `old_owner`, for another one that
+-- takes its place and belongs to `new_owner`: the new owner is the grantor where the old one was. still_reads: the old
+-- owner keeps SELECT.
 CREATE OR REPLACE FUNCTION listener.handed_on(grants jsonb, old_owner name, new_owner name, still_reads boolean) RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN old_owner = new_owner THEN grants ELSE (
@@ -85,7 +86,7 @@ $function$;
 --             must bear the name below. A table of ours has no other unique index (one statement deletes, updates and
 --             inserts, in no order): the others are made without being unique
 --   written   indexes that are to be made otherwise than `old` has them: name -> {"unique", "rest"}
---   owner     whom `new` is to belong to; left out: the owner of `old`. What it grants is what that one granted: handed_on()
+--   owner     owner of `new`; left out: the owner of `old`. It is the grantor where that one was: handed_on()
 -- Indexes and statistics get the name listener_new_<oid of the old one>, which swap() replaces by the old one's.
 CREATE OR REPLACE FUNCTION listener.carried(
     old regclass, new text, kind "char", keys name[], written jsonb, grants jsonb, owner name DEFAULT NULL) RETURNS SETOF text

@@ -208,7 +208,7 @@ DECLARE
     new_name name := (SELECT c.relname FROM pg_class c WHERE c.oid = new);
     statement text;
     asked timestamptz;
-    -- What the views on top are made of again is read as it was written.
+    -- The queries of the views on top are read under the settings under which they were written.
     previous jsonb := listener.use_settings(listener.own_settings());
 BEGIN
     PERFORM listener.check_swappable(old);

@@ -11,8 +11,8 @@
 --   tenant_column   NULL: the view is refreshed as a whole
 --   max_age         left out: where the query depends on the time, an hour if that counts by days, else a minute
 --   timezone        left out: the database's. A materialized view was computed in that of whoever refreshed it
---   compute_role    the role that the query is computed as, as for create_view
---   owner           the role that the target belongs to; left out: the owner of the materialized view, who then may write it
+--   compute_role    as for create_view
+--   owner           owner of the target; left out: the owner of the materialized view, who then may write it
 -- Called again with the same arguments it goes on from what is there, and with others it starts over.
 -- Returns the name of the managed view. Raises LSN02, and LSN03 where something is tied to the materialized view, or as
 -- create_view does; then nothing was done.
@@ -55,7 +55,7 @@ BEGIN
     PERFORM listener.check_written(old, query);
     SELECT a.* INTO before FROM listener.adoption a
     WHERE a.state = 'filling' AND a.schema_name = class.nspname AND a.relation_name = class.relname;
-    -- What is under way a rehearsal leaves alone: taking it back takes locks from the sources.
+    -- A rehearsal leaves an adoption that is under way alone: to abort it would lock the sources.
     IF FOUND AND NOT rehearsed THEN
         SELECT v.* INTO STRICT managed FROM listener.managed_view v WHERE v.id = before.view_id;
         IF before.relid = old AND before.definition = query AND before.request = request
@@ -73,7 +73,7 @@ BEGIN
         name => beside, query => query, key_columns => keys, tenant_column => tenant_column, tenants_query => tenants_query,
         depends_on => depends_on, quiet_period => quiet_period, max_wait => max_wait, edge => edge, max_age => age,
         timezone => zone, target_rls => target_rls,
-        -- An adoption that starts over keeps what was set for it.
+        -- An adoption that starts over keeps the limit that was set for it.
         max_staleness => managed.max_staleness, compute_role => compute_role);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     -- Known by the name that it will have, from the beginning.
@@ -202,7 +202,8 @@ BEGIN
 END
 $function$;
 
--- drop_beside(view): drops the materialized view that was made next to its target, and the view with its query, where there are any.
+-- drop_beside(view): drops the materialized view that was made next to its target, and the view with its query, where
+-- there are any.
 CREATE OR REPLACE FUNCTION listener.drop_beside(view listener.managed_view) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

@@ -38,8 +38,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                   listener.digest_statement(view, rows))
 $function$;
 
--- tenants_held(adoption, tenant_column): the tenants of which the materialized view has rows now, with NULL where rows have none;
--- none where it was never populated.
+-- tenants_held(adoption, tenant_column): the tenants of which the materialized view has rows now, NULL for rows without
+-- a tenant. No row where it was never populated.
 CREATE OR REPLACE FUNCTION listener.tenants_held(adoption listener.adoption, tenant_column name) RETURNS SETOF text
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -75,9 +75,10 @@ BEGIN
 END
 $function$;
 
--- why_not_by_tenant(view): while a view is being adopted by tenant: why its rows can be checked against nothing. NULL: they can.
--- Where row-level security hides rows from the owner of the materialized view, neither the whole query nor what REFRESH
--- returns is right. Then each tenant's rows are right by proof, or not known to be right.
+-- why_not_by_tenant(view): while a view is being adopted by tenant: why it is not known that its rows are right. NULL:
+-- it is, or a comparison will show it. Where row-level security hides rows from the owner of the materialized view,
+-- neither the whole query nor REFRESH returns the right rows. So there a proof that the query is tenant-local is
+-- needed.
 CREATE OR REPLACE FUNCTION listener.why_not_by_tenant(view text) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
@@ -92,8 +93,8 @@ BEGIN
     SELECT coalesce(min(s.advice), '') INTO doubt
     FROM listener.tenant_scope(to_regclass('listener.definition_' || managed.id), managed.tenant_column, managed.tenant_type) s
     WHERE NOT s.proven HAVING count(*) > 0;
-    RETURN format('its owner %s does not see all rows of %s without a tenant, so neither the whole query nor REFRESH can be trusted, and '
-                  'it is not proven that a tenant''s rows depend on its own alone%s', adoption.owner_role, hidden, ': ' || nullif(doubt, ''))
+    RETURN format('its owner %s does not see all rows of %s without a tenant, so neither the whole query nor REFRESH can be trusted, '
+                  'and it is not proven that a tenant''s rows depend on its own alone%s', adoption.owner_role, hidden, ': ' || nullif(doubt, ''))
     WHERE doubt IS NOT NULL;
 END
 $function$;
@@ -106,7 +107,7 @@ DECLARE
 BEGIN
     IF why IS NOT NULL THEN
         RAISE EXCEPTION '% cannot be refreshed by tenant: %', view, why USING ERRCODE = 'LSN03',
-            HINT = 'Write the query so that PostgreSQL can show it; or let the owner of the materialized view see all rows.';
+            HINT = 'Write the query so that PostgreSQL''s planner can prove it, or let the owner of the materialized view see all rows.';
     END IF;
 END
 $function$;
@@ -115,8 +116,8 @@ $function$;
 -- as refresh() does, than when the whole query is: a rank among all tenants, say, or a tenant that the tenants query does
 -- not list. No row: it can be refreshed by tenant. One statement computes all of it, in one snapshot and at one now().
 --   alone, whole   how many rows; they may be as many and differ
--- Where row-level security hides rows from the owner of the materialized view, the whole query computes nothing that is worth
--- comparing: then these are the tenants that have rows in the materialized view and in the query, and are not listed.
+-- Where row-level security hides rows from the owner of the materialized view, the whole query is nothing to compare
+-- with. Then these are the tenants that have rows in the materialized view and in the query, and are not listed.
 -- Costs what the materialized view's REFRESH costs, and that of refreshing each tenant.
 CREATE OR REPLACE FUNCTION listener.differing_tenants(view text) RETURNS TABLE (tenant text, alone bigint, whole bigint)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
@@ -157,7 +158,7 @@ BEGIN
             INTO differing
             USING listener.digests_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n'))), managed.name;
             is_done := true;
-            RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
+            RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
         EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
             PERFORM listener.leave_nothing(NULL);
             IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
@@ -171,8 +172,8 @@ BEGIN
 END
 $function$;
 
--- rows_changed(view): while a view is being adopted, how many rows the target has that the materialized view has not had since its
--- last REFRESH, and the other way round; NULL where its owner cannot compare them.
+-- rows_changed(view): while a view is being adopted, how many rows only the target has, or only the materialized view
+-- as of its last REFRESH; NULL where its owner cannot compare them.
 CREATE OR REPLACE FUNCTION listener.rows_changed(view text) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE

@@ -68,15 +68,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM (SELECT coalesce(key_columns, listener.proposed_key(relation, tenant_column))) AS k (keys)
 $function$;
 
--- adopted_max_age(relation, max_age): what time_dependence() proposes where none is given and the result depends on the time:
--- whoever refreshed it by a timer knew that rows leave it without a write.
+-- adopted_max_age(relation, max_age): the max_age that is given; else, where the result depends on the time, the one
+-- that time_dependence() proposes.
 CREATE OR REPLACE FUNCTION listener.adopted_max_age(relation regclass, max_age interval) RETURNS interval
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT coalesce(max_age, (SELECT min(t.max_age) FROM listener.time_dependence(relation) t WHERE t.dependence = 'time'))
 $function$;
 
--- begin_rehearsal(): from here to its end, this transaction only tries what adopting would do, and the caller rolls it back: no
--- trigger is put on a source, and no lock that a writer would notice is taken.
+-- begin_rehearsal(): from here on this transaction only tries what adopting would do, and the caller rolls it back. It
+-- puts no trigger on a source, and takes no lock that a writer would notice.
 CREATE OR REPLACE FUNCTION listener.begin_rehearsal() RETURNS void
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT set_config('listener.rehearsal', pg_current_xact_id()::text, true)
@@ -95,18 +95,18 @@ BEGIN
         RAISE EXCEPTION 'there is no role %', quote_ident(owner) USING ERRCODE = 'LSN02';
     ELSIF NOT pg_has_role(given, 'USAGE')
           OR NOT pg_has_role(given, CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END) THEN
-        RAISE EXCEPTION 'nothing can be given to %: role % is no member of it', owner, current_user
+        RAISE EXCEPTION 'the table cannot belong to %: role % is no member of it', owner, current_user
             USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', owner, current_user);
     ELSIF NOT has_schema_privilege(given, schema, 'CREATE') THEN
-        RAISE EXCEPTION 'nothing can belong to % in the schema %', owner, schema
-            USING ERRCODE = 'LSN03', HINT = format('GRANT CREATE ON SCHEMA %I TO %I; it can be revoked afterwards.', schema, owner);
+        RAISE EXCEPTION 'the table cannot belong to %: that role may not create in the schema %', owner, schema
+            USING ERRCODE = 'LSN03', HINT = format('GRANT CREATE ON SCHEMA %I TO %I; you can revoke it afterwards.', schema, owner);
     END IF;
 END
 $function$;
 
--- clock_columns(relation): the columns of a view or a materialized view whose value counts the clock: now() is in the expression
--- itself, and not in a condition, in what an aggregate counts, or cut to a day. Through subqueries and nested views it goes by
--- the column's name. Found in the stored query; it decides on advice alone.
+-- clock_columns(relation): the columns of a view or a materialized view whose value counts the clock: now() is in the
+-- expression itself, not in a condition or in an aggregate, and not cut to a day. In subqueries and nested views a
+-- column is known by its name. Found in the stored query; used for advice alone.
 CREATE OR REPLACE FUNCTION listener.clock_columns(relation regclass) RETURNS SETOF name
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -116,7 +116,7 @@ DECLARE
                         AND p.proname IN ('date_trunc', 'date'));
     tree text;
     token text[];
-    -- The nodes that the token is in, and of each: whether it cuts to a day, or is a column that counts the clock.
+    -- The nodes around the token; and for each, whether it cuts to a day, or is a column that counts the clock.
     kinds text[];
     marks boolean[];
     depth integer;
@@ -164,7 +164,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.clock_advice(relation regclass) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT format('%s the clock: each refresh writes every row again, and between two refreshes the value is old. Return the time '
-                  'that is counted from, and count in a view on top of it',
+                  'itself, and count from it in a view on top',
                   CASE count(*) WHEN 1 THEN 'the column ' || min(quote_ident(c.name)) || ' counts'
                                 ELSE 'the columns ' || string_agg(quote_ident(c.name), ', ') || ' count' END)
     FROM listener.clock_columns(relation) AS c (name) HAVING count(*) > 0
@@ -243,11 +243,12 @@ BEGIN
 END
 $function$;
 
--- plan_adoption(name, key_columns, tenant_column, owner): what adopt would do, for somebody to read; it changes nothing.
---   part   'name', 'view': of the relation, of the managed view; 'source': a table that gets capture triggers; 'beside': a statement that begin_adoption() runs after it made
---          the target; 'swap': one of finish_adoption(); 'lock': a relation that the swap locks; 'key': the key columns;
---          'loss': what the target will not have, or what to do about a column; 'time zone', 'max_age': what is taken where none
---          is given
+-- plan_adoption(name, key_columns, tenant_column, owner): what adopt would do, for somebody to read; it changes
+-- nothing.
+--   part   'name', 'view': of the relation, of the managed view; 'source': a table that gets capture triggers;
+--          'beside': a statement that begin_adoption() runs after it made the target; 'swap': one of finish_adoption();
+--          'lock': a relation that the swap locks; 'key': the key columns; 'loss': what the target will not have, or
+--          what to do about a column; 'time zone', 'max_age': the value that is taken where none is given
 -- Raises what begin_adoption() raises for the materialized view itself.
 CREATE OR REPLACE FUNCTION listener.plan_adoption(
     name text, key_columns name[] DEFAULT NULL, tenant_column name DEFAULT 'tenant_id', owner name DEFAULT NULL,

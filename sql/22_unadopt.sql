@@ -1,11 +1,12 @@
--- Turning an adoption back: the materialized view is made again next to the target, filled, compared, and put in its place.
+-- Turning an adoption back: the materialized view is made again next to the target, filled, compared, and put in its
+-- place.
 --
--- REFRESH computes a materialized view as its owner, with no tenant. Where row-level security hides rows from that role, REFRESH
--- would leave the view empty, and there is no other way to put rows into one. So then its query stands in a view of its own, on
--- which the materialized view is made: that view reads the target while REFRESH runs, and gets the query afterwards.
+-- REFRESH computes a materialized view as its owner, with no tenant. Where row-level security hides rows from that
+-- role, REFRESH would leave the view empty, and nothing else can put rows into it. There the materialized view is made
+-- on a view of its own, which reads the target while REFRESH runs, and gets the query afterwards.
 
--- owner_back(adoption): whom the materialized view belongs to: who owns the target by now; or who owned it before, where the target
--- was given to a role that adopt named.
+-- owner_back(view, adoption): the owner of the materialized view: the owner that the target has now; or, where adopt
+-- gave the target to another role, the owner that the materialized view had before.
 CREATE OR REPLACE FUNCTION listener.owner_back(view listener.managed_view, adoption listener.adoption) RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN pg_get_userbyid(c.relowner) = adoption.request ->> 'owner' THEN adoption.owner_role
@@ -13,15 +14,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     FROM pg_class c WHERE c.oid = to_regclass(format('%I.%I', view.target_schema, view.target_name))
 $function$;
 
--- query_back(view, adoption): the query of the materialized view. It is what it is by now, since a table that it reads may have
--- another name.
+-- query_back(view, adoption): the query of the materialized view, as it is now: a table that it reads may have another
+-- name.
 CREATE OR REPLACE FUNCTION listener.query_back(view listener.managed_view, adoption listener.adoption) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT rtrim(coalesce(listener.query_of(to_regclass('listener.definition_' || view.id)), adoption.definition), E'; \n')
 $function$;
 
--- query_view_name(view, adoption): a free name for the view that holds the query; NULL: none is needed, since the owner of the
--- materialized view sees all rows.
+-- query_view_name(view, adoption): a free name for the view that holds the query; NULL: none is needed, since the owner
+-- of the materialized view sees all rows.
 CREATE OR REPLACE FUNCTION listener.query_view_name(view listener.managed_view, adoption listener.adoption) RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT n.name
@@ -35,7 +36,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY g.number LIMIT 1
 $function$;
 
--- making_query_view(view, adoption, name): the statements that make that view, for the time being with the rows of the target.
+-- making_query_view(view, adoption, name): the statements that make that view, with the rows of the target at first.
 CREATE OR REPLACE FUNCTION listener.making_query_view(view listener.managed_view, adoption listener.adoption, name name) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT s.statement
@@ -50,7 +51,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY s.step
 $function$;
 
--- ending_query_view(view, adoption, name): the statements that give that view the query, and the owner of the materialized view.
+-- ending_query_view(view, adoption, name): the statements that give that view the query, and the owner of the
+-- materialized view.
 CREATE OR REPLACE FUNCTION listener.ending_query_view(view listener.managed_view, adoption listener.adoption, name name) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT s.statement
@@ -62,8 +64,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     ORDER BY s.step
 $function$;
 
--- unadopting(view, adoption, query_view): the statements that make the materialized view again next to the target, the first of
--- them that itself: of its query, or on the view that holds that.
+-- unadopting(view, adoption, query_view): the statements that make the materialized view again next to the target. The
+-- first one creates it, of its query, or on the view that holds the query.
 CREATE OR REPLACE FUNCTION listener.unadopting(view listener.managed_view, adoption listener.adoption, query_view name) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH names AS (
@@ -102,9 +104,9 @@ BEGIN
 END
 $function$;
 
--- begin_unadoption(view): makes the materialized view again, next to the target and empty: the definition as it is by now,
--- owner, options, indexes with their uniqueness, grants and comments; and the view that holds its query, where one is needed.
--- Called again it starts over.
+-- begin_unadoption(view): makes the materialized view again, next to the target and empty: with the definition as it is
+-- now, owner, options, indexes with their uniqueness, grants and comments; and the view that holds its query, where one
+-- is needed. Called again it starts over.
 -- Raises LSN03 where other managed views read the target, or something is tied to it, and for a view that was not adopted.
 CREATE OR REPLACE FUNCTION listener.begin_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
@@ -154,10 +156,10 @@ BEGIN
 END
 $function$;
 
--- fill_unadoption(view): fills the materialized view, under the settings of the managed view, and compares it tenant by tenant
--- with the definition, computed as the service computes it, at the same now().
--- Where the rows are the target's and depend on the time, each tenant is to be refreshed before, in the same transaction.
--- Raises LSN03, and takes the filling back, where rows differ that no change of this moment explains.
+-- fill_unadoption(view): fills the materialized view, under the settings of the managed view, and compares it tenant by
+-- tenant with the definition, computed as the service computes it, at the same now().
+-- Where the rows come from the target and depend on the time, refresh each tenant before, in the same transaction.
+-- Raises LSN03, which undoes the filling, where rows differ and no change of this moment explains it.
 CREATE OR REPLACE FUNCTION listener.fill_unadoption(view text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -182,18 +184,19 @@ BEGIN
     PERFORM listener.use_settings(previous);
     PERFORM listener.check_filled_back(managed, adoption, started);
     IF adoption.query_view IS NOT NULL THEN
-        RAISE NOTICE 'the query of % is in the view %.% from now on: its owner % does not see all rows without a tenant, and a REFRESH '
-                     'would empty it, as before it was adopted', managed.name, managed.target_schema, adoption.query_view,
+        RAISE NOTICE 'the query of % is in the view %.% from now on: its owner % does not see all rows without a tenant, so a REFRESH '
+                     'would empty the materialized view, as before it was adopted', managed.name, managed.target_schema, adoption.query_view,
                      listener.owner_back(managed, adoption);
     END IF;
     PERFORM pg_catalog.set_config('role', previous_role, true);
 END
 $function$;
 
--- check_filled_back(view, adoption, since): compares the materialized view that was filled since then with the definition. A change
--- that is not shown yet, or was shown after the filling began, explains a difference. What has more than one right result, and as
--- many rows, and what is not proven to be tenant-local may differ by itself, and REFRESH is right then: that is told, and not refused.
--- Raises LSN03 with the tenants whose rows differ.
+-- check_filled_back(view, adoption, since): compares the materialized view, whose filling began at `since`, with the
+-- definition. A change that is not shown yet, or was shown after that, explains a difference. REFRESH may also differ,
+-- and be right, where the definition has more than one right result (with as many rows), or is not proven to be
+-- tenant-local: a notice says so.
+-- Raises LSN03 with the tenants whose rows differ otherwise.
 CREATE OR REPLACE FUNCTION listener.check_filled_back(view listener.managed_view, adoption listener.adoption, since timestamptz) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -232,7 +235,7 @@ BEGIN
                        CROSS JOIN LATERAL listener.tenant_digest(view.name, f.tenant) t
                        WHERE NOT undetermined OR t.held IS DISTINCT FROM f.held ORDER BY 1);
     IF differing = '{}' THEN
-        RAISE NOTICE 'the query of % has more than one right result: for % of its keys others came out than in the table', view.name,
+        RAISE NOTICE 'the query of % has more than one right result: for % of its keys the rows differ from those of the table', view.name,
             jsonb_array_length(unlike);
         RETURN;
     END IF;
@@ -241,12 +244,12 @@ BEGIN
     IF view.tenant_column IS NOT NULL AND EXISTS (
             SELECT FROM listener.tenant_scope(to_regclass('listener.definition_' || view.id), view.tenant_column, view.tenant_type) s
             WHERE NOT s.proven AND (view.depends_on IS NULL OR s.source IS NOT NULL)) THEN
-        RAISE NOTICE 'computed with all others, the rows of % are others than in the table', named;
+        RAISE NOTICE 'computed with all other tenants, the rows of % differ from those of the table', named;
         RETURN;
     END IF;
-    RAISE EXCEPTION 'the materialized view that is to take the place of % has other rows than its query%', view.name,
+    RAISE EXCEPTION 'the new materialized view for % has other rows than its query%', view.name,
             CASE WHEN view.tenant_column IS NULL THEN '' ELSE ' for ' || named END
-        USING ERRCODE = 'LSN03', HINT = 'Nothing was put in its place. A policy, or a function, may show its owner other rows than the service.';
+        USING ERRCODE = 'LSN03', HINT = 'The table stays in place. A policy or a function may show its owner other rows than the service.';
 END
 $function$;
 
@@ -285,7 +288,7 @@ BEGIN
 END
 $function$;
 
--- fills_from_target(view): whether the rows that fill_unadoption() fills in are the target's, and depend on the time.
+-- fills_from_target(view): whether fill_unadoption() takes the rows of the target, and whether they depend on the time.
 CREATE OR REPLACE FUNCTION listener.fills_from_target(view text, OUT is_so boolean, OUT depends_on_time boolean)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -298,8 +301,9 @@ BEGIN
 END
 $function$;
 
--- plan_unadoption(view): the same for unadopt; 'beside' is what begin_unadoption() runs, 'filled' what fill_unadoption() runs after
--- REFRESH, 'now': there where the tenants are to be refreshed in the transaction that fills.
+-- plan_unadoption(view): what unadopt would do, as plan_adoption() says it; 'beside': a statement of
+-- begin_unadoption(); 'filled': one that fill_unadoption() runs after REFRESH; 'now': present where the transaction
+-- that fills must refresh each tenant first.
 CREATE OR REPLACE FUNCTION listener.plan_unadoption(view text) RETURNS TABLE (part text, statement text)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE

@@ -60,7 +60,7 @@ BEGIN
     END IF;
     PERFORM listener.check_alterable(old);
     PERFORM listener.drop_view(v.name) FROM listener.managed_view v WHERE v.replaces = managed.id;
-    -- create_view() takes the session's.
+    -- create_view() takes the settings of the session.
     previous := listener.use_settings(listener.registered_settings(managed));
     PERFORM set_config('search_path', managed.search_path, true);
     PERFORM listener.create_view(

@@ -1,10 +1,10 @@
 -- Forget: what is kept of a tenant that is no more.
 
--- tenant_presence(view, tenant): where a tenant of a view is still: 'its tenants query', 'what it reads'; NULL where it is gone
--- from both. Raises whatever the definition or the tenants query raises.
+-- tenant_presence(view, tenant): where a tenant of a view is still: 'its tenants query', 'what it reads'; NULL where it
+-- is gone from both. Raises whatever the definition or the tenants query raises.
 CREATE OR REPLACE FUNCTION listener.tenant_presence(view listener.managed_view, tenant text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    -- Tenants are listed for none, and the definition is computed for this one.
+    -- The tenants query runs with no tenant set, the definition for this tenant.
     SELECT CASE WHEN EXISTS (
         SELECT FROM jsonb_array_elements_text(listener.evaluate(
             view, format('SELECT COALESCE(pg_catalog.jsonb_agg(t.tenant), ''[]''::pg_catalog.jsonb) FROM listener.%I t',
@@ -79,6 +79,7 @@ DECLARE
     only_view listener.managed_view;
     key record;
     present text;
+    custom jsonb;
     deleted bigint;
     counted bigint;
     everywhere text[];
@@ -106,11 +107,13 @@ BEGIN
                 USING ERRCODE = 'LSN03', HINT = 'It would come back with the next refresh: delete it there first.';
         END IF;
         view_name := key.view_name;
-        -- The definition has no row of it: what a refresh does, which a paused view has none of, deletes those of the target.
+        -- The definition has no row of it, so the statement of a refresh deletes the rows of the target, also of a
+        -- paused view.
         PERFORM set_config('app.current_tenant_id', key.spelled, true), set_config('app.execution_context', 'worker', true);
+        custom := listener.use_settings(listener.custom_settings(listener.find_view(key.view_name)));
         EXECUTE format('SELECT d.column3 FROM listener_private.%I($1) d', 'difference_' || key.view_id) INTO deleted USING key.spelled;
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('app.execution_context', '', true);
-        PERFORM listener.give_back_tenant(callers_tenant);
+        PERFORM listener.give_back_tenant(callers_tenant), listener.use_settings(custom);
         rows_deleted := rows_deleted + deleted;
         DELETE FROM listener.refresh_state r WHERE r.view_id = key.view_id AND r.tenant = key.spelled;
         GET DIAGNOSTICS counted = ROW_COUNT;

@@ -26,7 +26,7 @@ BEGIN
 END
 $function$;
 
--- drift_example(view, tenant_id): one row that only the definition, or only the target has, as text; NULL where there is
+-- drift_example(view, tenant_id): one row that only the definition or only the target has, as text; NULL where there is
 -- none any more. Computed as refresh() computes.
 CREATE OR REPLACE FUNCTION listener.drift_example(view text, tenant_id text) RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -109,13 +109,15 @@ END
 $function$;
 
 -- check_drift(view, tenant_id): compares one key, and marks it dirty where it differs and nothing explains that.
---   outcome   'exact'; 'stale': a change is known that is not shown yet, or the time is one; 'drift': it is refreshed like any dirty key,
---             or was refreshed here; 'undetermined': its definition has more than one right result, and nothing is done until the
---             key changes; 'busy': somebody refreshes the key, or another replica compares one
---   missing, extra: rows that only the definition, only the target has; example: one of them, NULL where it was reported before
---   app_correlation_id: that of the refresh to come
--- A key that drifts for the first time is marked. From the second time on it is refreshed here, which leaves its version as it is: where
--- it differs again at once, or later at the same version, no change explains that but the definition itself.
+--   outcome   'exact'; 'stale': a known change that is not shown yet, or the passing of time, explains the difference;
+--             'drift': nothing does, and the key is refreshed: at its first drift like any dirty key, later by this
+--             call; 'undetermined': its definition has more than one right result, and nothing is done until the key
+--             changes; 'busy': a session refreshes the key, or another replica compares one
+--   missing, extra   how many rows only the definition has, only the target has
+--   example   one of them; NULL where it was reported before
+--   app_correlation_id   that of the refresh that will follow
+-- The refresh by this call leaves the key's version as it is. Where the key differs again at once, or later at the same
+-- version, no change explains it: its definition has more than one right result.
 -- Writes change_log and refresh_state. Raises what compare() and refresh() raise.
 CREATE OR REPLACE FUNCTION listener.check_drift(
     view text, tenant_id text,

@@ -1,8 +1,10 @@
--- Rows that a view leaves out, and keys whose definition has more than one right result: what verify and `listener doctor` ask.
+-- Rows that a view leaves out, and keys whose definition has more than one right result: what verify and `listener
+-- doctor` ask.
 
--- untenanted_rows(view): how many rows of a definition have no tenant: their tenant column is NULL or ''. No tenant's refresh returns
--- them, so the target never has them. Counted as far as the view's compute role sees rows while it works for no tenant. NULL: the
--- view keeps them, since it is refreshed as a whole; or they cannot be counted, a policy fails where no tenant is set.
+-- untenanted_rows(view): how many rows of a definition have no tenant: their tenant column is NULL or ''. No tenant's
+-- refresh returns them, so the target never has them. Counts the rows that the view's compute role sees while no tenant
+-- is set. NULL: the view has no tenants; or the rows cannot be counted, since a policy raises an error where no tenant
+-- is set.
 CREATE OR REPLACE FUNCTION listener.untenanted_rows(view listener.managed_view) RETURNS bigint
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
@@ -21,14 +23,14 @@ EXCEPTION WHEN OTHERS THEN
 END
 $function$;
 
--- rows_without_tenant(view): the same by the view's name. Raises LSN01.
+-- rows_without_tenant(view): untenanted_rows() by the view's name. Raises LSN01.
 CREATE OR REPLACE FUNCTION listener.rows_without_tenant(view text) RETURNS bigint
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
     SELECT listener.untenanted_rows(v) FROM listener.find_view(view) v
 $function$;
 
--- is_undetermined(view, tenant_id): whether check_drift() found that the definition gives this key another result although
--- nothing changed, and nothing has changed since. Raises LSN01, LSN02.
+-- is_undetermined(view, tenant_id): whether check_drift() found that the definition gives this key another result
+-- although nothing changed, and nothing has changed since. Raises LSN01, LSN02.
 CREATE OR REPLACE FUNCTION listener.is_undetermined(view text, tenant_id text) RETURNS boolean
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
     SELECT EXISTS (
@@ -37,8 +39,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
         WHERE r.undetermined_version = r.refreshed_version)
 $function$;
 
--- result_findings(): findings: rows that have no tenant, and keys with more than one right result. Counts rows of each definition, so
--- doctor asks, /health/ready does not.
+-- result_findings(): findings: rows that have no tenant, and keys with more than one right result. It counts the rows
+-- of each definition, so only doctor asks for it, and not /health/ready.
 CREATE OR REPLACE FUNCTION listener.result_findings()
 RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
@@ -53,7 +55,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     WHERE r.rows IS NOT NULL AND to_regclass('listener.definition_' || v.id) IS NOT NULL
     UNION ALL
     SELECT 'result', 'warning', v.name, v.name,
-           format('%s more than one right result: computed again, it was another.%s', CASE k.keys WHEN 1 THEN '1 key of it has' ELSE k.keys || ' keys of it have' END,
+           format('%s more than one right result: computed again, it came out differently.%s', CASE k.keys WHEN 1 THEN '1 key of it has' ELSE k.keys || ' keys of it have' END,
                   (SELECT ' ' || string_agg(DISTINCT u.what || ': ' || u.fix, '; ') || '.'
                    FROM listener.undetermined(to_regclass('listener.definition_' || v.id)) u)),
            format('listener views alter %s --query FILE', listener.shell_word(v.name))

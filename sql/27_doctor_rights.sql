@@ -1,9 +1,9 @@
 -- Who may do what, for `listener doctor`: the rights that the service's role needs, those that nobody should have, and
 -- what row-level security lets through.
 
--- needed_rights(): every right that the service's role needs, each view's compute role, and some of the owner's, with whether
--- it has it.
---   level: what it is where it is missing. A right that only create_view or a migration needs is a warning.
+-- needed_rights(): every right that the service's role and each view's compute role need, and some that the owner
+-- needs; and whether the role has it.
+--   level: of a missing right. A right that only create_view or a migration needs is a warning.
 CREATE OR REPLACE FUNCTION listener.needed_rights()
 RETURNS TABLE (level text, view text, object text, right_name text, role name, held boolean, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
@@ -82,7 +82,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         WHERE t.strategy <> 'materialized view' GROUP BY 1) t
     JOIN pg_namespace n ON n.oid = t.relnamespace
     CROSS JOIN unnest('{USAGE,CREATE}'::text[]) w (right_name)
-    -- Where all targets were adopted, it may be revoked: see docs/adopting.md.
+    -- CREATE may be revoked where all targets were adopted: docs/adopting.md.
     WHERE w.right_name <> 'CREATE' OR NOT t.is_adopted
     UNION ALL
     SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', r.role,
@@ -117,7 +117,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
            format('GRANT pg_read_all_stats TO %I;', i.service_role)
     FROM installed i
     UNION ALL
-    -- A migration, and whoever registers a view, hands the functions that compute to the compute role.
+    -- A migration, and create_view(), give the functions that compute to the compute role.
     SELECT 'warning', NULL, 'role ' || quote_ident(r.compute_role), 'MEMBER', i.owner_role,
            pg_has_role(i.owner_role, r.compute_role, 'MEMBER'), format('GRANT %I TO %I;', r.compute_role, i.owner_role)
     FROM installed i CROSS JOIN (
@@ -166,8 +166,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     FROM owned o WHERE NOT o.is_one HAVING count(*) > 0
 $function$;
 
--- function_findings(): functions of this schema that are not as they were made, and a compute role that keeps no code in
--- its place: see 03_computing.sql.
+-- function_findings(): functions of this schema that somebody altered, and compute roles that have too many rights, or
+-- are shared by teams: see 03_computing.sql.
 CREATE OR REPLACE FUNCTION listener.function_findings()
 RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
@@ -188,12 +188,12 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     WHERE p.routine IS NULL OR listener.function_digest(p.routine) <> f.digest
     UNION ALL
     SELECT 'roles', 'warning', r.views, quote_ident(r.rolname),
-           'definitions are computed as the role that the service logs in as: who knows its password has what their code may do.',
+           'the service logs in as this role, and it computes definitions: a role that cannot log in should compute them.',
            'listener roles, run by an administrator; then listener migrate'
     FROM roles r WHERE r.is_service
     UNION ALL
     SELECT 'roles', 'warning', o.views, quote_ident(o.role),
-           format('views over tables of %s are computed as it: the code of each of them may read and write what is another''s.', o.owners),
+           format('it computes views over tables of %s: the code of each of them may read and write the tables of the others.', o.owners),
            format('SELECT listener.set_compute_role(%L, %L);', split_part(o.views, ', ', 1), split_part(o.owners, ', ', 1) || '_compute')
     FROM (SELECT x.role, string_agg(DISTINCT x.owner, ', ' ORDER BY x.owner) AS owners, string_agg(DISTINCT x.view, ', ' ORDER BY x.view) AS views
           FROM (SELECT listener.compute_role_of(v) AS role, v.name AS view, pg_get_userbyid(c.relowner)::text AS owner
@@ -201,26 +201,26 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
                 JOIN listener.view_source w ON w.view_id = v.id JOIN listener.source s ON s.id = w.source_id
                 JOIN pg_class c ON c.oid = s.relid
                 WHERE v.strategy <> 'materialized view' AND i.owner_role <> i.service_role
-                  -- A target belongs to whoever owns what it reads, or to the installation.
+                  -- The owner of a target says nothing: its sources do.
                   AND NOT EXISTS (SELECT FROM listener.managed_view t WHERE to_regclass(format('%I.%I', t.target_schema, t.target_name)) = c.oid)) x
-          -- A role that is a member of another has its rights anyway.
+          -- An owner that is a member of another one has its rights anyway.
           WHERE NOT EXISTS (SELECT FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id JOIN pg_class c ON c.oid = s.relid
                             WHERE c.relowner <> to_regrole(quote_ident(x.owner)) AND pg_has_role(x.owner, c.relowner, 'MEMBER'))
           GROUP BY x.role HAVING count(DISTINCT x.owner) > 1) o
     UNION ALL
     SELECT 'roles', a.level, r.views, quote_ident(r.rolname), a.problem, a.mend
     FROM roles r CROSS JOIN LATERAL (VALUES
-        (r.rolsuper, 'error', 'definitions are computed as it, and it is a superuser.', format('ALTER ROLE %I NOSUPERUSER;', r.rolname)),
-        (r.rolbypassrls, 'error', 'definitions are computed as it, and row-level security does not bind it.',
+        (r.rolsuper, 'error', 'it computes definitions, and is a superuser.', format('ALTER ROLE %I NOSUPERUSER;', r.rolname)),
+        (r.rolbypassrls, 'error', 'it computes definitions, and row-level security does not bind it.',
          format('ALTER ROLE %I NOBYPASSRLS;', r.rolname)),
-        (r.rolcanlogin, 'warning', 'definitions are computed as it, and it may log in.', format('ALTER ROLE %I NOLOGIN;', r.rolname)),
-        (r.rolcreaterole, 'error', 'definitions are computed as it, and it may make roles.', format('ALTER ROLE %I NOCREATEROLE;', r.rolname)),
-        -- Through the service: that one is named by itself.
+        (r.rolcanlogin, 'warning', 'it computes definitions, and may log in.', format('ALTER ROLE %I NOLOGIN;', r.rolname)),
+        (r.rolcreaterole, 'error', 'it computes definitions, and may make roles.', format('ALTER ROLE %I NOCREATEROLE;', r.rolname)),
+        -- Where it is so through the service, another finding names the service.
         (pg_has_role(r.rolname, r.owner_role, 'MEMBER') AND NOT pg_has_role(r.service_role, r.owner_role, 'MEMBER'), 'error',
-         format('definitions are computed as it, and it may change whatever the schema listener manages, as a member of %I.', r.owner_role),
+         format('it computes definitions, and may change whatever the schema listener manages, as a member of %I.', r.owner_role),
          format('REVOKE %I FROM %I;', r.owner_role, r.rolname)),
         (has_schema_privilege(r.rolname, 'listener_private', 'USAGE'), 'error',
-         'what definitions call may alter the functions that compute them: it may use the schema listener_private.',
+         'it may use the schema listener_private, so the code of definitions may alter the functions that compute them.',
          format('REVOKE ALL ON SCHEMA listener_private FROM %I;', r.rolname)))
         AS a (has, level, problem, mend)
     WHERE a.has AND NOT r.rolsuper AND NOT r.is_service
@@ -423,10 +423,10 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     WHERE s.permissive > 0 AND s.open_policy IS NULL AND NOT s.reads_tenant
     UNION ALL
     SELECT 'row security', 'warning', NULL, p.relation::text,
-           format('its policy %I raises in a session that names no tenant and named one before, or refreshed something: '
-                  'PostgreSQL leaves the setting as an empty text, which is no %s.', p.policy, p.type),
+           format('its policy %I raises an error in a session that names no tenant now, and named one or refreshed a view before: '
+                  'PostgreSQL leaves app.current_tenant_id as an empty text, which is no %s.', p.policy, p.type),
            coalesce(format('ALTER POLICY %I ON %s ', p.policy, p.relation) || p.mended || ';',
-                    'Take nullif(current_setting(…, true), '''') in the function that it calls.')
+                    'Write nullif(current_setting(…, true), '''') in the function that it calls.')
     FROM listener.raising_policies() p
     UNION ALL
     SELECT 'row security', 'ok', s.readers, s.source, format('enabled and forced, by %I', s.some_policy), NULL
@@ -513,8 +513,9 @@ BEGIN
 END
 $function$;
 
--- target_findings(): who could make a target wrong: an application's role, which owns the target or writes sources, and may write
--- the target, empty it, or switch its row-level security off; and a materialized view that REFRESH would empty.
+-- target_findings(): who could make a target wrong: a role of the application (one that owns the target, or writes
+-- sources) that may write the target, empty it, or switch its row-level security off; and materialized views that
+-- REFRESH would empty.
 CREATE OR REPLACE FUNCTION listener.target_findings()
 RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
@@ -528,7 +529,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         SELECT DISTINCT c.relowner, c.relacl FROM listener.source s JOIN pg_class c ON c.oid = s.relid
         WHERE NOT EXISTS (SELECT FROM target t WHERE t.oid = c.oid)
     ), writer AS MATERIALIZED (
-        -- Who may log in, and writes sources.
+        -- Roles that may log in, and write sources.
         SELECT r.oid, r.rolname FROM pg_roles r CROSS JOIN installed i
         WHERE r.rolcanlogin AND NOT r.rolsuper AND r.oid NOT IN (i.owner_id, i.service_id) AND NOT pg_has_role(r.oid, i.owner_id, 'MEMBER')
           AND EXISTS (SELECT FROM captured c WHERE c.relowner = r.oid OR EXISTS (
@@ -547,13 +548,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         WHERE t.strategy <> 'materialized view'
     )
     SELECT 'roles', 'warning', a.name, a.target,
-           format('%s, a role of the application, %s it: it may write it, empty it and switch its row-level security off.', quote_ident(a.role),
+           format('%s, a role of the application, %s it: it may write it, empty it, and switch its row-level security off.', quote_ident(a.role),
                   CASE WHEN pg_get_userbyid(a.relowner) = a.role THEN 'owns' ELSE 'is a member of the role that owns' END),
            format('ALTER TABLE %s OWNER TO %I; GRANT SELECT ON %s TO %I;', a.target, i.owner_role, a.target, pg_get_userbyid(a.relowner))
     FROM able a CROSS JOIN installed i WHERE a.owns
     UNION ALL
     SELECT 'roles', 'warning', a.name, a.target,
-           format('%s, which writes sources, may write it, too: %s.', quote_ident(a.role), array_to_string(a.rights, ', ')),
+           format('%s, which writes sources, may write this target, too: %s.', quote_ident(a.role), array_to_string(a.rights, ', ')),
            format('REVOKE %s ON %s FROM %s;', array_to_string(a.rights, ', '), a.target,
                   (SELECT string_agg(DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END, ', ')
                    FROM aclexplode(a.relacl) g

@@ -148,10 +148,10 @@ DECLARE
     -- Why it cannot be a table.
     odd text;
     hidden_from_owner regclass := listener.hidden_from_owner(relation);
-    -- What every adoption needs; one that stays a materialized view does not.
+    -- Grants that an adoption needs; a materialized view that stays one does not.
     creating text[] := '{}';
     home regnamespace := (SELECT c.relnamespace FROM pg_class c WHERE c.oid = relation);
-    -- A view on top of it needs a grant, if no more; see tied_to().
+    -- Left out are the views on top that need only a grant: see tied_to().
     tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t WHERE t !~ ': GRANT ');
 BEGIN
     SELECT i.* INTO installed FROM listener.installation i;
@@ -187,7 +187,7 @@ BEGIN
     IF listener.session_refusal(relation) IS NOT NULL THEN
         strategy := 'refused';
         why := format('its rows depend on the session that computes them: it reads %s', listener.session_refusal(relation));
-        mends := ARRAY['leave that away, or store in a column what it is needed for'];
+        mends := ARRAY['leave that out, or store the value in a column'];
         RETURN;
     END IF;
     SELECT string_agg(DISTINCT f.funcid::regprocedure::text, ', ') INTO hiding 
@@ -220,7 +220,7 @@ BEGIN
         RETURN;
     END IF;
     key_columns := coalesce(unique_key, '{}');
-    -- From the service, with no tenant set.
+    -- Hidden from the role that computes, while no tenant is set.
     hidden := listener.hidden_source(relation);
     BEGIN
         IF separable OR hidden IS NULL THEN
@@ -274,8 +274,8 @@ $function$;
 
 -- compare_materialized_view(relation): how many rows only its query has now, and how many only it has: how stale it is. Computed
 -- as its owner, as REFRESH computes it. Takes as long as a refresh, within the caller's statement_timeout.
--- Raises LSN03 where the calling role may not act as the owner: row-level security may show it other rows, and the query runs
--- the owner's code.
+-- Raises LSN03 where the calling role may not act as the owner: row-level security may show it other rows, and the
+-- query runs the owner's code.
 CREATE OR REPLACE FUNCTION listener.compare_materialized_view(relation regclass, OUT missing bigint, OUT extra bigint)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE

@@ -19,7 +19,7 @@ BEGIN
     INSERT INTO listener.installed_function (signature, digest)
     SELECT p.oid::regprocedure::text, listener.function_digest(p.oid) FROM pg_catalog.pg_proc p
     WHERE p.pronamespace = 'listener'::regnamespace
-      -- Each source has its own; that they are as they were generated, capture_digest says.
+      -- The capture functions of a source are left out: capture_digest() compares them.
       AND p.proname !~ '^(capture|tenant_of|key_of|tenants_by)_[0-9]';
     DELETE FROM listener.needed_right;
     IF installed.service_role = installed.owner_role THEN

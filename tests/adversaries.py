@@ -75,7 +75,7 @@ QUERIES: dict[str, tuple[str, str]] = {
     "as floats": ("text", f"{JOINED} w.tenant_id::float8 = m.tenant_id::float8"),
     "as numbers and back": ("text", f"{JOINED} w.tenant_id::int::text = m.tenant_id::int::text"),
     "one side a number and back": ("text", f"{JOINED} w.tenant_id = m.tenant_id::int::text"),
-    "as numbers, where": ("text", f"SELECT w.tenant_id, m.n FROM words w, notes m WHERE w.tenant_id::int = m.tenant_id::int"),
+    "as numbers, where": ("text", "SELECT w.tenant_id, m.n FROM words w, notes m WHERE w.tenant_id::int = m.tenant_id::int"),
     "as numbers, left": ("text", "SELECT w.tenant_id, m.n FROM words w LEFT JOIN notes m ON w.tenant_id::int = m.tenant_id::int"),
     "as numbers, exists": (
         "text", "SELECT tenant_id, id FROM words w WHERE EXISTS (SELECT FROM notes m WHERE m.tenant_id::int = w.tenant_id::int)"),
@@ -113,7 +113,7 @@ QUERIES: dict[str, tuple[str, str]] = {
     "blanks at the end": ("text", f"{JOINED} w.tenant_id::bpchar = m.tenant_id::bpchar"),
     "blanks at the end of one": ("text", f"{JOINED} w.tenant_id = m.tenant_id::char(4)"),
     "blanks and back": ("text", f"{JOINED} w.tenant_id::bpchar::text = m.tenant_id::bpchar::text"),
-    "a single byte": ("text", f"{JOINED} w.tenant_id::\"char\" = m.tenant_id::\"char\""),
+    "a single byte": ("text", f'{JOINED} w.tenant_id::"char" = m.tenant_id::"char"'),
     # -- computed
     "lower": ("text", f"{JOINED} lower(w.tenant_id) = lower(m.tenant_id)"),
     "upper of one side": ("text", f"{JOINED} w.tenant_id = upper(m.tenant_id)"),

@@ -125,7 +125,7 @@ async def test_a_tenant_that_is_not_listed_is_named_and_one_that_is_gone_is_not(
     await superuser.execute("DELETE FROM billing.invoices WHERE tenant_id = %s", (TENANTS[3],))
     adopted = adopt(stranger, BY_TENANT, "--tenants-query", fewer)
     assert adopted.returncode == 0, adopted.stderr
-    assert "28 rows are others than at the last refresh of the materialized view" in adopted.stderr
+    assert "28 rows differ from those of the last REFRESH of the materialized view" in adopted.stderr
     assert await as_the_owner_computes(superuser, "invoice_totals", BY_TENANT) == []
 
 

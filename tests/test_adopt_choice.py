@@ -214,7 +214,7 @@ async def test_doctor_finds_who_of_the_application_may_write_a_target(stranger: 
         assert told() == []
         await superuser.execute("GRANT UPDATE, TRUNCATE ON reporting.invoice_totals TO acme_app")
         ((problem, mend),) = told()
-        assert problem == "acme_app, which writes sources, may write it, too: UPDATE, TRUNCATE."
+        assert problem == "acme_app, which writes sources, may write this target, too: UPDATE, TRUNCATE."
         await superuser.execute(mend.encode())
         assert told() == []
         await superuser.execute("GRANT acme_owner TO acme_app")

@@ -1,7 +1,7 @@
-"""Definitions of every breadth: after random writes each target is its definition computed whole, for each tenant, and from that
-tenant's rows alone.
+"""Definitions of every breadth: after random writes each target is its definition, whole and from one tenant's rows.
 
-LISTENER_TEST_EXAMPLES (25) says how many statements a round has, and with it how many rounds there are; LISTENER_TEST_SEED which.
+LISTENER_TEST_EXAMPLES (25) says how many statements a round has, and with it how many rounds there are;
+LISTENER_TEST_SEED says which.
 """
 
 from __future__ import annotations

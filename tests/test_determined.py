@@ -1,5 +1,7 @@
 """undetermined(): what in a query may come out in more than one right way, and what only looks so."""
 
+# ruff: noqa: E501 - the queries are a line each
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
@@ -115,7 +117,7 @@ TIES: dict[str, tuple[str, list[str]]] = {
            SELECT n FROM orders WHERE customer_id = c.id UNION SELECT c.id ORDER BY n LIMIT 1) u""", []),
     # -- names that could be taken for something else
     "odd names": (
-        '''SELECT tenant_id, n AS ":n", 'it''s {QUERY :hasDistinctOn true} (x)' AS "a { b ) \\ c" FROM orders''', []),
+        "SELECT tenant_id, n AS \":n\", 'it''s {QUERY :hasDistinctOn true} (x)' AS \"a { b ) \\ c\" FROM orders", []),
 }  # fmt: skip
 
 
@@ -168,8 +170,7 @@ async def test_registration_warns_with_the_fix(tables: AsyncConnection[Any], dat
         )
     assert warned == [
         (
-            "v may have more than one right result, and change although nothing was written:"
-            " DISTINCT ON keeps any of the rows that its ORDER BY does not tell apart",
+            "v may have more than one right result, and change although nothing was written: DISTINCT ON keeps any of the rows that its ORDER BY does not tell apart",
             "End its ORDER BY with a unique column.",
         )
     ]

@@ -210,11 +210,11 @@ async def test_a_role_that_row_security_no_longer_binds_is_told_by_a_service_tha
 
         await eventually(lambda: reasons([]))
         try:
-            await superuser.execute("ALTER ROLE listener_service BYPASSRLS")
-            told_so = "role listener_service is a superuser or has BYPASSRLS: row-level security does not bind it"
+            await superuser.execute("ALTER ROLE listener_compute BYPASSRLS")
+            told_so = "role listener_compute is a superuser or has BYPASSRLS: row-level security does not bind it"
             await eventually(lambda: reasons([told_so]))
         finally:
-            await superuser.execute("ALTER ROLE listener_service NOBYPASSRLS")
+            await superuser.execute("ALTER ROLE listener_compute NOBYPASSRLS")
         await eventually(lambda: reasons([]))
 
 

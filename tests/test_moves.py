@@ -247,7 +247,7 @@ UNCOVERED: dict[str, tuple[LiteralString, LiteralString, str]] = {
         """CREATE FOREIGN DATA WRAPPER nobody; CREATE SERVER nowhere FOREIGN DATA WRAPPER nobody;
            CREATE FOREIGN TABLE shop.child () INHERITS (shop.o) SERVER nowhere""",
         "ALTER FOREIGN TABLE shop.child NO INHERIT shop.o",
-        "shop.child, which is read with shop.o, is a foreign table, and its changes fire no trigger: take it out of what shop.o is made of",
+        "shop.child, which is read with shop.o, is a foreign table, and its changes fire no trigger: detach it from shop.o",
     ),
 }
 

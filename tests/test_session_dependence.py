@@ -153,7 +153,7 @@ async def test_a_custom_setting_is_the_one_of_the_registration_for_every_caller(
     database: Database, superuser: AsyncConnection[Any], where: str
 ) -> None:
     said = await register(database, REGIONS[where], app__region="north")
-    assert "NOTICE: v is computed with app.region = 'north', whatever the caller has" in said
+    assert "NOTICE: v is computed with app.region = 'north', whatever a caller sets" in said
     shown: LiteralString = "SELECT DISTINCT region FROM public.v"
     async with database.connect("listener_migrator") as caller, database.connect("listener_service") as service:
         await caller.execute("SET app.region = 'south'")
@@ -198,6 +198,6 @@ async def test_a_policy_or_a_setting_that_nobody_can_name_is_warned_of(
     )
     query = "SELECT tenant_id, id, public.setting('app.current_tenant_id') AS t FROM public.o"
     said = await register(database, query, "SELECT 't1'")
-    assert "WARNING: a policy on what v reads may show each session other rows: it reads session_user" in said
+    assert "WARNING: a policy of a table that v reads may show each session other rows: it reads session_user" in said
     assert "WARNING: a function that v calls reads a setting whose name is not a constant" in said
-    assert "NOTICE: v is computed with app.region = '', whatever the caller has" in said
+    assert "NOTICE: v is computed with app.region = '', whatever a caller sets" in said

@@ -1,4 +1,4 @@
-"""Definitions with more than one right result: a key that drifts again with no change between is reported once, and left."""
+"""Definitions with more than one right result: a key that drifts again with no change between is reported once."""
 
 from __future__ import annotations
 

@@ -20,13 +20,14 @@ def refresh(
     tenant: Annotated[str | None, typer.Option("--tenant", help="the tenant's id")] = None,
     all_tenants: Annotated[bool, typer.Option("--all-tenants", help="every tenant of the view")] = False,
     all_views: Annotated[
-        bool, typer.Option("--all-views", help="every view of the tenant, in the order in which they read each other")
+        bool,
+        typer.Option("--all-views", help="every view of the tenant, in the order in which the views read each other"),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Refreshes one tenant of a view now, or all of them; a view that has no tenants as a whole.
+    """Refreshes one tenant of a view now, or every tenant. A view without tenants is refreshed as a whole.
 
-    With --all-views, all views of one tenant in one transaction: an error of one takes back the others.
+    With --all-views, it refreshes every view of one tenant in one transaction. An error of one view undoes all.
     """
     if all_views and (view is not None or all_tenants or tenant is None):
         raise errors.SetupError("--all-views needs --tenant ID, and neither a view nor --all-tenants.")

@@ -53,25 +53,32 @@ def adopt(
         str | None,
         typer.Option("--depends-on", metavar="TABLE,TABLE", help="what functions in its query read; '' nothing"),
     ] = None,
-    quiet_period: Annotated[str | None, typer.Option("--quiet-period", help="refresh a key at most so often")] = None,
-    max_wait: Annotated[str | None, typer.Option("--max-wait", help="the longest that a change waits")] = None,
+    quiet_period: Annotated[
+        str | None, typer.Option("--quiet-period", help="shortest time between two refreshes of a key")
+    ] = None,
+    max_wait: Annotated[str | None, typer.Option("--max-wait", help="longest time that a change waits")] = None,
     max_age: Annotated[
         str | None,
-        typer.Option("--max-age", help="refresh without a change at least so often; left out: as `inventory` says"),
+        typer.Option("--max-age", help="longest time between two refreshes of a key; left out: what `inventory` shows"),
     ] = None,
     timezone: Annotated[
-        str | None, typer.Option("--timezone", help="that the query is computed in; the database's where left out")
+        str | None,
+        typer.Option("--timezone", help="time zone in which the query is evaluated; left out: the database's"),
     ] = None,
     target_rls: Annotated[
         bool, typer.Option("--target-rls", help="readers see the rows of app.current_tenant_id alone")
     ] = False,
     owner: Annotated[
         str | None,
-        typer.Option("--owner", metavar="ROLE", help="role that the table belongs to; left out: the view's owner"),
+        typer.Option(
+            "--owner", metavar="ROLE", help="owner of the table; left out: the owner of the materialized view"
+        ),
     ] = None,
     compute_role: Annotated[
         str | None,
-        typer.Option("--compute-role", metavar="ROLE", help="role that computes it, where teams share one service"),
+        typer.Option(
+            "--compute-role", metavar="ROLE", help="role that computes the view, where teams share one service"
+        ),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=100, help="keys filled at the same time")] = 2,
     wait: Wait = 600.0,

@@ -145,10 +145,10 @@ VERDICTS = ("stale", "different", "not determined", "failed", "moved")
 def verify(view: AnyView = None, as_json: Json = False) -> None:
     """Compares every target with its definition, exactly, tenant by tenant; exit 1 where they differ.
 
-    Tells stale (a known change will be refreshed) from different (the target is wrong), not determined (the definition
-    has more than one right result) and failed (the comparison itself raised; the others go on). Rows of a query with
-    now() in it differ once the time has gone on: moved, which is no difference. Rows that have no tenant are counted:
-    no target has them.
+    Says why a key differs. stale: a known change will be refreshed. different: the target is wrong. not determined: the
+    definition has more than one right result. failed: the comparison raised an error; the others go on. moved: the
+    query has now() in it, and only the time has gone on; that alone does not exit 1. Rows without a tenant are counted,
+    too: no target has them.
     """
 
     async def act(connection: Connection) -> None:

@@ -1,8 +1,9 @@
 -- Run once by an administrator (a superuser, or a role with CREATEROLE that owns the database), then: listener migrate
 --
---   owner     owns the schema listener, the definitions and the targets; cannot log in; whoever migrates is a member
+--   owner     owns the schema listener, the definitions and the targets; cannot log in; the role that migrates is a
+--             member
 --   service   what `listener run` logs in as: reads the sources under row-level security, writes only the targets
---   compute   what definitions are computed as: has the service's rights and cannot log in
+--   compute   computes the definitions: has the service's rights and cannot log in
 --   reader    reads targets
 -- No password is set here. Set one by \password in psql, or let pg_hba.conf authenticate the service another way.
 DO $roles$
@@ -21,8 +22,8 @@ BEGIN
     END IF;
 END
 $roles$;
--- So that the owner can hand the computing functions to the compute role, which they run as; and so that you, who run
--- this, may migrate. From PostgreSQL 16 on, whoever grants a role must have made it, or have its ADMIN option.
+-- So that the owner can give the functions that compute to the compute role; and so that you, who run this, may
+-- migrate. From PostgreSQL 16 on, the role that grants a role must have made it, or have its ADMIN option.
 DO $members$
 BEGIN
     IF {owner_name} <> {service_name} THEN
