@@ -12,16 +12,12 @@
 --   * What only looks (compares, lists, plans) runs in a subtransaction that is rolled back. So no setting, temporary
 --     object or row of such code is left in the session of an administrator.
 --
-<<<<<<< HEAD
 --   * A prepared statement, a session's advisory lock, a cursor WITH HOLD and a temporary object outlive the code that made
 --     them, and the first two outlive a rollback as well. The next to use such a name, or a type's, would run that code with
 --     the rights of the session. leave_nothing() takes them away wherever such code has run.
 --
--- Of each view there are difference_<id>, which writes (see 10_difference.sql), and evaluate_<id> and plan_<id>, which look.
-=======
 -- Each view has difference_<id>, which writes (see 10_difference.sql), and evaluate_<id> and plan_<id>, which only
 -- look.
->>>>>>> main
 
 -- compute_role_of(view): the role that computes a view: its own, or that of the installation.
 CREATE OR REPLACE FUNCTION listener.compute_role_of(view listener.managed_view) RETURNS name
@@ -265,7 +261,6 @@ BEGIN
 END
 $function$;
 
-<<<<<<< HEAD
 -- temporary_objects(): what this session has made that is temporary.
 CREATE OR REPLACE FUNCTION listener.temporary_objects() RETURNS oid[]
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
@@ -303,7 +298,8 @@ DECLARE
     made record;
 BEGIN
     FOR name IN SELECT p.name FROM pg_prepared_statement() p WHERE p.from_sql AND p.prepare_time = statement_timestamp() LOOP
-        EXECUTE format('DEALLOCATE %I', name);
+        -- With the word PREPARE, which may be its name.
+        EXECUTE format('DEALLOCATE PREPARE %I', name);
     END LOOP;
     FOR name IN SELECT c.name FROM pg_cursor() c WHERE c.is_holdable AND c.creation_time = statement_timestamp() LOOP
         EXECUTE format('CLOSE %I', name);
@@ -321,15 +317,10 @@ BEGIN
 END
 $function$;
 
--- evaluate(view, statement, tenant): what a statement returns, one jsonb, computed for a tenant ($1) as refresh() computes:
--- as the view's compute role, under the view's settings. Nothing that it does is left. It sees what the statement that calls it sees.
--- For the functions of this schema that run as its owner: they must not touch a definition, a source or a target themselves.
-=======
 -- evaluate(view, statement, tenant): the one jsonb that a statement returns, computed for a tenant ($1) as refresh()
 -- computes: as the view's compute role, under the view's settings. It leaves nothing behind, and has the snapshot of
 -- the calling statement. The functions of this schema that run as its owner read a definition, a source or a target by
 -- it alone.
->>>>>>> main
 CREATE OR REPLACE FUNCTION listener.evaluate(view listener.managed_view, statement text, tenant text) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -407,16 +398,10 @@ BEGIN
         EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', role);
         EXECUTE 'SELECT pg_temp.listener_evaluate($1, $2)' INTO computed USING statement, tenant;
         is_done := true;
-<<<<<<< HEAD
-        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
     EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
         PERFORM listener.leave_nothing(NULL);
         IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
-=======
-        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
-    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
-        IF is_done IS NOT TRUE THEN
->>>>>>> main
             RAISE;
         END IF;
     END;
@@ -439,16 +424,10 @@ BEGIN
         EXECUTE format('ALTER FUNCTION pg_temp.listener_plan(text[], jsonb) OWNER TO %I', role);
         EXECUTE 'SELECT pg_temp.listener_plan($1, $2)' INTO answers USING preparation, questions;
         is_done := true;
-<<<<<<< HEAD
-        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function is to go';
+        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
     EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
         PERFORM listener.leave_nothing(NULL);
         IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
-=======
-        RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
-    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
-        IF is_done IS NOT TRUE THEN
->>>>>>> main
             RAISE;
         END IF;
     END;

@@ -123,7 +123,7 @@ async def test_a_statement_that_code_prepared_is_gone_whether_it_failed_or_was_r
     await leaves(
         team,
         "BEGIN EXECUTE 'DEALLOCATE theirs'; EXCEPTION WHEN OTHERS THEN END; "
-        "EXECUTE 'PREPARE theirs AS SELECT leaver.note(''prepared'')'",
+        "EXECUTE 'PREPARE theirs AS SELECT leaver.note(''prepared'')'; EXECUTE 'PREPARE prepare AS SELECT 1'",
         fails=fails,
     )
     async with database.connect(user) as session:
