@@ -159,8 +159,9 @@ BEGIN
             USING listener.digests_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n'))), managed.name;
             is_done := true;
             RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
-        EXCEPTION WHEN SQLSTATE 'LSN00' THEN
-            IF is_done IS NOT TRUE THEN
+        EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+            PERFORM listener.leave_nothing(NULL);
+            IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
                 RAISE;
             END IF;
         END;
