@@ -2,7 +2,7 @@
 -- check of a target: all of this is code of a team, and runs with the rights of the role that computes. So only the
 -- view's compute role runs it: a role that cannot log in, and that may read the team's sources and write its targets.
 --
--- Three things keep such code within these rights:
+-- Four things keep such code within these rights:
 --   * It runs in SECURITY DEFINER functions that the compute role owns. In such a function PostgreSQL refuses SET ROLE
 --     and SET SESSION AUTHORIZATION, so the code cannot become the session's user. (It could after a SET ROLE, by RESET
 --     ROLE; so nothing here sets a role and then plans or evaluates.)
@@ -11,10 +11,9 @@
 --     alters a function has to name it, and the compute role cannot.
 --   * What only looks (compares, lists, plans) runs in a subtransaction that is rolled back. So no setting, temporary
 --     object or row of such code is left in the session of an administrator.
---
---   * A prepared statement, a session's advisory lock, a cursor WITH HOLD and a temporary object outlive the code that made
---     them, and the first two outlive a rollback as well. The next to use such a name, or a type's, would run that code with
---     the rights of the session. leave_nothing() takes them away wherever such code has run.
+--   * A prepared statement, a session's advisory lock, a cursor WITH HOLD and a temporary object outlive the code that
+--     made them, and the first two also outlive a rollback. A later statement that uses such a name would run that code
+--     with the rights of the session. So leave_nothing() removes them wherever such code has run.
 --
 -- Each view has difference_<id>, which writes (see 10_difference.sql), and evaluate_<id> and plan_<id>, which only
 -- look.
@@ -51,7 +50,8 @@ BEGIN
     SELECT r.* INTO known FROM pg_roles r WHERE r.rolname = role;
     SELECT w.wrong, w.hint INTO wrong, hint
     FROM (VALUES
-        (1, known.oid IS NULL, 'there is no such role', format('CREATE ROLE %1$I NOLOGIN; GRANT %1$I TO %2$I;', role, installed.owner_role)),
+        (1, known.oid IS NULL, 'there is no such role',
+         format('CREATE ROLE %1$I NOLOGIN; GRANT %1$I TO %2$I;', role, installed.owner_role)),
         (2, known.rolsuper, 'it is a superuser', format('ALTER ROLE %I NOSUPERUSER;', role)),
         (3, known.rolbypassrls, 'row-level security does not bind it', format('ALTER ROLE %I NOBYPASSRLS;', role)),
         (4, known.rolcanlogin, 'it may log in', format('ALTER ROLE %I NOLOGIN;', role)),
@@ -261,7 +261,7 @@ BEGIN
 END
 $function$;
 
--- temporary_objects(): what this session has made that is temporary.
+-- temporary_objects(): the temporary objects of this session.
 CREATE OR REPLACE FUNCTION listener.temporary_objects() RETURNS oid[]
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -273,8 +273,8 @@ BEGIN
 END
 $function$;
 
--- deferred_writes(): how many rows this transaction has written to each table that has a trigger of somebody's own which may
--- wait for the end of the transaction.
+-- deferred_writes(): how many rows this transaction has written to each table that has a user's trigger which may wait
+-- for the end of the transaction.
 CREATE OR REPLACE FUNCTION listener.deferred_writes() RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -286,11 +286,11 @@ BEGIN
 END
 $function$;
 
--- leave_nothing(before): takes away what the code of a team may have left in this session, and what a later statement would run
--- with the rights of the session: statements that this one prepared and cursors WITH HOLD that it opened, temporary objects other
--- than `before` (NULL: they are not looked at), and, where the session is the service's own, advisory locks of the session.
--- Both have the time at which the client's statement began, so what the caller had before is left. Raises where a temporary
--- object cannot be dropped: then nothing of what that code did stays.
+-- leave_nothing(before): removes what the code of a team may have left in this session, and what a later statement would
+-- run with the rights of the session: prepared statements and cursors WITH HOLD of the client's current statement (by
+-- their time, so those that the caller had before stay), temporary objects other than `before` (NULL: none is removed),
+-- and, in the service's own sessions, advisory locks of the session. Raises where a temporary object cannot be dropped:
+-- then nothing of what that code did stays.
 CREATE OR REPLACE FUNCTION listener.leave_nothing(before oid[]) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET client_min_messages = 'error' AS $function$
 DECLARE
@@ -379,12 +379,15 @@ BEGIN
 END
 $function$;
 
--- evaluate_as(role, statement, tenant, settings), plan_as(role, preparation, questions, settings): as evaluate() and
--- plan(), for a query of no managed view: that of a materialized view, say, as its owner. The function that runs it is
--- temporary, belongs to the role, and is gone with a subtransaction after this one call.
+-- evaluate_as(role, statement, tenant, settings, calling), plan_as(role, preparation, questions, settings): as
+-- evaluate() and plan(), for a query of no managed view: that of a materialized view, say, as its owner. The function
+-- that runs it is temporary, belongs to the role, and is gone with a subtransaction after this one call.
 --   settings   name -> value, for SET clauses
+--   calling    a statement of the caller's own that calls this function, and computes more in the same snapshot
 -- Raises LSN03 where the caller may not act as the role, and what the statement raises.
-CREATE OR REPLACE FUNCTION listener.evaluate_as(role name, statement text, tenant text, settings jsonb DEFAULT '{}') RETURNS jsonb
+CREATE OR REPLACE FUNCTION listener.evaluate_as(
+    role name, statement text, tenant text, settings jsonb DEFAULT '{}',
+    calling text DEFAULT 'SELECT pg_temp.listener_evaluate($1, $2)') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     callers_tenant text := current_setting('app.current_tenant_id', true);
@@ -398,7 +401,7 @@ BEGIN
                        listener.set_clauses('{"search_path": "pg_catalog, pg_temp", "jit": "off"}' || settings),
                        listener.evaluating_body());
         EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', role);
-        EXECUTE 'SELECT pg_temp.listener_evaluate($1, $2)' INTO computed USING statement, tenant;
+        EXECUTE calling INTO computed USING statement, tenant;
         is_done := true;
         RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
     EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
@@ -411,7 +414,8 @@ BEGIN
     RETURN computed;
 END
 $function$;
-CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}') RETURNS jsonb
+CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}')
+    RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     callers_tenant text := current_setting('app.current_tenant_id', true);

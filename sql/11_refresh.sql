@@ -97,8 +97,9 @@ DECLARE
     callers_context text := current_setting('app.execution_context', true);
     custom jsonb := listener.custom_settings(managed);
     temporary oid[] := listener.temporary_objects();
-    -- What waits is run at once where the session is the service's, see generate_difference().
-    deferred jsonb := CASE WHEN session_user <> (SELECT i.service_role FROM listener.installation i) THEN listener.deferred_writes() END;
+    -- In the service's own sessions such triggers run at once: see generate_difference().
+    deferred jsonb := CASE WHEN session_user <> (SELECT i.service_role FROM listener.installation i)
+                           THEN listener.deferred_writes() END;
 BEGIN
     PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
@@ -138,9 +139,9 @@ BEGIN
         PERFORM listener.use_settings(custom);
     END IF;
     IF deferred IS NOT NULL AND deferred <> listener.deferred_writes() THEN
-        RAISE EXCEPTION '% writes to a table with a trigger that waits for the end of the transaction, and would run there with the rights of %',
+        RAISE EXCEPTION 'refreshing % fires a trigger that waits for the end of the transaction, where it would run with the rights of %',
                 managed.name, session_user
-            USING ERRCODE = 'LSN04', HINT = 'The service refreshes it. Else: ALTER TABLE … ALTER CONSTRAINT … NOT DEFERRABLE, or make the trigger so.';
+            USING ERRCODE = 'LSN04', HINT = 'Let the service refresh it, or make the trigger NOT DEFERRABLE.';
     END IF;
     IF twice IS NOT NULL THEN
         RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice
@@ -267,7 +268,8 @@ BEGIN
     END IF;
     RETURN QUERY
         SELECT c.tenant
-        FROM (SELECT l.tenant FROM jsonb_array_elements_text(listener.evaluate(managed, listener.listing_statement(managed), '')) AS l (tenant)
+        FROM (SELECT l.tenant
+              FROM jsonb_array_elements_text(listener.evaluate(managed, listener.listing_statement(managed), '')) AS l (tenant)
               UNION SELECT k.tenant FROM listener.dirty_key k WHERE k.view_id = managed.id
               UNION SELECT r.tenant FROM listener.refresh_state r WHERE r.view_id = managed.id) AS known (tenant)
         CROSS JOIN LATERAL listener.canonical_or_null(known.tenant, managed.tenant_type) AS c (tenant)

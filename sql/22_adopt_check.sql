@@ -68,7 +68,8 @@ BEGIN
     SELECT proven AND NOT bool_or(c.relrowsecurity) INTO proven
     FROM listener.tenant_inputs(adoption.relid, managed.tenant_column) i JOIN pg_class c ON c.oid = i.relid;
     IF proven THEN
-        proven := NOT EXISTS (SELECT h FROM listener.tenants_held(adoption, managed.tenant_column) h EXCEPT SELECT listener.tenants(managed.name));
+        proven := NOT EXISTS (SELECT h FROM listener.tenants_held(adoption, managed.tenant_column) h
+                              EXCEPT SELECT listener.tenants(managed.name));
     END IF;
     PERFORM set_config('role', previous_role, true);
     RETURN coalesce(proven, false);
@@ -94,7 +95,8 @@ BEGIN
     FROM listener.tenant_scope(to_regclass('listener.definition_' || managed.id), managed.tenant_column, managed.tenant_type) s
     WHERE NOT s.proven HAVING count(*) > 0;
     RETURN format('its owner %s does not see all rows of %s without a tenant, so neither the whole query nor REFRESH can be trusted, '
-                  'and it is not proven that a tenant''s rows depend on its own alone%s', adoption.owner_role, hidden, ': ' || nullif(doubt, ''))
+                  'and it is not proven that a tenant''s rows depend on its own alone%s', adoption.owner_role, hidden,
+                      ': ' || nullif(doubt, ''))
     WHERE doubt IS NOT NULL;
 END
 $function$;
@@ -127,44 +129,29 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{filling}');
     differing jsonb;
-    is_done boolean;
 BEGIN
     IF listener.hidden_from_owner(adoption.relid) IS NOT NULL THEN
         RETURN QUERY
             SELECT h.tenant, coalesce(d.held, 0), 0::bigint
-            FROM (SELECT t FROM listener.tenants_held(adoption, managed.tenant_column) t EXCEPT SELECT listener.tenants(managed.name)) AS h (tenant)
+            FROM (SELECT t FROM listener.tenants_held(adoption, managed.tenant_column) t
+                  EXCEPT SELECT listener.tenants(managed.name)) AS h (tenant)
             LEFT JOIN LATERAL (SELECT e.held FROM listener.tenant_digest(managed.name, h.tenant) e WHERE h.tenant <> '') d ON true
             -- A tenant that is gone has none in the query.
             WHERE d.held IS DISTINCT FROM 0 ORDER BY 1;
     ELSE
-        PERFORM listener.check_may_act(adoption.owner_role);
-        -- As evaluate_as() does, but within the statement that computes the tenants: with that one's snapshot.
-        BEGIN
-            EXECUTE format('CREATE FUNCTION pg_temp.listener_evaluate(statement text, tenant text) RETURNS jsonb
-                            LANGUAGE plpgsql STABLE SECURITY DEFINER %s AS %L',
-                           listener.set_clauses(listener.settings_of(managed)), listener.evaluating_body());
-            EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', adoption.owner_role);
-            EXECUTE $sql$
+        differing := listener.evaluate_as(
+            adoption.owner_role, listener.digests_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n'))),
+            NULL, listener.settings_of(managed), format($sql$
                 WITH whole AS MATERIALIZED (
-                    SELECT w.* FROM pg_temp.listener_evaluate($1, NULL) AS e (found)
+                    SELECT w.* FROM pg_temp.listener_evaluate($1, $2) AS e (found)
                     CROSS JOIN LATERAL jsonb_to_recordset(e.found) AS w (tenant text, held bigint, digest numeric)
                 ), alone AS MATERIALIZED (
-                    SELECT t.tenant, d.held, d.digest FROM listener.tenants($2) AS t (tenant)
-                    CROSS JOIN LATERAL listener.tenant_digest($2, t.tenant) d
+                    SELECT t.tenant, d.held, d.digest FROM listener.tenants(%1$L) AS t (tenant)
+                    CROSS JOIN LATERAL listener.tenant_digest(%1$L, t.tenant) d
                 )
                 SELECT jsonb_agg(jsonb_build_array(coalesce(a.tenant, w.tenant), coalesce(a.held, 0), coalesce(w.held, 0)))
                 FROM whole w FULL JOIN alone a ON a.tenant = w.tenant
-                WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)$sql$
-            INTO differing
-            USING listener.digests_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n'))), managed.name;
-            is_done := true;
-            RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
-        EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
-            PERFORM listener.leave_nothing(NULL);
-            IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
-                RAISE;
-            END IF;
-        END;
+                WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)$sql$, managed.name));
         RETURN QUERY SELECT d ->> 0, (d ->> 1)::bigint, (d ->> 2)::bigint
                      FROM jsonb_array_elements(coalesce(differing, '[]')) d ORDER BY 1;
     END IF;
