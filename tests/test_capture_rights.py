@@ -1,5 +1,7 @@
 """Capture has the rights of the owner of the schema: it runs no code that a column's type brings along, and fails no write."""
 
+# ruff: noqa: S608 - the statements are made of the text below
+
 from __future__ import annotations
 
 from typing import Any, LiteralString
@@ -98,3 +100,25 @@ async def test_a_renamed_column_of_such_a_partition_means_all_tenants_and_fails_
     await typed.execute("INSERT INTO shop.notes_1 VALUES (1, 'good', 'ab')")
     await typed.execute("RESET ROLE")
     assert await rows(typed, "SELECT tenant FROM listener.change_log") == [("ab",), ("",)]
+
+
+async def test_doctor_names_a_policy_whose_code_a_look_up_runs(typed: AsyncConnection[Any], shop: Database) -> None:
+    findings = "SELECT object, mend FROM listener.function_findings() WHERE object = 'shop.parents'"
+    await typed.execute(
+        "SELECT listener.add_source('shop.lines', through => 'shop.parents', columns => '{numbers}', "
+        "references_columns => '{numbers}')"
+    )
+    await typed.execute("ALTER TABLE shop.parents ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    await typed.execute(
+        "CREATE POLICY plain ON shop.parents USING (tenant_id = current_setting('app.current_tenant_id', true))"
+    )
+    assert await rows(typed, findings) == []
+    await typed.execute("CREATE POLICY code ON shop.parents USING (shop.note(tenant_id))")
+    assert await rows(typed, findings) == [("shop.parents", "ALTER ROLE listener_owner BYPASSRLS;")]
+    await typed.execute("ALTER ROLE listener_owner BYPASSRLS")
+    try:
+        assert await rows(typed, findings) == []
+        await typed.execute("INSERT INTO shop.lines (numbers, day) VALUES ('{1,2}', 5)")
+        assert await ran_as_owner(typed) == []
+    finally:
+        await typed.execute("ALTER ROLE listener_owner NOBYPASSRLS")
