@@ -51,6 +51,7 @@ BEGIN
 END
 $difference$;
 -- What these return is another row.
+DROP FUNCTION IF EXISTS listener.row_shape(oid);
 DROP FUNCTION IF EXISTS listener.uncast(text);
 DROP FUNCTION IF EXISTS listener.equalities(text, text);
 DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
