@@ -50,8 +50,9 @@ BEGIN
     END LOOP;
 END
 $difference$;
--- What these return is another row.
+-- Nothing calls it any more.
 DROP FUNCTION IF EXISTS listener.row_shape(oid);
+-- What these return is another row.
 DROP FUNCTION IF EXISTS listener.uncast(text);
 DROP FUNCTION IF EXISTS listener.equalities(text, text);
 DROP FUNCTION IF EXISTS listener.implied(jsonb, text);
