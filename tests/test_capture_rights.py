@@ -1,4 +1,4 @@
-"""Capture has the rights of the owner of the schema: it runs no code that a column's type brings along, and fails no write."""
+"""Capture has the rights of the owner of the schema: it runs no code of a type, and fails no write."""
 
 # ruff: noqa: S608 - the statements are made of the text below
 

@@ -1,10 +1,10 @@
-"""What the code of a team leaves in the session that computes: nothing that a later statement of that session would run.
+"""What the code of a team leaves in the session that computes: nothing that a later statement would run.
 
 A prepared statement, a cursor WITH HOLD, a type of a common name, a trigger that waits for the commit: PostgreSQL runs
 each with the rights that the session has by then, not with those of the code that made it.
 """
 
-# ruff: noqa: S608 - the statements are made of the text below
+# ruff: noqa: S608, E501, FBT001 - the statements are made of the text below, some are a line each, and a test has two forms
 
 from __future__ import annotations
 
