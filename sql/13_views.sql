@@ -110,12 +110,12 @@ BEGIN
     view.id := pg_catalog.nextval(pg_catalog.pg_get_serial_sequence('listener.managed_view', 'id'));
     PERFORM listener.generate_computing(view);
     definition := listener.create_definition(view);
-    PERFORM listener.check_readable(definition, listener.grantee_of(view));
     view.tenant_type := listener.check_columns(definition, view.tenant_column, view.key_columns);
-    view.settings := view.settings || listener.check_session(view.name, ARRAY[
-        definition, pg_catalog.to_regclass('listener.tenants_' || view.id)]);
     SELECT r.source_ids, r.tenant_secured INTO source_ids, view.tenant_secured
     FROM listener.register_sources(definition, tenant_column, depends_on) r;
+    PERFORM listener.check_readable(definition, listener.grantee_of(view));
+    view.settings := view.settings || listener.check_session(view.name, ARRAY[
+        definition, pg_catalog.to_regclass('listener.tenants_' || view.id)]);
     IF tenants_query IS NULL THEN
         PERFORM listener.create_default_tenants(view, source_ids);
     END IF;

@@ -4,7 +4,7 @@ A prepared statement, a cursor WITH HOLD, a type of a common name, a trigger tha
 each with the rights that the session has by then, not with those of the code that made it.
 """
 
-# ruff: noqa: S608, E501, FBT001 - the statements are made of the text below, some are a line each, and a test has two forms
+# ruff: noqa: S608 - the statements are made of the text below
 
 from __future__ import annotations
 
@@ -43,9 +43,11 @@ CREATE FUNCTION leaver.on_side() RETURNS trigger LANGUAGE plpgsql AS
 CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON leaver.side DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION leaver.on_side();
 CREATE FUNCTION leaver.act() RETURNS void LANGUAGE plpgsql AS 'BEGIN END';
-CREATE FUNCTION leaver.leave(v int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN PERFORM leaver.act(); RETURN v; END';
+CREATE FUNCTION leaver.leave(v int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
+    'BEGIN PERFORM leaver.act(); RETURN v; END';
 RESET ROLE;
-SELECT listener.create_view('leaver.shown', 'SELECT tenant_id, leaver.leave(sum(v)::int) AS v FROM leaver.sales GROUP BY 1',
+SELECT listener.create_view('leaver.shown',
+                            'SELECT tenant_id, leaver.leave(sum(v)::int) AS v FROM leaver.sales GROUP BY 1',
                             '{tenant_id}', depends_on => '{}', compute_role => 'leaver_compute');
 """
 
@@ -123,7 +125,7 @@ async def test_nothing_of_what_code_leaves_in_the_services_session_runs_there_la
 @pytest.mark.parametrize("call", ["refresh('shown', 't1')", "compare('shown', 't1')"])
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_statement_that_code_prepared_is_gone_whether_it_failed_or_was_rolled_back(
-    team: AsyncConnection[Any], database: Database, user: str, call: str, fails: bool
+    team: AsyncConnection[Any], database: Database, user: str, call: str, *, fails: bool
 ) -> None:
     await leaves(
         team,
