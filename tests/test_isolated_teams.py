@@ -165,7 +165,7 @@ async def test_a_view_changes_the_role_that_it_is_computed_as(teams: AsyncConnec
 
 async def test_doctor_warns_where_the_views_of_two_teams_are_computed_as_one_role(teams: AsyncConnection[Any]) -> None:
     findings: LiteralString = """
-        SELECT object, view FROM listener.function_findings() WHERE problem LIKE 'views over tables of team_a, team_b%'
+        SELECT object, view FROM listener.function_findings() WHERE problem LIKE 'it computes views over tables of team_a, team_b%'
         """
     assert await (await teams.execute(findings)).fetchall() == []
     await teams.execute(
