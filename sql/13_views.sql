@@ -173,29 +173,6 @@ BEGIN
 END
 $function$;
 
--- check_window(...): raises LSN02 where a window makes no sense.
-CREATE OR REPLACE FUNCTION listener.check_window(
-    quiet_period interval, max_wait interval, edge text, max_age interval, time_zone text,
-    max_staleness interval DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    wrong text := CASE
-        WHEN quiet_period < '0' THEN 'quiet_period must not be negative'
-        WHEN max_wait < quiet_period THEN format('max_wait (%s) must not be shorter than quiet_period (%s)', max_wait, quiet_period)
-        WHEN edge NOT IN ('leading', 'trailing') THEN format('edge must be leading or trailing, not %s', edge)
-        WHEN max_age <= '0' THEN 'max_age must be longer than 0'
-        WHEN max_staleness < max_wait OR max_staleness <= '0' THEN format(
-            'max_staleness (%s) must not be shorter than max_wait (%s), for which each change may wait', max_staleness, max_wait)
-        WHEN greatest(quiet_period, max_wait, max_age, max_staleness) > '1 year' THEN 'no window is longer than a year'
-        WHEN NOT EXISTS (SELECT FROM pg_timezone_names t WHERE lower(t.name) = lower(time_zone))
-            THEN format('there is no time zone %L', time_zone) END;
-BEGIN
-    IF wrong IS NOT NULL THEN
-        RAISE EXCEPTION '%', wrong USING ERRCODE = 'LSN02';
-    END IF;
-END
-$function$;
-
 -- set_window(view, ...): changes a view's window. NULL leaves a value as it is; `without_max_age` and
 -- `without_max_staleness` remove that value. A running service takes it over with the next change or sweep.
 CREATE OR REPLACE FUNCTION listener.set_window(
@@ -264,6 +241,7 @@ BEGIN
     IF managed.target_rls THEN
         EXECUTE format('ALTER POLICY listener_list ON %s TO %I', target, listener.grantee_of(managed));
     END IF;
+    UPDATE listener.managed_view v SET fingerprint = coalesce(listener.view_fingerprint(v), v.fingerprint) WHERE v.id = managed.id;
     -- Row-level security may show another role other rows.
     PERFORM listener.mark_all_dirty(managed.id), set_config('role', previous_role, true);
 END
