@@ -240,9 +240,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
            OR c.source ~* '@@|tsquery|tsvector|\m(json(b)?_to_tsvector|array_to_tsvector|ts_headline|get_current_ts_config|default_text_search_config)\M')
 $function$;
 
--- pinned_settings(view): the settings that the functions of a view pin in SET clauses, each with its value: the one
--- that the registration kept, else the one that was always pinned, else the default. search_path is a list of quoted
--- names.
+-- pinned_settings(view): the settings that the functions of a view pin in SET clauses, each with its value: that of the
+-- registration, where it has no other here. search_path is a list of quoted names.
 CREATE OR REPLACE FUNCTION listener.pinned_settings(view listener.managed_view) RETURNS TABLE (name text, value text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
@@ -253,34 +252,33 @@ DECLARE
     by_configuration boolean := definition IS NULL OR listener.reads_search_configuration(definition);
 BEGIN
     RETURN QUERY
-        SELECT s.name, coalesce(s.own, view.settings ->> s.name, s.fallback)
+        SELECT s.name, coalesce(s.own, view.settings ->> s.name)
         FROM (VALUES
-            ('search_path', view.search_path, NULL),
-            ('TimeZone', view.time_zone, NULL),
-            ('DateStyle', NULL, 'ISO, YMD'),
-            ('IntervalStyle', NULL, 'postgres'),
-            ('array_nulls', NULL, 'on'),
-            ('xmloption', NULL, 'content'),
-            ('xmlbinary', NULL, 'base64'),
-            ('quote_all_identifiers', NULL, 'off'),
-            ('backslash_quote', NULL, 'safe_encoding'),
-            ('transform_null_equals', NULL, 'off'),
-            ('lc_monetary', CASE WHEN NOT by_locale THEN 'C' END, listener.default_setting('lc_monetary')),
-            ('lc_numeric', CASE WHEN NOT by_locale THEN 'C' END, listener.default_setting('lc_numeric')),
-            ('lc_time', CASE WHEN NOT by_locale THEN 'C' END, listener.default_setting('lc_time')),
-            ('default_text_search_config', CASE WHEN NOT by_configuration THEN 'pg_catalog.simple' END,
-             listener.default_setting('default_text_search_config')),
-            ('extra_float_digits', '1', NULL),
-            ('bytea_output', 'hex', NULL),
-            ('standard_conforming_strings', 'on', NULL),
-            ('row_security', 'on', NULL),
+            ('search_path', view.search_path),
+            ('TimeZone', view.time_zone),
+            ('DateStyle', NULL),
+            ('IntervalStyle', NULL),
+            ('array_nulls', NULL),
+            ('xmloption', NULL),
+            ('xmlbinary', NULL),
+            ('quote_all_identifiers', NULL),
+            ('backslash_quote', NULL),
+            ('transform_null_equals', NULL),
+            ('lc_monetary', CASE WHEN NOT by_locale THEN 'C' END),
+            ('lc_numeric', CASE WHEN NOT by_locale THEN 'C' END),
+            ('lc_time', CASE WHEN NOT by_locale THEN 'C' END),
+            ('default_text_search_config', CASE WHEN NOT by_configuration THEN 'pg_catalog.simple' END),
+            ('extra_float_digits', '1'),
+            ('bytea_output', 'hex'),
+            ('standard_conforming_strings', 'on'),
+            ('row_security', 'on'),
             -- Above 0 it leaves rows out.
-            ('gin_fuzzy_search_limit', '0', NULL),
+            ('gin_fuzzy_search_limit', '0'),
             -- It decides in which order rows are read.
-            ('synchronize_seqscans', 'off', NULL),
-            ('restrict_nonsystem_relation_kind', '', NULL),
-            ('jit', 'off', NULL)
-        ) AS s (name, own, fallback)
+            ('synchronize_seqscans', 'off'),
+            ('restrict_nonsystem_relation_kind', ''),
+            ('jit', 'off')
+        ) AS s (name, own)
         -- Not every minor release of PostgreSQL 15 to 17 has each of them.
         WHERE current_setting(s.name, true) IS NOT NULL;
 END
@@ -295,7 +293,7 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     RETURN (
         SELECT coalesce(jsonb_object_agg(s.key, s.value), '{}')
-        FROM (SELECT 'timezone_abbreviations' AS key, coalesce(view.settings ->> 'timezone_abbreviations', 'Default') AS value
+        FROM (SELECT 'timezone_abbreviations' AS key, view.settings ->> 'timezone_abbreviations' AS value
               UNION ALL
               SELECT o.key, o.value FROM jsonb_each_text(view.settings) o WHERE o.key LIKE '%.%') s
         WHERE current_setting(s.key, true) IS DISTINCT FROM s.value);
@@ -306,17 +304,10 @@ $function$;
 -- '2026-03-01' becomes a time when it is read, not when it is computed.
 CREATE OR REPLACE FUNCTION listener.reading_settings(view listener.managed_view) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT jsonb_build_object(
-        'TimeZone', view.time_zone,
-        'DateStyle', coalesce(view.settings ->> 'DateStyle', 'ISO, YMD'),
-        'IntervalStyle', coalesce(view.settings ->> 'IntervalStyle', 'postgres'),
-        'timezone_abbreviations', coalesce(view.settings ->> 'timezone_abbreviations', 'Default'),
-        'array_nulls', coalesce(view.settings ->> 'array_nulls', 'on'),
-        'xmloption', coalesce(view.settings ->> 'xmloption', 'content'),
-        'lc_monetary', coalesce(view.settings ->> 'lc_monetary', current_setting('lc_monetary')),
-        'backslash_quote', coalesce(view.settings ->> 'backslash_quote', 'safe_encoding'),
-        'transform_null_equals', coalesce(view.settings ->> 'transform_null_equals', 'off'),
-        'standard_conforming_strings', 'on')
+    SELECT jsonb_build_object('TimeZone', view.time_zone, 'standard_conforming_strings', 'on')
+           || (SELECT jsonb_object_agg(k.name, view.settings -> k.name)
+               FROM unnest('{DateStyle,IntervalStyle,timezone_abbreviations,array_nulls,xmloption,lc_monetary,backslash_quote,'
+                           'transform_null_equals}'::text[]) AS k (name))
 $function$;
 
 -- check_written(relation, query): raises LSN03 where the query of a materialized view, as query_of() writes it, would

@@ -307,12 +307,15 @@ BEGIN
 END
 $function$;
 
--- evaluate_as(role, statement, tenant, settings), plan_as(role, preparation, questions, settings): as evaluate() and
--- plan(), for a query of no managed view: that of a materialized view, say, as its owner. The function that runs it is
--- temporary, belongs to the role, and is gone with a subtransaction after this one call.
+-- evaluate_as(role, statement, tenant, settings, calling), plan_as(role, preparation, questions, settings): as
+-- evaluate() and plan(), for a query of no managed view: that of a materialized view, say, as its owner. The function
+-- that runs it is temporary, belongs to the role, and is gone with a subtransaction after this one call.
 --   settings   name -> value, for SET clauses
+--   calling    a statement of the caller's own that calls this function, and computes more in the same snapshot
 -- Raises LSN03 where the caller may not act as the role, and what the statement raises.
-CREATE OR REPLACE FUNCTION listener.evaluate_as(role name, statement text, tenant text, settings jsonb DEFAULT '{}') RETURNS jsonb
+CREATE OR REPLACE FUNCTION listener.evaluate_as(
+    role name, statement text, tenant text, settings jsonb DEFAULT '{}',
+    calling text DEFAULT 'SELECT pg_temp.listener_evaluate($1, $2)') RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     callers_tenant text := current_setting('app.current_tenant_id', true);
@@ -326,7 +329,7 @@ BEGIN
                        listener.set_clauses('{"search_path": "pg_catalog, pg_temp", "jit": "off"}' || settings),
                        listener.evaluating_body());
         EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', role);
-        EXECUTE 'SELECT pg_temp.listener_evaluate($1, $2)' INTO computed USING statement, tenant;
+        EXECUTE calling INTO computed USING statement, tenant;
         is_done := true;
         RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
     EXCEPTION WHEN SQLSTATE 'LSN00' THEN

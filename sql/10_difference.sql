@@ -42,8 +42,8 @@ $function$;
 -- settings of the view. Where casts_exactly(view), it is a plain cast.
 CREATE OR REPLACE FUNCTION listener.casts_exactly(view listener.managed_view) RETURNS boolean
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT coalesce(view.settings ->> 'DateStyle', 'ISO') LIKE 'ISO%' AND coalesce(view.settings ->> 'array_nulls', 'on') = 'on'
-       AND coalesce(view.settings ->> 'xmloption', 'content') = 'content'
+    SELECT view.settings ->> 'DateStyle' LIKE 'ISO%' AND view.settings ->> 'array_nulls' = 'on'
+       AND view.settings ->> 'xmloption' = 'content'
 $function$;
 CREATE OR REPLACE FUNCTION listener.text_of(view listener.managed_view, expression text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$

@@ -14,17 +14,9 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
-        WITH RECURSIVE nested (relid) AS (
-            SELECT relation::oid UNION SELECT v.relid FROM listener.tenant_views(relation) v
-        ), code (tree, source) AS (
-            SELECT r.ev_action::text COLLATE "C", pg_get_viewdef(n.relid) COLLATE "C" FROM nested n JOIN pg_rewrite r ON r.ev_class = n.relid
-            UNION
-            SELECT coalesce(p.prosqlbody::text, '') COLLATE "C", coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) COLLATE "C"
-            FROM code c
-            CROSS JOIN LATERAL regexp_matches(c.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') AS m (found)
-            JOIN pg_proc p ON p.oid = m.found[1]::oid
-            JOIN pg_language l ON l.oid = p.prolang AND l.lanname IN ('sql', 'plpgsql')
-            WHERE p.pronamespace <> 'pg_catalog'::regnamespace
+        WITH code AS MATERIALIZED (
+            SELECT c.tree, c.source FROM listener.code_of(relation) c
+            WHERE c.place = 'query' AND (c.routine IS NULL OR c.language IN ('sql', 'plpgsql'))
         ), called AS (
             SELECT DISTINCT p.oid, p.proname, p.provolatile, p.pronargs, c.source, p.pronamespace = 'pg_catalog'::regnamespace AS builtin,
                    p.pronamespace = 'pg_catalog'::regnamespace

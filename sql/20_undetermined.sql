@@ -216,7 +216,6 @@ CREATE OR REPLACE FUNCTION listener.undetermined(relation regclass) RETURNS TABL
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
-    tree jsonb;
     query jsonb;
 BEGIN
     FOR query IN

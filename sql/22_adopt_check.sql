@@ -127,7 +127,6 @@ DECLARE
     managed listener.managed_view := listener.find_view(view);
     adoption listener.adoption := listener.find_adoption(view, '{filling}');
     differing jsonb;
-    is_done boolean;
 BEGIN
     IF listener.hidden_from_owner(adoption.relid) IS NOT NULL THEN
         RETURN QUERY
@@ -137,33 +136,19 @@ BEGIN
             -- A tenant that is gone has none in the query.
             WHERE d.held IS DISTINCT FROM 0 ORDER BY 1;
     ELSE
-        PERFORM listener.check_may_act(adoption.owner_role);
-        -- As evaluate_as() does, but within the statement that computes the tenants: with that one's snapshot.
-        BEGIN
-            EXECUTE format('CREATE FUNCTION pg_temp.listener_evaluate(statement text, tenant text) RETURNS jsonb
-                            LANGUAGE plpgsql STABLE SECURITY DEFINER %s AS %L',
-                           listener.set_clauses(listener.settings_of(managed)), listener.evaluating_body());
-            EXECUTE format('ALTER FUNCTION pg_temp.listener_evaluate(text, text) OWNER TO %I', adoption.owner_role);
-            EXECUTE $sql$
+        differing := listener.evaluate_as(
+            adoption.owner_role, listener.digests_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n'))),
+            NULL, listener.settings_of(managed), format($sql$
                 WITH whole AS MATERIALIZED (
-                    SELECT w.* FROM pg_temp.listener_evaluate($1, NULL) AS e (found)
+                    SELECT w.* FROM pg_temp.listener_evaluate($1, $2) AS e (found)
                     CROSS JOIN LATERAL jsonb_to_recordset(e.found) AS w (tenant text, held bigint, digest numeric)
                 ), alone AS MATERIALIZED (
-                    SELECT t.tenant, d.held, d.digest FROM listener.tenants($2) AS t (tenant)
-                    CROSS JOIN LATERAL listener.tenant_digest($2, t.tenant) d
+                    SELECT t.tenant, d.held, d.digest FROM listener.tenants(%1$L) AS t (tenant)
+                    CROSS JOIN LATERAL listener.tenant_digest(%1$L, t.tenant) d
                 )
                 SELECT jsonb_agg(jsonb_build_array(coalesce(a.tenant, w.tenant), coalesce(a.held, 0), coalesce(w.held, 0)))
                 FROM whole w FULL JOIN alone a ON a.tenant = w.tenant
-                WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)$sql$
-            INTO differing
-            USING listener.digests_statement(managed, format('(%s) AS q', rtrim(adoption.definition, E'; \n'))), managed.name;
-            is_done := true;
-            RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
-        EXCEPTION WHEN SQLSTATE 'LSN00' THEN
-            IF is_done IS NOT TRUE THEN
-                RAISE;
-            END IF;
-        END;
+                WHERE (coalesce(a.held, 0), a.digest) IS DISTINCT FROM (coalesce(w.held, 0), w.digest)$sql$, managed.name));
         RETURN QUERY SELECT d ->> 0, (d ->> 1)::bigint, (d ->> 2)::bigint
                      FROM jsonb_array_elements(coalesce(differing, '[]')) d ORDER BY 1;
     END IF;

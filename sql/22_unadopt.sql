@@ -182,7 +182,7 @@ BEGIN
         END LOOP;
     END IF;
     PERFORM listener.use_settings(previous);
-    PERFORM listener.check_filled_back(managed, adoption, started);
+    PERFORM listener.check_filled_back(managed, started);
     IF adoption.query_view IS NOT NULL THEN
         RAISE NOTICE 'the query of % is in the view %.% from now on: its owner % does not see all rows without a tenant, so a REFRESH '
                      'would empty the materialized view, as before it was adopted', managed.name, managed.target_schema, adoption.query_view,
@@ -192,12 +192,12 @@ BEGIN
 END
 $function$;
 
--- check_filled_back(view, adoption, since): compares the materialized view, whose filling began at `since`, with the
+-- check_filled_back(view, since): compares the materialized view, whose filling began at `since`, with the
 -- definition. A change that is not shown yet, or was shown after that, explains a difference. REFRESH may also differ,
 -- and be right, where the definition has more than one right result (with as many rows), or is not proven to be
 -- tenant-local: a notice says so.
 -- Raises LSN03 with the tenants whose rows differ otherwise.
-CREATE OR REPLACE FUNCTION listener.check_filled_back(view listener.managed_view, adoption listener.adoption, since timestamptz) RETURNS void
+CREATE OR REPLACE FUNCTION listener.check_filled_back(view listener.managed_view, since timestamptz) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     filled regclass := format('%I.%I', view.target_schema, listener.name_beside(view))::regclass;

@@ -1,5 +1,6 @@
 -- What `listener doctor` asks the database, in sets: one query a function, however many tables there are. This file:
--- capture, progress, the server. sql/27_doctor_rights.sql: who may do what. sql/28_doctor_findings.sql puts them together.
+-- capture, progress, the server. sql/27_doctor_rights.sql: who may do what. sql/27_doctor_rows.sql: whose rows a view reads
+-- and shows. sql/28_doctor_findings.sql puts them together.
 --
 -- A finding: check (a group of findings), level ('error': a view makes no progress, or tenants are not kept apart;
 -- 'warning': it will hurt one day; 'ok': what was looked at and is well), view (NULL: no single one), object, problem

@@ -212,3 +212,17 @@ async def test_a_role_that_is_not_fit_is_refused_with_what_to_do(
     finally:
         if statement.startswith("CREATE"):
             await teams.execute(f"DROP ROLE {role}".encode())
+
+
+async def test_a_view_of_a_team_is_computed_under_any_style(teams: AsyncConnection[Any], database: Database) -> None:
+    """Values whose text depends on DateStyle are compared and written through functions that the role may call."""
+    await teams.execute("SET DateStyle = 'SQL, DMY'")
+    await teams.execute(
+        """SELECT listener.create_view('team_b.ranges',
+               'SELECT tenant_id, count(*)::numeric AS n, tstzrange(''2 March 2026'', NULL) AS since
+                FROM team_b.sources GROUP BY 1',
+               '{tenant_id}', tenants_query => $$SELECT 't1'$$, compute_role => 'team_b_compute')"""
+    )
+    assert listener("sweep", url=database.url()).returncode == 0
+    cursor = await teams.execute("SELECT n FROM team_b.ranges WHERE lower(since) = '2026-03-02 00:00+00'")
+    assert await cursor.fetchall() == [(2,)]

@@ -12,8 +12,11 @@ ALTER TABLE listener.managed_view
     ADD COLUMN compute_role name,
     ADD COLUMN settings jsonb NOT NULL DEFAULT '{}',
     ADD COLUMN max_staleness interval CHECK (max_staleness > '0');
--- Views that exist have been computed under these settings of the server until now, and under constants.
-UPDATE listener.managed_view SET settings = (
+-- Views that exist have been computed under these constants until now, and under these settings of the server.
+UPDATE listener.managed_view SET settings =
+    '{"DateStyle": "ISO, YMD", "IntervalStyle": "postgres", "array_nulls": "on", "xmloption": "content", "xmlbinary": "base64",
+      "quote_all_identifiers": "off", "backslash_quote": "safe_encoding", "transform_null_equals": "off",
+      "timezone_abbreviations": "Default"}'::jsonb || (
     SELECT jsonb_object_agg(g.name, g.reset_val) FROM pg_catalog.pg_settings g
     WHERE g.name IN ('lc_monetary', 'lc_numeric', 'lc_time', 'default_text_search_config'));
 -- What runs a team's code: see sql/03_computing.sql. Nobody but its owner may use it.
