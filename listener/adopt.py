@@ -63,7 +63,7 @@ class Adopted:
 
 
 class _NotByTenantError(Exception):
-    """A tenant's rows are others when they are computed alone, or may be; the text says whose, or why."""
+    """A tenant's rows differ, or may differ, when they are computed alone; the text says whose, or why."""
 
     def __init__(self, text: str, hint: str = "Leave --strategy out.") -> None:
         super().__init__(text)
@@ -90,10 +90,10 @@ async def adopt(connection: AsyncConnection[Any], request: Request, tell: Tell, 
 
 
 async def rehearse(connection: AsyncConnection[Any], request: Request, tell: Tell) -> Request:
-    """What adopt() would do, by the strategy that it would take; tells and raises as adopt() does. Changes nothing.
+    """The request with the strategy that adopt() would take. Tells and raises as adopt() does; changes nothing.
 
-    It compares as adopt() compares, which takes as long as a REFRESH, and does not fill: two rows with one key only
-    that shows.
+    It compares as adopt() does, which takes as long as a REFRESH. It does not fill, so it misses one error of adopt():
+    two rows with one key.
     """
 
     async def attempt(given: Request) -> Request:
@@ -112,7 +112,7 @@ async def rehearse(connection: AsyncConnection[Any], request: Request, tell: Tel
 async def _first_that_works(
     connection: AsyncConnection[Any], request: Request, tell: Tell, attempt: Callable[[Request], Awaitable[Result]]
 ) -> Result:
-    """The first strategy that is not refused; why others are is told."""
+    """What the first strategy gives that is not refused; tells why each one before it is."""
     strategies = [request.strategy] if request.strategy else [BY_TENANT, WHOLE, KEPT]
     if BY_TENANT in strategies and not await adoptions.has_column(connection, request.name, request.tenant_column):
         if request.strategy:
@@ -156,7 +156,10 @@ async def _adopt(
 
 
 async def _check_locality(connection: AsyncConnection[Any], view: str, *, must_be_proven: bool) -> None:
-    """Equal rows are no proof: ranks of equal sums, or of no rows at all, are the same by chance."""
+    """Raises _NotByTenantError where a proof is needed and there is none.
+
+    Equal rows are no proof: ranks of equal sums, or of no rows at all, are the same by chance.
+    """
     if why := await adoptions.why_not_by_tenant(connection, view):
         raise _NotByTenantError(why, hint=WRITE_IT_LOCAL)
     if must_be_proven and not await adoptions.is_tenant_local(connection, view):
@@ -186,7 +189,10 @@ async def unadopt(connection: AsyncConnection[Any], name: str, tell: Tell, patie
 
 
 async def _fill_back(connection: AsyncConnection[Any], view: str) -> None:
-    """Where the rows are the target's, that is brought up to date first: as of one now() if that counts."""
+    """Fills the materialized view. Where it is filled from the target, the target is refreshed first.
+
+    Where the rows depend on the time, that happens in the same transaction, at the same now().
+    """
     from_target, depends_on_time = await adoptions.fills_from_target(connection, view)
     if from_target:
         await operations.catch_up(connection, view)
@@ -242,7 +248,7 @@ async def _check(connection: AsyncConnection[Any], view: str, request: Request, 
                     f"computed alone, other rows come out for rows without a tenant ({difference.missing} of them)"
                 )
             continue
-        # The time went on since it was filled.
+        # It was filled at another now().
         if difference.verdict == "moved" and await _is_exact_now(connection, view, difference.tenant_id or ""):
             continue
         raise SetupError(
@@ -257,7 +263,7 @@ async def _check(connection: AsyncConnection[Any], view: str, request: Request, 
 
 
 async def _is_exact_now(connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
-    """Refreshed and compared in one transaction, at one now(); who is at the key is waited for."""
+    """Refreshes and compares a key in one transaction, at one now(); waits while another session refreshes it."""
     deadline = anyio.current_time() + BUSY_PATIENCE
     while True:
         if await adoptions.refresh_and_compare(connection, view, tenant):
@@ -268,7 +274,7 @@ async def _is_exact_now(connection: AsyncConnection[Any], view: str, tenant: str
 
 
 async def _check_tenants(connection: AsyncConnection[Any], view: str, request: Request, tell: Tell) -> None:
-    """Each tenant's rows against those of the whole query, unless the planner spares it."""
+    """Compares each tenant's rows with those of the whole query, unless the planner has proved them equal."""
     if request.strategy != BY_TENANT:
         return
     if await adoptions.is_proven(connection, view):

@@ -82,7 +82,7 @@ async def begin(connection: AsyncConnection[Any], request: Request) -> str:
 
 @asynccontextmanager
 async def rehearsal(connection: AsyncConnection[Any]) -> AsyncIterator[None]:
-    """A transaction in which adopting is tried, without triggers and without notices; it is rolled back."""
+    """A transaction that tries adopting without triggers and notices, and is rolled back."""
     async with connection.transaction(force_rollback=True):
         await connection.execute("SET LOCAL client_min_messages = error")
         await connection.execute("SELECT listener.begin_rehearsal()")
@@ -228,13 +228,13 @@ async def is_tenant_local(connection: AsyncConnection[Any], view: str) -> bool:
 
 
 async def why_not_by_tenant(connection: AsyncConnection[Any], view: str) -> str | None:
-    """Why nothing can say whether its rows are right; None: something can."""
+    """Why it is not known that its rows are right; None: it is, or a comparison will show it."""
     found = await queries.first(connection, "SELECT listener.why_not_by_tenant(%s)", view)
     return None if found is None else str(found)
 
 
 async def hidden_from_owner(connection: AsyncConnection[Any], view: str) -> tuple[str, str] | None:
-    """A table that row-level security hides rows of from the owner of the materialized view, and that owner."""
+    """A table whose rows row-level security hides from the owner of the materialized view, and that owner."""
     cursor = await connection.execute(
         """
         SELECT h.hidden::text, a.owner_role
@@ -248,13 +248,13 @@ async def hidden_from_owner(connection: AsyncConnection[Any], view: str) -> tupl
 
 
 async def rows_changed(connection: AsyncConnection[Any], view: str) -> int | None:
-    """How many rows are others than the materialized view has; None: not known."""
+    """How many rows differ from those of the materialized view; None: not known."""
     found = await queries.first(connection, "SELECT listener.rows_changed(%s)", view)
     return None if found is None else int(found)
 
 
 async def refresh_and_compare(connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
-    """Whether a tenant's rows, refreshed for this, are those of the query at one now(). False too while it is busy."""
+    """Refreshes a tenant, and compares its rows with the query at the same now(). False also while the key is busy."""
     return bool(
         await queries.first(
             connection,
@@ -295,7 +295,7 @@ async def begin_back(connection: AsyncConnection[Any], view: str) -> None:
 
 
 async def fills_from_target(connection: AsyncConnection[Any], view: str) -> tuple[bool, bool]:
-    """Whether what is filled back are the rows of the target, and whether they depend on the time."""
+    """Whether the materialized view is filled from the target, and whether the rows depend on the time."""
     cursor = await connection.execute("SELECT is_so, depends_on_time FROM listener.fills_from_target(%s)", (view,))
     row = await cursor.fetchone()
     assert row is not None

@@ -46,7 +46,7 @@ class Step:
 
     @property
     def settings(self) -> list[str]:
-        """The names of what is set without building the view again."""
+        """The names of the settings that change without building the view again."""
         return [*self.window, *(["compute_role"] if self.compute_role else [])]
 
 

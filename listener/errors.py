@@ -121,7 +121,7 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
         # With a context it was raised inside a function that the role may call: the definition reads or writes what
         # the service's role may not.
         if error.diag.context:
-            hint = hint or "Refreshes run as the service's role: GRANT it what the view reads and its target."
+            hint = hint or "GRANT the view's compute role, or the service, what the view reads and its target."
         else:
             message += f" (role {role})" if role else ""
             hint = hint or (f"Run it as {needed}." if needed else None)

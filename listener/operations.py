@@ -97,10 +97,10 @@ async def refresh_one(connection: AsyncConnection[Any], view: str, tenant: str, 
 async def refresh_all_views(
     connection: AsyncConnection[Any], tenant: str, patience: float = 30
 ) -> list[dict[str, Any]]:
-    """Refreshes all views of a tenant now, in one transaction; a row per view, in the order of what they read.
+    """Refreshes all views of a tenant now, in one transaction. A row per view, in the order of what they read.
 
-    Tried again for up to `patience` seconds while somebody else is at one of them: what reads that one must come after.
-    Raises psycopg.Error, with the view's name in it, where one fails; then nothing was written.
+    Tries again for up to `patience` seconds while another session refreshes one of them: the views that read that one
+    must come after it. Raises psycopg.Error, with the view's name in it, where one fails; then nothing was written.
     """
     deadline = anyio.current_time() + patience
     while True:

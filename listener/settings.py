@@ -71,7 +71,7 @@ Name = Annotated[str, Field(min_length=1, max_length=63)]
 
 
 def compute_role_of(given: dict[str, Any]) -> str:
-    """The compute role that goes with these roles where none is named: `listener_compute` for `listener_service`."""
+    """The compute role where none is named: `listener_compute` for `listener_service`."""
     owner, service = str(given.get("owner_role")), str(given.get("service_role"))
     return owner if owner == service else service.removesuffix("_service")[: 63 - len("_compute")] + "_compute"
 

@@ -222,12 +222,12 @@ async def depends_on_time(connection: AsyncConnection[Any], view: str) -> bool:
 
 
 async def is_undetermined(connection: AsyncConnection[Any], view: str, tenant: str) -> bool:
-    """Whether the key has more than one right result, as far as is known."""
+    """Whether check_drift() found that the key has more than one right result."""
     return bool(await first(connection, "SELECT listener.is_undetermined(%s, %s)", view, tenant))
 
 
 async def rows_without_tenant(connection: AsyncConnection[Any], view: str) -> int:
-    """How many rows of a definition no tenant's refresh returns; 0 where they cannot be counted, or are kept."""
+    """How many rows of a definition have no tenant; 0 where they cannot be counted, or the view keeps them."""
     return await first(connection, "SELECT listener.rows_without_tenant(%s)", view) or 0
 
 

@@ -256,7 +256,7 @@ async def test_a_role_that_may_not_is_told_which_role_may(books: Database) -> No
     async with books.connect() as superuser:
         await superuser.execute("REVOKE SELECT ON revenue_ledger FROM listener_service")
     line = one_line("refresh", "mv_realtime_revenue", "--tenant", str(ANNA), url=books.url())
-    assert "permission denied for table revenue_ledger. Refreshes run as the service's role: GRANT" in line
+    assert "permission denied for table revenue_ledger. GRANT the view's compute role, or the service, what" in line
 
 
 async def test_the_databases_own_isolation_level_is_no_hindrance(books: Database) -> None:

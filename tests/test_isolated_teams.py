@@ -14,8 +14,8 @@ from conftest import Database, Server
 
 pytestmark = pytest.mark.anyio
 
-# What the code of team a tries, each of which must fail. {b} is the schema of team b, and {l} is listener: a table that a
-# function's text names would become a source of the view.
+# What the code of team a tries, each of which must fail. {b} is the schema of team b, and {l} is listener: a table that
+# a function's text names would become a source of the view.
 ATTEMPTS = (
     "SELECT secret FROM {b}.sources",
     "SELECT n FROM {b}.totals",
@@ -167,7 +167,8 @@ async def test_a_view_changes_the_role_that_it_is_computed_as(teams: AsyncConnec
 
 async def test_doctor_warns_where_the_views_of_two_teams_are_computed_as_one_role(teams: AsyncConnection[Any]) -> None:
     findings: LiteralString = """
-        SELECT object, view FROM listener.function_findings() WHERE problem LIKE '%views over tables of team_a, team_b:%'
+        SELECT object, view FROM listener.function_findings()
+        WHERE problem LIKE '%views over tables of team_a, team_b:%'
         """
     assert await (await teams.execute(findings)).fetchall() == []
     await teams.execute(

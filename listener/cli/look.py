@@ -81,7 +81,7 @@ def _view_line(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limit(row: dict[str, Any]) -> str | None:
-    """How stale the view may be, and whether it is staler."""
+    """How stale the view may be, and whether it is staler than that."""
     if row["max_staleness"] is None:
         return None
     return f"{console.text(row['max_staleness'])}{', passed' if row['too_stale'] else ''}"
