@@ -183,7 +183,8 @@ $function$;
 --   is_apart   whether a refresh sees only its tenant's rows of the table. So it is where all policies of the table
 --              compare its tenant column with app.current_tenant_id and nothing reads it with other rights; and where a
 --              look-up goes through the table by that column
-CREATE OR REPLACE FUNCTION listener.policy_sources(relation regclass, tenant_column name) RETURNS TABLE (relid oid, is_apart boolean)
+CREATE OR REPLACE FUNCTION listener.policy_sources(relation regclass, tenant_column name)
+    RETURNS TABLE (relid oid, is_apart boolean)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH reached AS MATERIALIZED (
         SELECT DISTINCT w.classid, w.objid FROM listener.reached(relation) w WHERE w.by_policy AND w.objsubid = 0
@@ -332,7 +333,8 @@ BEGIN
                                    CASE WHEN (c.reloptions @> '{security_invoker=true}') IS NOT TRUE THEN c.relowner END)
                     ELSE concat_ws(' ', 'table', c.oid, c.relrowsecurity,
                                    CASE WHEN c.relrowsecurity THEN concat_ws(' ', c.relforcerowsecurity, (
-                                       SELECT string_agg(concat_ws(' ', r.rolsuper, r.rolbypassrls, pg_has_role(r.oid, c.relowner, 'USAGE')),
+                                       SELECT string_agg(concat_ws(' ', r.rolsuper, r.rolbypassrls,
+                                           pg_has_role(r.oid, c.relowner, 'USAGE')),
                                                          ',' ORDER BY r.oid)
                                        FROM pg_roles r WHERE r.oid = ANY (roles))) END) END
         FROM reached w JOIN pg_class c ON w.classid = 'pg_class'::regclass AND w.objsubid = 0 AND c.oid = w.objid
@@ -352,7 +354,8 @@ BEGIN
         FROM reached w JOIN pg_operator o ON w.classid = 'pg_operator'::regclass AND o.oid = w.objid
         UNION ALL
         SELECT concat_ws(' ', 'type', t.oid, t.typnotnull, t.typdefault, t.typbasetype, t.typtypmod, t.typinput::oid, t.typoutput::oid,
-                         (SELECT string_agg(concat_ws(' ', e.oid, e.enumsortorder, quote_literal(e.enumlabel)), ',' ORDER BY e.enumsortorder)
+                         (SELECT string_agg(concat_ws(' ', e.oid, e.enumsortorder, quote_literal(e.enumlabel)), ','
+                             ORDER BY e.enumsortorder)
                           FROM pg_enum e WHERE t.typtype = 'e' AND e.enumtypid = t.oid))
         FROM reached w JOIN pg_type t ON w.classid = 'pg_type'::regclass AND t.oid = w.objid
         UNION ALL

@@ -16,7 +16,8 @@
 -- in managed_view.settings. The time zone has a column of its own.
 CREATE OR REPLACE FUNCTION listener.kept_settings() RETURNS text[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT '{DateStyle,IntervalStyle,array_nulls,xmloption,xmlbinary,lc_monetary,lc_numeric,lc_time,default_text_search_config,quote_all_identifiers,backslash_quote,transform_null_equals,timezone_abbreviations}'::text[]
+    SELECT '{DateStyle,IntervalStyle,array_nulls,xmloption,xmlbinary,lc_monetary,lc_numeric,lc_time,default_text_search_config,'
+           'quote_all_identifiers,backslash_quote,transform_null_equals,timezone_abbreviations}'::text[]
 $function$;
 
 -- session_settings(): what this session has of these, and its time zone: name -> value.
@@ -69,7 +70,8 @@ DECLARE
     previous jsonb := listener.use_settings(listener.session_settings() || '{"DateStyle": "ISO, MDY"}');
     defaults jsonb;
 BEGIN
-    PERFORM listener.use_settings((SELECT jsonb_object_agg(p.key, listener.default_setting(p.key)) FROM jsonb_object_keys(previous) p (key)));
+    PERFORM listener.use_settings((SELECT jsonb_object_agg(p.key, listener.default_setting(p.key))
+        FROM jsonb_object_keys(previous) p (key)));
     defaults := listener.session_settings();
     PERFORM listener.use_settings(previous);
     RETURN defaults;
@@ -92,10 +94,12 @@ BEGIN
         WITH RECURSIVE nested (relid) AS (
             SELECT relation::oid UNION SELECT v.relid FROM listener.tenant_views(relation) v
         ), code (place, tree, source, routine, language) AS (
-            SELECT 'query' COLLATE "C", r.ev_action::text COLLATE "C", listener.query_of(n.relid) COLLATE "C", NULL::oid, NULL::name COLLATE "C"
+            SELECT 'query' COLLATE "C", r.ev_action::text COLLATE "C", listener.query_of(n.relid) COLLATE "C",
+                NULL::oid, NULL::name COLLATE "C"
             FROM nested n JOIN pg_rewrite r ON r.ev_class = n.relid
             UNION
-            SELECT 'policy' COLLATE "C", p.polqual::text COLLATE "C", pg_get_expr(p.polqual, p.polrelid) COLLATE "C", NULL::oid, NULL::name COLLATE "C"
+            SELECT 'policy' COLLATE "C", p.polqual::text COLLATE "C", pg_get_expr(p.polqual, p.polrelid) COLLATE "C",
+                NULL::oid, NULL::name COLLATE "C"
             FROM listener.tenant_inputs(relation, NULL) i
             JOIN pg_class c ON c.oid = i.relid AND c.relrowsecurity
             JOIN pg_policy p ON p.polrelid = c.oid AND p.polqual IS NOT NULL AND p.polcmd IN ('r', '*')
@@ -121,7 +125,8 @@ $function$;
 --   what    the function, or the setting
 -- The catalog has no dependency on PostgreSQL's own functions, so stored queries are searched for their numbers, and
 -- texts for their names.
-CREATE OR REPLACE FUNCTION listener.session_dependence(relation regclass) RETURNS TABLE (place text, kind text, what text)
+CREATE OR REPLACE FUNCTION listener.session_dependence(relation regclass)
+    RETURNS TABLE (place text, kind text, what text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     WITH code AS (
         SELECT CASE WHEN c.place = 'query' AND c.routine IS NOT NULL THEN 'function' ELSE c.place END AS place, c.tree, c.routine,
@@ -168,7 +173,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conformin
         -- What an extension lets sessions set, pg_trgm.similarity_threshold say, decides on what its operators find.
         SELECT c.place, 'custom setting', g.name
         FROM code c JOIN pg_proc p ON p.oid = c.routine AND p.probin IS NOT NULL
-        JOIN pg_settings g ON g.context = 'user' AND split_part(g.name, '.', 1) = regexp_replace(p.probin, '^.*/', '') AND g.name LIKE '%.%'
+        JOIN pg_settings g ON g.context = 'user' AND split_part(g.name, '.', 1) = regexp_replace(p.probin, '^.*/', '')
+            AND g.name LIKE '%.%'
     ) f
     ORDER BY 1, 2, 3
 $function$;
@@ -227,7 +233,8 @@ CREATE OR REPLACE FUNCTION listener.reads_locale(relation regclass) RETURNS bool
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     SELECT EXISTS (
         SELECT FROM listener.code_of(relation) c
-        WHERE c.language NOT IN ('sql', 'plpgsql') OR c.source ~* '\m(to_char|to_number|to_date|to_timestamp|money|lc_(monetary|numeric|time))\M'
+        WHERE c.language NOT IN ('sql', 'plpgsql')
+            OR c.source ~* '\m(to_char|to_number|to_date|to_timestamp|money|lc_(monetary|numeric|time))\M'
            OR c.tree ~ ':[a-z]*type (790|791)\M')
 $function$;
 

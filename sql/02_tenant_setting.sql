@@ -10,15 +10,18 @@
 -- raising_policies(): the policies that raise an error where the setting is '', and none where it is unset.
 --   type     the type to which they cast the setting
 --   mended   USING and WITH CHECK as they should be; NULL where a function of the policy has the cast
-CREATE OR REPLACE FUNCTION listener.raising_policies() RETURNS TABLE (relation regclass, policy name, type text, mended text)
+CREATE OR REPLACE FUNCTION listener.raising_policies()
+    RETURNS TABLE (relation regclass, policy name, type text, mended text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on AS $function$
     WITH pattern (cast_of) AS (
         VALUES ('(current_setting\(''app\.current_tenant_id''(?:::text)?,\s*true\))(\)*(?:\s*::\s*|\s+as\s+))(uuid|bigint|integer|smallint|numeric|int\d?)\M')
     ), policy AS (
-        SELECT p.oid, p.polrelid, p.polname, pg_get_expr(p.polqual, p.polrelid) AS qual, pg_get_expr(p.polwithcheck, p.polrelid) AS checked
+        SELECT p.oid, p.polrelid, p.polname, pg_get_expr(p.polqual, p.polrelid) AS qual,
+            pg_get_expr(p.polwithcheck, p.polrelid) AS checked
         FROM pg_policy p
         WHERE concat(p.polqual, p.polwithcheck) ~ ':funcid 3294\M'
-           OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_policy'::regclass AND d.objid = p.oid AND d.refclassid = 'pg_proc'::regclass)
+           OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_policy'::regclass AND d.objid = p.oid
+               AND d.refclassid = 'pg_proc'::regclass)
     )
     SELECT p.polrelid::regclass, p.polname, lower(f.found[3]),
            CASE WHEN f.own THEN concat_ws(

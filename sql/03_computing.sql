@@ -47,7 +47,8 @@ BEGIN
     SELECT r.* INTO known FROM pg_roles r WHERE r.rolname = role;
     SELECT w.wrong, w.hint INTO wrong, hint
     FROM (VALUES
-        (1, known.oid IS NULL, 'there is no such role', format('CREATE ROLE %1$I NOLOGIN; GRANT %1$I TO %2$I;', role, installed.owner_role)),
+        (1, known.oid IS NULL, 'there is no such role',
+         format('CREATE ROLE %1$I NOLOGIN; GRANT %1$I TO %2$I;', role, installed.owner_role)),
         (2, known.rolsuper, 'it is a superuser', format('ALTER ROLE %I NOSUPERUSER;', role)),
         (3, known.rolbypassrls, 'row-level security does not bind it', format('ALTER ROLE %I NOBYPASSRLS;', role)),
         (4, known.rolcanlogin, 'it may log in', format('ALTER ROLE %I NOLOGIN;', role)),
@@ -341,7 +342,8 @@ BEGIN
     RETURN computed;
 END
 $function$;
-CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}') RETURNS jsonb
+CREATE OR REPLACE FUNCTION listener.plan_as(role name, preparation text[], questions jsonb, settings jsonb DEFAULT '{}')
+    RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     callers_tenant text := current_setting('app.current_tenant_id', true);

@@ -119,7 +119,8 @@ BEGIN
             SELECT DISTINCT t.relation, c.relowner FROM unnest(source_ids) AS s (id) CROSS JOIN LATERAL listener.wanted_triggers(s.id) t
             JOIN pg_class c ON c.oid = t.relation WHERE NOT pg_has_role(c.relowner, 'USAGE') ORDER BY 1
         LOOP
-            RAISE EXCEPTION 'role % cannot put capture triggers on %: it is no member of the role that owns it', current_user, wanted.relation
+            RAISE EXCEPTION 'role % cannot put capture triggers on %: it is no member of the role that owns it',
+                current_user, wanted.relation
                 USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I.', pg_get_userbyid(wanted.relowner), current_user);
         END LOOP;
         RETURN;

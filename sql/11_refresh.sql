@@ -253,7 +253,8 @@ BEGIN
     END IF;
     RETURN QUERY
         SELECT c.tenant
-        FROM (SELECT l.tenant FROM jsonb_array_elements_text(listener.evaluate(managed, listener.listing_statement(managed), '')) AS l (tenant)
+        FROM (SELECT l.tenant
+              FROM jsonb_array_elements_text(listener.evaluate(managed, listener.listing_statement(managed), '')) AS l (tenant)
               UNION SELECT k.tenant FROM listener.dirty_key k WHERE k.view_id = managed.id
               UNION SELECT r.tenant FROM listener.refresh_state r WHERE r.view_id = managed.id) AS known (tenant)
         CROSS JOIN LATERAL listener.canonical_or_null(known.tenant, managed.tenant_type) AS c (tenant)

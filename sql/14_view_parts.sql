@@ -6,7 +6,8 @@
 -- more; then as a cursor's query, since a cursor takes one statement. That plans it, and planning may run functions that
 -- call themselves immutable, so the view's plan_<id> opens the cursor. Both read it under the search_path and the
 -- settings of the view.
-CREATE OR REPLACE FUNCTION listener.check_one_select(view listener.managed_view, query text, what text, hint text) RETURNS void
+CREATE OR REPLACE FUNCTION listener.check_one_select(view listener.managed_view, query text, what text, hint text)
+    RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     statement text;
@@ -27,7 +28,8 @@ BEGIN
                         ELSE hint END;
     END;
     PERFORM listener.use_settings(previous);
-    answer := listener.plan(view.id, '{}', jsonb_build_array(jsonb_build_object('query', query, 'path', view.search_path, 'opens', true)));
+    answer := listener.plan(view.id, '{}', jsonb_build_array(
+        jsonb_build_object('query', query, 'path', view.search_path, 'opens', true)));
     -- syntax_error, invalid_cursor_definition. Other errors of planning (of a policy without its setting, say) are no
     -- fault of the text.
     IF answer -> 0 ->> 'sqlstate' IN ('42601', '42P11') THEN
@@ -235,7 +237,8 @@ BEGIN
                WHERE t.tenant_column IS NULL AND t.found_column IS NOT NULL AND NOT t.is_named)
     INTO source_ids, tenant_secured, shared, told, asked
     FROM (
-        SELECT x.*, CASE WHEN x.is_apart OR x.is_explicit OR register_sources.tenant_column IS NULL THEN x.found_column END AS tenant_column
+        SELECT x.*, CASE WHEN x.is_apart OR x.is_explicit OR register_sources.tenant_column IS NULL
+                         THEN x.found_column END AS tenant_column
         FROM (
             SELECT c.oid AS relid, c.relrowsecurity AND c.relforcerowsecurity AS secured, known.through_id IS NOT NULL AS through,
                    read.is_apart, read.is_named, known.explicit IS TRUE AS is_explicit,

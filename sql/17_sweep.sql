@@ -165,7 +165,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     )
     SELECT md5(concat_ws(E'\n', (
             SELECT md5(string_agg(p.part, E'\n' ORDER BY p.part))
-            FROM (SELECT CASE WHEN n.relid = n.definition THEN '' ELSE n.relid::regclass::text END || pg_get_viewdef(n.relid) FROM nested n
+            FROM (SELECT CASE WHEN n.relid = n.definition THEN '' ELSE n.relid::regclass::text END
+                         || pg_get_viewdef(n.relid)
+                  FROM nested n
                   UNION ALL
                   SELECT f.oid::regprocedure::text || pg_get_functiondef(f.oid)
                   FROM (SELECT DISTINCT p.oid
@@ -208,7 +210,8 @@ BEGIN
     WHERE v.fingerprint NOT LIKE '2 %' AND v.fingerprint = listener.first_fingerprint(v) AND NOT EXISTS (
         SELECT FROM listener.policy_sources(to_regclass('listener.definition_' || v.id), v.tenant_column) p
         WHERE p.relid NOT IN (SELECT s.relid FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
-                              WHERE w.view_id = v.id AND (p.is_apart OR s.explicit OR s.tenant_column IS NULL OR v.tenant_column IS NULL)));
+                              WHERE w.view_id = v.id AND (p.is_apart OR s.explicit OR s.tenant_column IS NULL
+                                  OR v.tenant_column IS NULL)));
     -- As the first release made it, the policy showed the service every tenant's rows at any time.
     FOR target IN
         SELECT p.polrelid::regclass FROM pg_policy p

@@ -25,7 +25,8 @@ $function$;
 -- find their tenant, as register_sources() would have it: by name or, where a look-up says so, through another.
 --   through_id, keys, referenced: of a look-up. name, keys and referenced are columns' names as they are now.
 CREATE OR REPLACE FUNCTION listener.tenant_inputs(relation regclass, tenant_column name)
-RETURNS TABLE (relid oid, relkind "char", source_id integer, name name, through_id integer, through_relid oid, keys name[], referenced name[]) ROWS 5
+RETURNS TABLE (relid oid, relkind "char", source_id integer, name name, through_id integer, through_relid oid,
+    keys name[], referenced name[]) ROWS 5
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $function$
 #variable_conflict use_column

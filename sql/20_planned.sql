@@ -138,7 +138,8 @@ BEGIN
     constant := listener.some_tenant(tenant_type);
     BEGIN
         answers := listener.planned(relation, ARRAY(SELECT s FROM listener.stand_in_statements(relation, path) s), jsonb_build_array(
-            jsonb_build_object('query', format(by_value, over_stand_ins, quote_literal(constant)), 'path', 'pg_temp, ' || path, 'settings', set_tenant),
+            jsonb_build_object('query', format(by_value, over_stand_ins, quote_literal(constant)),
+                               'path', 'pg_temp, ' || path, 'settings', set_tenant),
             jsonb_build_object('query', format(by_value, over_stand_ins, unknown), 'path', 'pg_temp, ' || path, 'settings', set_tenant)));
         problem := coalesce(answers ->> 'error', answers -> 0 ->> 'error', answers -> 1 ->> 'error');
     EXCEPTION WHEN SQLSTATE 'LSN03' THEN

@@ -104,11 +104,13 @@ BEGIN
     )
     SELECT jsonb_agg(to_jsonb(i) || jsonb_build_object(
         'tells', r.deterministic AND listener.keeps_tenant(r.type, i.casts, tenant_type)
-                 AND (i.other_alias IS NULL OR coalesce(o.deterministic AND listener.keeps_tenant(o.type, i.other_casts, tenant_type), false)),
+                 AND (i.other_alias IS NULL
+                      OR coalesce(o.deterministic AND listener.keeps_tenant(o.type, i.other_casts, tenant_type), false)),
         -- A look-up compares by the types' own equality, with no cast.
         'links', coalesce(NOT r.own AND NOT o.own AND (r.deterministic AND o.deterministic OR r.collation = o.collation)
                  AND ((i.casts = '' AND i.other_casts = '')
-                      OR (listener.keeps_tenant(r.type, i.casts, 'text') AND listener.keeps_tenant(o.type, i.other_casts, 'text'))), false)))
+                      OR (listener.keeps_tenant(r.type, i.casts, 'text')
+                          AND listener.keeps_tenant(o.type, i.other_casts, 'text'))), false)))
     INTO facts
     FROM listener.implied(plans.by_constant, plans.constant) i
     JOIN read r ON r.alias = i.alias AND r.name = i.name
@@ -120,7 +122,8 @@ BEGIN
             SELECT * FROM jsonb_to_recordset(scans) AS s (alias text, relid oid, source integer, name text, through oid,
                                                           keys text[], referenced text[], traceable boolean)
         ), fact AS (
-            SELECT * FROM jsonb_to_recordset(facts) AS f (alias text, name text, other_alias text, other_name text, tells boolean, links boolean)
+            SELECT * FROM jsonb_to_recordset(facts) AS f (alias text, name text, other_alias text, other_name text,
+                tells boolean, links boolean)
         )
         SELECT array_agg(b.name) INTO found FROM (
             SELECT u.name FROM unnest(bound) AS u (name)
@@ -241,7 +244,8 @@ BEGIN
     END IF;
     WITH bound AS (
         SELECT s.path FROM listener.plan_scans(plan) s
-        JOIN jsonb_to_recordset(facts) AS f (alias text, other_alias text, tells boolean) ON f.alias = s.alias AND f.other_alias IS NULL AND f.tells
+        JOIN jsonb_to_recordset(facts) AS f (alias text, other_alias text, tells boolean)
+          ON f.alias = s.alias AND f.other_alias IS NULL AND f.tells
     )
     SELECT n.node ->> 'Node Type' AS type, n.node ->> 'Parent Relationship' AS place, n.node ->> 'Subplan Name' AS subplan,
            n.node ? 'Grouping Sets' AS sets

@@ -35,7 +35,8 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
         UNION ALL
         SELECT c.node
         FROM walk w CROSS JOIN LATERAL (
-            SELECT e.value FROM jsonb_each(CASE WHEN jsonb_typeof(w.node) = 'object' AND w.node ->> 'node' <> 'QUERY' THEN w.node ELSE '{}' END) e
+            SELECT e.value FROM jsonb_each(CASE WHEN jsonb_typeof(w.node) = 'object' AND w.node ->> 'node' <> 'QUERY'
+                THEN w.node ELSE '{}' END) e
             UNION ALL
             SELECT e.value FROM jsonb_array_elements(CASE WHEN jsonb_typeof(w.node) = 'array' THEN w.node ELSE '[]' END) e) AS c (node)
         WHERE jsonb_typeof(c.node) IN ('object', 'array')
@@ -81,11 +82,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT s.known, s.name
     FROM listener.query_nodes(query -> 'jointree') AS j (node)
     CROSS JOIN LATERAL (SELECT CASE j.node ->> 'jointype' WHEN '1' THEN listener.from_indexes(j.node -> 'rarg')
-                                                          WHEN '3' THEN listener.from_indexes(j.node -> 'larg') WHEN '2' THEN '{}' END) AS filled (sides)
+                                                          WHEN '3' THEN listener.from_indexes(j.node -> 'larg')
+                                                          WHEN '2' THEN '{}' END) AS filled (sides)
     CROSS JOIN LATERAL jsonb_array_elements(CASE WHEN j.node #>> '{quals,boolop}' = 'and' THEN j.node #> '{quals,args}'
                                                  ELSE jsonb_build_array(j.node -> 'quals') END) AS c (node)
     JOIN pg_operator o ON o.oid::text = c.node ->> 'opno' AND o.oprname = '=' AND (o.oprcanhash OR o.oprcanmerge)
-    CROSS JOIN LATERAL (SELECT listener.node_column(query, c.node #> '{args,0}'), listener.node_column(query, c.node #> '{args,1}')) AS x (a, b)
+    CROSS JOIN LATERAL (SELECT listener.node_column(query, c.node #> '{args,0}'),
+        listener.node_column(query, c.node #> '{args,1}')) AS x (a, b)
     CROSS JOIN LATERAL (VALUES (x.a, x.b), (x.b, x.a)) AS s (known, name)
     WHERE j.node ->> 'node' IN ('FROMEXPR', 'JOINEXPR') AND c.node ->> 'node' = 'OPEXPR'
       AND s.known IS NOT NULL AND s.name <> 'fixed' AND (filled.sides IS NULL OR split_part(s.name, '.', 1) = ANY (filled.sides))
@@ -99,12 +102,15 @@ DECLARE
     inner_query jsonb := CASE entry ->> 'rtekind'
         WHEN '1' THEN entry -> 'subquery'
         WHEN '0' THEN CASE WHEN entry ->> 'relkind' = 'v' THEN (
-            SELECT listener.node_tree(r.ev_action::text) -> 0 FROM pg_rewrite r WHERE r.ev_class::text = entry ->> 'relid' AND r.rulename = '_RETURN') END
+            SELECT listener.node_tree(r.ev_action::text) -> 0 FROM pg_rewrite r
+                WHERE r.ev_class::text = entry ->> 'relid' AND r.rulename = '_RETURN') END
         WHEN '6' THEN (SELECT c.node -> 'ctequery' FROM jsonb_array_elements(query -> 'cteList') AS c (node)
-                       WHERE entry ->> 'ctelevelsup' = '0' AND entry ->> 'self_reference' = 'false' AND c.node ->> 'ctename' = entry ->> 'ctename') END;
+                       WHERE entry ->> 'ctelevelsup' = '0' AND entry ->> 'self_reference' = 'false'
+                           AND c.node ->> 'ctename' = entry ->> 'ctename') END;
 BEGIN
     RETURN QUERY
-        SELECT ARRAY(SELECT format('%s.%s', index, k.attnum) FROM unnest(x.indkey) WITH ORDINALITY AS k (attnum, ord) WHERE k.ord <= x.indnkeyatts)
+        SELECT ARRAY(SELECT format('%s.%s', index, k.attnum) FROM unnest(x.indkey) WITH ORDINALITY AS k (attnum, ord)
+            WHERE k.ord <= x.indnkeyatts)
         FROM pg_index x
         WHERE entry ->> 'rtekind' = '0' AND x.indrelid::text = entry ->> 'relid' AND x.indisunique AND x.indisvalid
           AND x.indpred IS NULL AND x.indexprs IS NULL
@@ -124,7 +130,8 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     equal jsonb := (SELECT jsonb_agg(jsonb_build_array(e.known, e.name)) FROM listener.column_equalities(query) e);
     keys jsonb := (SELECT jsonb_agg(jsonb_build_array(i.index, to_jsonb(k.columns)))
-                   FROM unnest(listener.from_indexes(query -> 'jointree')) AS i (index) CROSS JOIN LATERAL listener.entry_keys(query, i.index) k);
+                   FROM unnest(listener.from_indexes(query -> 'jointree')) AS i (index)
+                   CROSS JOIN LATERAL listener.entry_keys(query, i.index) k);
     known text[] := array_remove(columns, NULL) || 'fixed'::text;
     found text[];
 BEGIN
@@ -148,7 +155,8 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.query_keys(query jsonb) RETURNS TABLE (numbers text[])
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    shown jsonb := (SELECT jsonb_agg(t.entry) FROM jsonb_array_elements(query -> 'targetList') AS t (entry) WHERE t.entry ->> 'resjunk' = 'false');
+    shown jsonb := (SELECT jsonb_agg(t.entry) FROM jsonb_array_elements(query -> 'targetList') AS t (entry)
+        WHERE t.entry ->> 'resjunk' = 'false');
     refs text[] := (SELECT array_agg(c.clause ->> 'tleSortGroupRef') FROM jsonb_array_elements(
         coalesce(nullif(query -> 'distinctClause', 'null'), nullif(query -> 'groupClause', 'null'), '[]')) AS c (clause));
 BEGIN
@@ -169,7 +177,8 @@ BEGIN
             FROM unnest(listener.from_indexes(query -> 'jointree')) AS i (index)
             CROSS JOIN LATERAL listener.entry_keys(query, i.index) e
             CROSS JOIN LATERAL (
-                SELECT array_agg(t.entry ->> 'resno') AS numbers, array_agg(DISTINCT listener.node_column(query, t.entry -> 'expr')) AS columns
+                SELECT array_agg(t.entry ->> 'resno') AS numbers,
+                    array_agg(DISTINCT listener.node_column(query, t.entry -> 'expr')) AS columns
                 FROM jsonb_array_elements(shown) AS t (entry)
                 WHERE listener.node_column(query, t.entry -> 'expr') = ANY (e.columns)) k
             WHERE e.columns <@ k.columns
@@ -188,7 +197,8 @@ DECLARE
     known text[] := listener.determined(query, ARRAY(
         SELECT listener.node_column(query, e.expression) FROM jsonb_array_elements(expressions) AS e (expression)));
     grouping text := CASE WHEN jsonb_typeof(query -> 'groupClause') = 'array' THEN 'groupClause'
-                    WHEN jsonb_typeof(query -> 'distinctClause') = 'array' AND query ->> 'hasDistinctOn' = 'false' THEN 'distinctClause' END;
+                    WHEN jsonb_typeof(query -> 'distinctClause') = 'array' AND query ->> 'hasDistinctOn' = 'false'
+                        THEN 'distinctClause' END;
 BEGIN
     IF grouping IS NOT NULL THEN
         RETURN NOT EXISTS (
@@ -198,7 +208,8 @@ BEGIN
             WHERE c.clause ->> 'tleSortGroupRef' <> ALL (refs)
               AND (ARRAY[x.name, split_part(x.name, '.', 1) || '.*'] && known) IS NOT TRUE);
     ELSIF jsonb_typeof(query -> 'setOperations') = 'object' THEN
-        RETURN NOT EXISTS (SELECT FROM jsonb_array_elements(query -> 'targetList') AS t (entry) WHERE t.entry ->> 'ressortgroupref' <> ALL (refs));
+        RETURN NOT EXISTS (SELECT FROM jsonb_array_elements(query -> 'targetList') AS t (entry)
+            WHERE t.entry ->> 'ressortgroupref' <> ALL (refs));
     ELSIF query ->> 'hasAggs' = 'true' THEN
         RETURN true;
     END IF;
@@ -239,14 +250,16 @@ BEGIN
                        (jsonb_typeof(n.node -> 'aggorder') = 'array' OR jsonb_typeof(n.node -> 'aggdistinct') = 'array' OR EXISTS (
                             SELECT FROM unnest(listener.from_indexes(query -> 'jointree')) AS i (index)
                             WHERE cardinality(listener.from_indexes(query -> 'jointree')) = 1
-                              AND jsonb_typeof(query #> ARRAY['rtable', (i.index::integer - 1)::text, 'subquery', 'sortClause']) = 'array')) AS ordered,
+                              AND jsonb_typeof(query #> ARRAY['rtable', (i.index::integer - 1)::text, 'subquery',
+                                  'sortClause']) = 'array')) AS ordered,
                        jsonb_typeof(n.node -> 'aggorder') = 'array' AND NOT (
                            NOT EXISTS (SELECT FROM jsonb_array_elements(n.node -> 'args') AS a (entry)
                                        WHERE a.entry ->> 'resjunk' = 'false' AND a.entry #>> '{expr,node}' <> 'CONST'
                                          AND a.entry ->> 'ressortgroupref' <> ALL (o.refs))
                            OR NOT EXISTS (SELECT FROM unnest(listener.from_indexes(query -> 'jointree')) AS i (index)
                                           WHERE i.index || '.*' <> ALL (listener.determined(query, ARRAY(
-                                              SELECT listener.node_column(query, a.entry -> 'expr') FROM jsonb_array_elements(n.node -> 'args') AS a (entry)
+                                              SELECT listener.node_column(query, a.entry -> 'expr')
+                                                  FROM jsonb_array_elements(n.node -> 'args') AS a (entry)
                                               WHERE a.entry ->> 'ressortgroupref' = ANY (o.refs)))))) AS tied
                 FROM by_order n
                 CROSS JOIN LATERAL (SELECT coalesce(array_agg(c.clause ->> 'tleSortGroupRef'), '{}') FROM jsonb_array_elements(
@@ -262,33 +275,41 @@ BEGIN
                                               || coalesce(nullif(w.clause -> 'orderClause', 'null'), '[]')) AS c (clause)
                     JOIN jsonb_array_elements(query -> 'targetList') AS t (entry) ON t.entry ->> 'ressortgroupref' = c.clause ->> 'tleSortGroupRef'
                 ) AS o (refs, expressions)
-                WHERE n.windowed AND (n.gathers OR n.name IN ('row_number', 'ntile', 'lag', 'lead', 'first_value', 'last_value', 'nth_value')
+                WHERE n.windowed AND (n.gathers
+                    OR n.name IN ('row_number', 'ntile', 'lag', 'lead', 'first_value', 'last_value', 'nth_value')
                     -- ROWS BETWEEN: which of two equal rows comes first matters.
                     OR ((w.clause ->> 'frameOptions')::integer & 4 <> 0 AND (w.clause ->> 'frameOptions')::integer & 288 <> 288
                         AND n.name NOT IN ('rank', 'dense_rank', 'percent_rank', 'cume_dist')))
             ), sorted (refs, expressions) AS (
                 SELECT coalesce(array_agg(t.entry ->> 'ressortgroupref'), '{}'), coalesce(jsonb_agg(t.entry -> 'expr'), '[]')
-                FROM jsonb_array_elements(coalesce(nullif(query -> 'sortClause', 'null'), nullif(query -> 'distinctClause', 'null'), '[]')) AS c (clause)
+                FROM jsonb_array_elements(coalesce(nullif(query -> 'sortClause', 'null'),
+                    nullif(query -> 'distinctClause', 'null'), '[]')) AS c (clause)
                 JOIN jsonb_array_elements(query -> 'targetList') AS t (entry) ON t.entry ->> 'ressortgroupref' = c.clause ->> 'tleSortGroupRef'
             )
-            SELECT format('%s() takes its values in any order', a.name), 'write ORDER BY, ending with a unique column, within its brackets'
+            SELECT format('%s() takes its values in any order', a.name),
+                'write ORDER BY, ending with a unique column, within its brackets'
             FROM aggregate a WHERE NOT a.ordered
             UNION
             SELECT format('the ORDER BY within %s() may have ties', a.name), 'end it with a unique column' FROM aggregate a WHERE a.tied
             UNION
             SELECT 'any_value() returns any', 'take min() or max() instead' FROM node n WHERE n.name = 'any_value'
             UNION
-            SELECT format('%s() of floats depends on the order in which they are added', n.name), format('cast to numeric within it: %s(x::numeric)', n.name)
+            SELECT format('%s() of floats depends on the order in which they are added', n.name),
+                format('cast to numeric within it: %s(x::numeric)', n.name)
             FROM node n
-            WHERE n.types[0] = ANY ('{float4,float8}'::regtype[]) AND n.name ~ '^(sum$|avg$|var|stddev|corr$|covar|regr_)' AND n.name <> 'regr_count'
+            WHERE n.types[0] = ANY ('{float4,float8}'::regtype[])
+                AND n.name ~ '^(sum$|avg$|var|stddev|corr$|covar|regr_)' AND n.name <> 'regr_count'
             UNION
-            SELECT format('the window of %s() may have ties', w.name), 'end its ORDER BY with a unique column' FROM windowed w WHERE NOT w.told
+            SELECT format('the window of %s() may have ties', w.name), 'end its ORDER BY with a unique column'
+                FROM windowed w WHERE NOT w.told
             UNION
-            SELECT CASE WHEN query ->> 'hasDistinctOn' = 'true' THEN 'DISTINCT ON keeps any of the rows that its ORDER BY does not tell apart'
+            SELECT CASE WHEN query ->> 'hasDistinctOn' = 'true'
+                        THEN 'DISTINCT ON keeps any of the rows that its ORDER BY does not tell apart'
                         ELSE 'LIMIT or OFFSET keeps any of the rows that its ORDER BY does not tell apart' END,
                    'end its ORDER BY with a unique column'
             FROM sorted s
-            WHERE (query ->> 'hasDistinctOn' = 'true' OR jsonb_typeof(query -> 'limitCount') = 'object' OR jsonb_typeof(query -> 'limitOffset') = 'object')
+            WHERE (query ->> 'hasDistinctOn' = 'true' OR jsonb_typeof(query -> 'limitCount') = 'object'
+                OR jsonb_typeof(query -> 'limitOffset') = 'object')
               AND query ->> 'limitOption' <> '1' AND NOT listener.tells_apart(query, s.expressions, s.refs);
     END LOOP;
 END

@@ -44,13 +44,15 @@ $function$;
 -- handed_on(grants, old_owner, new_owner, still_reads): the grants on a relation of `old_owner`, for another one that
 -- takes its place and belongs to `new_owner`: the new owner is the grantor where the old one was. still_reads: the old
 -- owner keeps SELECT.
-CREATE OR REPLACE FUNCTION listener.handed_on(grants jsonb, old_owner name, new_owner name, still_reads boolean) RETURNS jsonb
+CREATE OR REPLACE FUNCTION listener.handed_on(grants jsonb, old_owner name, new_owner name, still_reads boolean)
+    RETURNS jsonb
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN old_owner = new_owner THEN grants ELSE (
         SELECT coalesce(jsonb_agg(CASE WHEN g ->> 'grantor' = old_owner THEN g || jsonb_build_object('grantor', new_owner) ELSE g END
                                   ORDER BY ord), '[]')
         FROM jsonb_array_elements(CASE WHEN still_reads THEN jsonb_build_array(jsonb_build_object(
-            'column', NULL, 'privilege', 'SELECT', 'grantable', false, 'grantor', new_owner, 'grantee', old_owner)) ELSE '[]' END || grants)
+            'column', NULL, 'privilege', 'SELECT', 'grantable', false, 'grantor', new_owner, 'grantee', old_owner))
+                ELSE '[]' END || grants)
             WITH ORDINALITY AS e (g, ord)
         WHERE g ->> 'grantee' IS DISTINCT FROM new_owner) END
 $function$;
@@ -172,7 +174,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
         FROM class c CROSS JOIN indexes i JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = i.id
         UNION ALL
         SELECT 11, g.ord, g.statement FROM class c
-        CROSS JOIN LATERAL listener.granted(listener.handed_on(grants, c.old_owner, c.new_owner, kind = 'r'), new, c.new_owner) WITH ORDINALITY AS g (statement, ord)
+        CROSS JOIN LATERAL listener.granted(listener.handed_on(grants, c.old_owner, c.new_owner, kind = 'r'), new,
+            c.new_owner) WITH ORDINALITY AS g (statement, ord)
     )
     SELECT s.statement FROM statements s ORDER BY s.ord, s.part, s.statement
 $function$;

@@ -68,7 +68,8 @@ BEGIN
     SELECT proven AND NOT bool_or(c.relrowsecurity) INTO proven
     FROM listener.tenant_inputs(adoption.relid, managed.tenant_column) i JOIN pg_class c ON c.oid = i.relid;
     IF proven THEN
-        proven := NOT EXISTS (SELECT h FROM listener.tenants_held(adoption, managed.tenant_column) h EXCEPT SELECT listener.tenants(managed.name));
+        proven := NOT EXISTS (SELECT h FROM listener.tenants_held(adoption, managed.tenant_column) h
+                              EXCEPT SELECT listener.tenants(managed.name));
     END IF;
     PERFORM set_config('role', previous_role, true);
     RETURN coalesce(proven, false);
@@ -94,7 +95,8 @@ BEGIN
     FROM listener.tenant_scope(to_regclass('listener.definition_' || managed.id), managed.tenant_column, managed.tenant_type) s
     WHERE NOT s.proven HAVING count(*) > 0;
     RETURN format('its owner %s does not see all rows of %s without a tenant, so neither the whole query nor REFRESH can be trusted, '
-                  'and it is not proven that a tenant''s rows depend on its own alone%s', adoption.owner_role, hidden, ': ' || nullif(doubt, ''))
+                  'and it is not proven that a tenant''s rows depend on its own alone%s', adoption.owner_role, hidden,
+                      ': ' || nullif(doubt, ''))
     WHERE doubt IS NOT NULL;
 END
 $function$;
@@ -131,7 +133,8 @@ BEGIN
     IF listener.hidden_from_owner(adoption.relid) IS NOT NULL THEN
         RETURN QUERY
             SELECT h.tenant, coalesce(d.held, 0), 0::bigint
-            FROM (SELECT t FROM listener.tenants_held(adoption, managed.tenant_column) t EXCEPT SELECT listener.tenants(managed.name)) AS h (tenant)
+            FROM (SELECT t FROM listener.tenants_held(adoption, managed.tenant_column) t
+                  EXCEPT SELECT listener.tenants(managed.name)) AS h (tenant)
             LEFT JOIN LATERAL (SELECT e.held FROM listener.tenant_digest(managed.name, h.tenant) e WHERE h.tenant <> '') d ON true
             -- A tenant that is gone has none in the query.
             WHERE d.held IS DISTINCT FROM 0 ORDER BY 1;

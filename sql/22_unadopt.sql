@@ -28,7 +28,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT n.name
     FROM generate_series(1, 100) AS g (number)
     -- At most 63 bytes; a letter has four at most.
-    CROSS JOIN LATERAL (SELECT CASE WHEN octet_length(view.target_name) <= 52 THEN view.target_name::text ELSE left(view.target_name, 13) END
+    CROSS JOIN LATERAL (SELECT CASE WHEN octet_length(view.target_name) <= 52 THEN view.target_name::text
+        ELSE left(view.target_name, 13) END
                                || '_query' || CASE WHEN g.number > 1 THEN '_' || g.number ELSE '' END) AS n (name)
     WHERE listener.hidden_source(to_regclass('listener.definition_' || view.id),
                                  to_regrole(quote_ident(listener.owner_back(view, adoption)))) IS NOT NULL
@@ -37,7 +38,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 $function$;
 
 -- making_query_view(view, adoption, name): the statements that make that view, with the rows of the target at first.
-CREATE OR REPLACE FUNCTION listener.making_query_view(view listener.managed_view, adoption listener.adoption, name name) RETURNS SETOF text
+CREATE OR REPLACE FUNCTION listener.making_query_view(view listener.managed_view, adoption listener.adoption, name name)
+    RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT s.statement
     FROM (SELECT format('%I.%I', view.target_schema, name) AS made, format('%I.%I', view.target_schema, view.target_name) AS target) n
@@ -47,13 +49,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                 FROM pg_attribute a JOIN pg_attribute t ON t.attrelid = n.target::regclass AND t.attname = a.attname AND t.attnum > 0
                 WHERE a.attrelid = to_regclass('listener.definition_' || view.id) AND a.attnum > 0), n.target)),
         (2, format('GRANT SELECT ON %s TO %I', n.made, listener.owner_back(view, adoption))),
-        (3, format('COMMENT ON VIEW %s IS %L', n.made, format('The query of the materialized view %s.', n.target)))) AS s (step, statement)
+        (3, format('COMMENT ON VIEW %s IS %L', n.made, format('The query of the materialized view %s.', n.target)))
+    ) AS s (step, statement)
     ORDER BY s.step
 $function$;
 
 -- ending_query_view(view, adoption, name): the statements that give that view the query, and the owner of the
 -- materialized view.
-CREATE OR REPLACE FUNCTION listener.ending_query_view(view listener.managed_view, adoption listener.adoption, name name) RETURNS SETOF text
+CREATE OR REPLACE FUNCTION listener.ending_query_view(view listener.managed_view, adoption listener.adoption, name name)
+    RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT s.statement
     FROM (SELECT format('%I.%I', view.target_schema, name) AS made, i.service_role FROM listener.installation i) n
@@ -66,7 +70,8 @@ $function$;
 
 -- unadopting(view, adoption, query_view): the statements that make the materialized view again next to the target. The
 -- first one creates it, of its query, or on the view that holds the query.
-CREATE OR REPLACE FUNCTION listener.unadopting(view listener.managed_view, adoption listener.adoption, query_view name) RETURNS SETOF text
+CREATE OR REPLACE FUNCTION listener.unadopting(view listener.managed_view, adoption listener.adoption, query_view name)
+    RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     WITH names AS (
         SELECT format('%I.%I', view.target_schema, view.target_name)::regclass AS target,
@@ -185,7 +190,8 @@ BEGIN
     PERFORM listener.check_filled_back(managed, started);
     IF adoption.query_view IS NOT NULL THEN
         RAISE NOTICE 'the query of % is in the view %.% from now on: its owner % does not see all rows without a tenant, so a REFRESH '
-                     'would empty the materialized view, as before it was adopted', managed.name, managed.target_schema, adoption.query_view,
+                     'would empty the materialized view, as before it was adopted', managed.name, managed.target_schema,
+                         adoption.query_view,
                      listener.owner_back(managed, adoption);
     END IF;
     PERFORM pg_catalog.set_config('role', previous_role, true);

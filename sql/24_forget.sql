@@ -99,7 +99,8 @@ BEGIN
     rows_deleted := 0;
     records := 0;
     FOR key IN
-        SELECT k.*, lead(k.view_id) OVER () IS DISTINCT FROM k.view_id AS is_last FROM listener.keys_of(forget_keys.tenant, only_view.id) k
+        SELECT k.*, lead(k.view_id) OVER () IS DISTINCT FROM k.view_id AS is_last
+            FROM listener.keys_of(forget_keys.tenant, only_view.id) k
     LOOP
         present := listener.tenant_presence(listener.find_view(key.view_name), key.spelled);
         IF present IS NOT NULL THEN
@@ -112,7 +113,8 @@ BEGIN
         PERFORM set_config('app.current_tenant_id', key.spelled, true), set_config('app.execution_context', 'worker', true);
         custom := listener.use_settings(listener.custom_settings(listener.find_view(key.view_name)));
         EXECUTE format('SELECT d.column3 FROM listener_private.%I($1) d', 'difference_' || key.view_id) INTO deleted USING key.spelled;
-        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('app.execution_context', '', true);
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+            pg_catalog.set_config('app.execution_context', '', true);
         PERFORM listener.give_back_tenant(callers_tenant), listener.use_settings(custom);
         rows_deleted := rows_deleted + deleted;
         DELETE FROM listener.refresh_state r WHERE r.view_id = key.view_id AND r.tenant = key.spelled;

@@ -55,7 +55,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     WHERE r.rows IS NOT NULL AND to_regclass('listener.definition_' || v.id) IS NOT NULL
     UNION ALL
     SELECT 'result', 'warning', v.name, v.name,
-           format('%s more than one right result: computed again, it came out differently.%s', CASE k.keys WHEN 1 THEN '1 key of it has' ELSE k.keys || ' keys of it have' END,
+           format('%s more than one right result: computed again, it came out differently.%s',
+                  CASE k.keys WHEN 1 THEN '1 key of it has' ELSE k.keys || ' keys of it have' END,
                   (SELECT ' ' || string_agg(DISTINCT u.what || ': ' || u.fix, '; ') || '.'
                    FROM listener.undetermined(to_regclass('listener.definition_' || v.id)) u)),
            format('listener views alter %s --query FILE', listener.shell_word(v.name))

@@ -28,7 +28,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
         WHERE d.refobjid <> w.relid AND d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass)
     ), read AS (
-        SELECT string_agg(DISTINCT u.view, ', ' ORDER BY u.view) AS view, u.role, c.oid, c.relnamespace, bool_or(u.by_caller) AS by_caller,
+        SELECT string_agg(DISTINCT u.view, ', ' ORDER BY u.view) AS view, u.role, c.oid, c.relnamespace,
+            bool_or(u.by_caller) AS by_caller,
                array_agg(DISTINCT u.refobjsubid) FILTER (WHERE u.refobjsubid > 0) AS columns
         FROM used u JOIN pg_class c ON c.oid = u.refobjid AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
         WHERE u.refclassid = 'pg_class'::regclass AND c.relnamespace <> 'listener'::regnamespace
@@ -88,7 +89,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT CASE WHEN r.by_caller THEN 'error' ELSE 'warning' END, r.view, r.oid::regclass::text, 'SELECT', r.role,
            has_table_privilege(r.role, r.oid, 'SELECT')
                OR (has_any_column_privilege(r.role, r.oid, 'SELECT') AND NOT EXISTS (
-                       SELECT FROM unnest(r.columns) c (attnum) WHERE NOT has_column_privilege(r.role, r.oid, c.attnum::smallint, 'SELECT'))),
+                       SELECT FROM unnest(r.columns) c (attnum)
+                           WHERE NOT has_column_privilege(r.role, r.oid, c.attnum::smallint, 'SELECT'))),
            format('GRANT SELECT ON %s TO %I;', r.oid::regclass, r.role)
     FROM read r
     UNION ALL
@@ -183,7 +185,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
         WHERE i.owner_role <> i.service_role
     )
     SELECT 'roles', 'error', NULL, f.signature,
-           CASE WHEN p.routine IS NULL THEN 'it is gone.' ELSE 'somebody altered it: it is not as listener made it.' END, 'listener migrate'
+           CASE WHEN p.routine IS NULL THEN 'it is gone.'
+                ELSE 'somebody altered it: it is not as listener made it.' END, 'listener migrate'
     FROM listener.installed_function f CROSS JOIN LATERAL (SELECT to_regprocedure(f.signature) AS routine) p
     WHERE p.routine IS NULL OR listener.function_digest(p.routine) <> f.digest
     UNION ALL
@@ -195,16 +198,19 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'roles', 'warning', o.views, quote_ident(o.role),
            format('it computes views over tables of %s: the code of each of them may read and write the tables of the others.', o.owners),
            format('SELECT listener.set_compute_role(%L, %L);', split_part(o.views, ', ', 1), split_part(o.owners, ', ', 1) || '_compute')
-    FROM (SELECT x.role, string_agg(DISTINCT x.owner, ', ' ORDER BY x.owner) AS owners, string_agg(DISTINCT x.view, ', ' ORDER BY x.view) AS views
+    FROM (SELECT x.role, string_agg(DISTINCT x.owner, ', ' ORDER BY x.owner) AS owners,
+        string_agg(DISTINCT x.view, ', ' ORDER BY x.view) AS views
           FROM (SELECT listener.compute_role_of(v) AS role, v.name AS view, pg_get_userbyid(c.relowner)::text AS owner
                 FROM listener.installation i CROSS JOIN listener.managed_view v
                 JOIN listener.view_source w ON w.view_id = v.id JOIN listener.source s ON s.id = w.source_id
                 JOIN pg_class c ON c.oid = s.relid
                 WHERE v.strategy <> 'materialized view' AND i.owner_role <> i.service_role
                   -- The owner of a target says nothing: its sources do.
-                  AND NOT EXISTS (SELECT FROM listener.managed_view t WHERE to_regclass(format('%I.%I', t.target_schema, t.target_name)) = c.oid)) x
+                  AND NOT EXISTS (SELECT FROM listener.managed_view t
+                      WHERE to_regclass(format('%I.%I', t.target_schema, t.target_name)) = c.oid)) x
           -- An owner that is a member of another one has its rights anyway.
-          WHERE NOT EXISTS (SELECT FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id JOIN pg_class c ON c.oid = s.relid
+          WHERE NOT EXISTS (SELECT FROM listener.view_source w JOIN listener.source s ON s.id = w.source_id
+              JOIN pg_class c ON c.oid = s.relid
                             WHERE c.relowner <> to_regrole(quote_ident(x.owner)) AND pg_has_role(x.owner, c.relowner, 'MEMBER'))
           GROUP BY x.role HAVING count(DISTINCT x.owner) > 1) o
     UNION ALL

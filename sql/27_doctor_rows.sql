@@ -115,7 +115,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT 'row security', 'warning', t.name, t.target, 'everybody may read it, and it shows every tenant''s rows.',
            format('REVOKE SELECT ON %s FROM PUBLIC;', t.target)
     FROM target t
-    WHERE t.strategy = 'tenant' AND NOT t.target_rls AND EXISTS (SELECT FROM aclexplode(t.relacl) a WHERE a.grantee = 0 AND a.privilege_type = 'SELECT')
+    WHERE t.strategy = 'tenant' AND NOT t.target_rls AND EXISTS (
+        SELECT FROM aclexplode(t.relacl) a WHERE a.grantee = 0 AND a.privilege_type = 'SELECT')
     UNION ALL
     SELECT 'row security', 'warning', t.name, t.target, format('its policy %I shows its readers every tenant''s rows.', p.polname),
            format('DROP POLICY %I ON %s;', p.polname, t.target)
@@ -169,7 +170,8 @@ BEGIN
               GROUP BY t.source) s;
     END LOOP;
     RETURN QUERY
-        SELECT 'scope', 'warning', v.name, v.name, a.advice || '.', format('listener views alter %s --query FILE', listener.shell_word(v.name))
+        SELECT 'scope', 'warning', v.name, v.name, a.advice || '.',
+            format('listener views alter %s --query FILE', listener.shell_word(v.name))
         FROM listener.managed_view v CROSS JOIN LATERAL listener.clock_advice(to_regclass('listener.definition_' || v.id)) AS a (advice)
         ORDER BY v.name;
 END
@@ -193,10 +195,12 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     ), writer AS MATERIALIZED (
         -- Roles that may log in, and write sources.
         SELECT r.oid, r.rolname FROM pg_roles r CROSS JOIN installed i
-        WHERE r.rolcanlogin AND NOT r.rolsuper AND r.oid NOT IN (i.owner_id, i.service_id) AND NOT pg_has_role(r.oid, i.owner_id, 'MEMBER')
+        WHERE r.rolcanlogin AND NOT r.rolsuper AND r.oid NOT IN (i.owner_id, i.service_id)
+            AND NOT pg_has_role(r.oid, i.owner_id, 'MEMBER')
           AND EXISTS (SELECT FROM captured c WHERE c.relowner = r.oid OR EXISTS (
                           SELECT FROM aclexplode(c.relacl) a
-                          WHERE a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE') AND (a.grantee = 0 OR pg_has_role(r.oid, a.grantee, 'USAGE'))))
+                          WHERE a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')
+                              AND (a.grantee = 0 OR pg_has_role(r.oid, a.grantee, 'USAGE'))))
     ), able AS (
         SELECT t.*, r.rolname AS role, pg_has_role(r.oid, t.relowner, 'USAGE') AS owns,
                ARRAY(SELECT p.name FROM unnest('{INSERT,UPDATE,DELETE,TRUNCATE}'::text[]) WITH ORDINALITY AS p (name, ord)

@@ -258,7 +258,8 @@ BEGIN
                                  hidden_from_owner, owner);
             key_columns := NULL;
             mends := mends || format('write it so that a tenant''s rows depend on that tenant''s alone; or CREATE POLICY listener_refresh ON '
-                                     '%s FOR SELECT TO %I USING (true); each session of that role then sees all rows', hidden_from_owner, owner);
+                                     '%s FOR SELECT TO %I USING (true); each session of that role then sees all rows',
+                                         hidden_from_owner, owner);
         ELSE
             strategy := 'materialized view';
             why := why || format(', and %s: it stays, and is refreshed with its owner''s rights',
