@@ -2,7 +2,7 @@
 -- check of a target: all of this is code of a team, and runs with the rights of the role that computes. So only the
 -- view's compute role runs it: a role that cannot log in, and that may read the team's sources and write its targets.
 --
--- Three things keep such code within these rights:
+-- Four things keep such code within these rights:
 --   * It runs in SECURITY DEFINER functions that the compute role owns. In such a function PostgreSQL refuses SET ROLE
 --     and SET SESSION AUTHORIZATION, so the code cannot become the session's user. (It could after a SET ROLE, by RESET
 --     ROLE; so nothing here sets a role and then plans or evaluates.)
@@ -11,6 +11,9 @@
 --     alters a function has to name it, and the compute role cannot.
 --   * What only looks (compares, lists, plans) runs in a subtransaction that is rolled back. So no setting, temporary
 --     object or row of such code is left in the session of an administrator.
+--   * A prepared statement, a session's advisory lock, a cursor WITH HOLD and a temporary object outlive the code that
+--     made them, and the first two also outlive a rollback. A later statement that uses such a name would run that code
+--     with the rights of the session. So leave_nothing() removes them wherever such code has run.
 --
 -- Each view has difference_<id>, which writes (see 10_difference.sql), and evaluate_<id> and plan_<id>, which only
 -- look.
@@ -258,6 +261,62 @@ BEGIN
 END
 $function$;
 
+-- temporary_objects(): the temporary objects of this session.
+CREATE OR REPLACE FUNCTION listener.temporary_objects() RETURNS oid[]
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF pg_my_temp_schema() = 0 THEN
+        RETURN '{}';
+    END IF;
+    RETURN ARRAY(SELECT d.objid FROM pg_depend d
+                 WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = pg_my_temp_schema());
+END
+$function$;
+
+-- deferred_writes(): how many rows this transaction has written to each table that has a user's trigger which may wait
+-- for the end of the transaction.
+CREATE OR REPLACE FUNCTION listener.deferred_writes() RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    RETURN (SELECT coalesce(jsonb_object_agg(g.tgrelid, w.count), '{}')
+            FROM (SELECT DISTINCT t.tgrelid FROM pg_trigger t WHERE t.tgdeferrable AND NOT t.tgisinternal) g
+            CROSS JOIN LATERAL (SELECT pg_stat_get_xact_tuples_inserted(g.tgrelid) + pg_stat_get_xact_tuples_updated(g.tgrelid)
+                                       + pg_stat_get_xact_tuples_deleted(g.tgrelid)) AS w (count)
+            WHERE w.count > 0);
+END
+$function$;
+
+-- leave_nothing(before): removes what the code of a team may have left in this session, and what a later statement would
+-- run with the rights of the session: prepared statements and cursors WITH HOLD of the client's current statement (by
+-- their time, so those that the caller had before stay), temporary objects other than `before` (NULL: none is removed),
+-- and, in the service's own sessions, advisory locks of the session. Raises where a temporary object cannot be dropped:
+-- then nothing of what that code did stays.
+CREATE OR REPLACE FUNCTION listener.leave_nothing(before oid[]) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET client_min_messages = 'error' AS $function$
+DECLARE
+    name text;
+    made record;
+BEGIN
+    FOR name IN SELECT p.name FROM pg_prepared_statement() p WHERE p.from_sql AND p.prepare_time = statement_timestamp() LOOP
+        -- With the word PREPARE, which may be its name.
+        EXECUTE format('DEALLOCATE PREPARE %I', name);
+    END LOOP;
+    FOR name IN SELECT c.name FROM pg_cursor() c WHERE c.is_holdable AND c.creation_time = statement_timestamp() LOOP
+        EXECUTE format('CLOSE %I', name);
+    END LOOP;
+    IF session_user = (SELECT i.service_role FROM listener.installation i) THEN
+        PERFORM pg_advisory_unlock_all();
+    END IF;
+    WHILE before IS NOT NULL AND pg_my_temp_schema() <> 0 LOOP
+        SELECT o.type, o.identity INTO made
+        FROM pg_depend d CROSS JOIN LATERAL pg_identify_object(d.classid, d.objid, 0) o
+        WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = pg_my_temp_schema() AND d.objid <> ALL (before) LIMIT 1;
+        EXIT WHEN NOT FOUND;
+        EXECUTE format('DROP %s %s CASCADE', made.type, made.identity);
+    END LOOP;
+END
+$function$;
+
 -- evaluate(view, statement, tenant): the one jsonb that a statement returns, computed for a tenant ($1) as refresh()
 -- computes: as the view's compute role, under the view's settings. It leaves nothing behind, and has the snapshot of
 -- the calling statement. The functions of this schema that run as its owner read a definition, a source or a target by
@@ -270,8 +329,13 @@ DECLARE
     previous jsonb := listener.use_settings(listener.custom_settings(view));
     call text := format('SELECT listener_private.%I($1, $2)', 'evaluate_' || view.id);
 BEGIN
-    EXECUTE call INTO computed USING statement, tenant;
-    PERFORM listener.use_settings(previous), listener.give_back_tenant(callers_tenant);
+    BEGIN
+        EXECUTE call INTO computed USING statement, tenant;
+    EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+        PERFORM listener.leave_nothing(NULL);
+        RAISE;
+    END;
+    PERFORM listener.leave_nothing(NULL), listener.use_settings(previous), listener.give_back_tenant(callers_tenant);
     RETURN computed;
 END
 $function$;
@@ -284,8 +348,13 @@ DECLARE
     answers jsonb;
     call text := format('SELECT listener_private.%I($1, $2)', 'plan_' || view_id);
 BEGIN
-    EXECUTE call INTO answers USING preparation, questions;
-    PERFORM listener.give_back_tenant(callers_tenant);
+    BEGIN
+        EXECUTE call INTO answers USING preparation, questions;
+    EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+        PERFORM listener.leave_nothing(NULL);
+        RAISE;
+    END;
+    PERFORM listener.leave_nothing(NULL), listener.give_back_tenant(callers_tenant);
     RETURN answers;
 END
 $function$;
@@ -333,8 +402,9 @@ BEGIN
         EXECUTE calling INTO computed USING statement, tenant;
         is_done := true;
         RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
-    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
-        IF is_done IS NOT TRUE THEN
+    EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+        PERFORM listener.leave_nothing(NULL);
+        IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
             RAISE;
         END IF;
     END;
@@ -359,8 +429,9 @@ BEGIN
         EXECUTE 'SELECT pg_temp.listener_plan($1, $2)' INTO answers USING preparation, questions;
         is_done := true;
         RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
-    EXCEPTION WHEN SQLSTATE 'LSN00' THEN
-        IF is_done IS NOT TRUE THEN
+    EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+        PERFORM listener.leave_nothing(NULL);
+        IF is_done IS NOT TRUE OR SQLSTATE <> 'LSN00' THEN
             RAISE;
         END IF;
     END;

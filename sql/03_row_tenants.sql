@@ -34,6 +34,18 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     LEFT JOIN LATERAL listener.tracked(format('%s_%s', tracker, n.ord)) t ON true
 $function$;
 
+-- base_type(type): what a domain is of in the end, a type itself otherwise. A cast to a domain runs its checks, which are the code of
+-- whoever made it, and capture has the rights of the owner of this schema.
+CREATE OR REPLACE FUNCTION listener.base_type(type oid) RETURNS oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+    WITH RECURSIVE base (oid) AS (
+        SELECT type
+        UNION ALL
+        SELECT t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.oid AND t.typbasetype <> 0
+    )
+    SELECT b.oid FROM base b JOIN pg_type t ON t.oid = b.oid AND t.typbasetype = 0
+$function$;
+
 -- generate_tenant_of(source_id): makes listener.row_<id>, a name for the table's row that survives a renamed table,
 -- and the functions of a row that capture calls: tenant_of_<id>, or for a look-up key_of_<id>_<n>.
 -- Each is an SQL function whose body is parsed once: it names columns by number, so a renamed column cannot break the
@@ -50,13 +62,12 @@ BEGIN
         EXECUTE format('CREATE DOMAIN listener.%I AS %s', 'row_' || source.id, source.relid::regclass);
     END IF;
     FOR wanted IN
-        SELECT f.name, a.attname, format_type(coalesce(nullif(t.typbasetype, 0), t.oid), -1) AS type
+        SELECT f.name, a.attname, format_type(listener.base_type(a.atttypid), -1) AS type
         FROM (SELECT 'tenant_of_' || source.id, source.tenant_column WHERE source.tenant_column IS NOT NULL
               UNION ALL
               SELECT format('key_of_%s_%s', source.id, k.ord), k.name
               FROM unnest(source.through_keys) WITH ORDINALITY AS k (name, ord)) AS f (name, attname)
         JOIN pg_attribute a ON a.attrelid = source.relid AND a.attname = f.attname AND NOT a.attisdropped
-        JOIN pg_type t ON t.oid = a.atttypid
     LOOP
         IF NOT listener.tracks_by_view() THEN
             EXECUTE format(
@@ -124,20 +135,29 @@ BEGIN
 END
 $function$;
 
+-- column_by_name(name, expression, type): an expression of a column of the row `r`, which may stand anywhere in that row; NULL where
+-- there is none of this name any more: then the name means that of the query around.
+CREATE OR REPLACE FUNCTION listener.column_by_name(name name, expression text, type text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT format('(SELECT (SELECT %s FROM (SELECT r.*) AS "listener.row") FROM (SELECT NULL::%s AS %I) AS "listener.gone")',
+                  expression, type, name)
+$function$;
+
 -- row_tenant(source, by_name): the tenant of the row `r` of a table that has a tenant column. Where equal values are the
 -- same text it is left as it is: a million uuids are told apart in half the time that their texts take.
 -- by_name: for a partition whose columns stand in another order than the root's, whose rows tenant_of_<id> does not
--- take. It looks the column up by its name, slower, and a name that is gone means all tenants. JSON keeps the blanks
--- that char(n) has at its end, which a cast to text takes away.
+-- take: see column_by_name(). Its value becomes text as the type writes it, without a cast, which could be somebody's own;
+-- that keeps the blanks at the end of a char(n), which a cast takes away.
 CREATE OR REPLACE FUNCTION listener.row_tenant(source listener.source, by_name boolean) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT CASE WHEN by_name
-                THEN format(CASE WHEN EXISTS (
-                                SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                THEN listener.column_by_name(source.tenant_column, format(CASE WHEN EXISTS (
+                                SELECT FROM pg_attribute a
                                 WHERE a.attrelid = source.relid AND a.attname = source.tenant_column AND NOT a.attisdropped
-                                  AND coalesce(nullif(t.typbasetype, 0), t.oid) = 'bpchar'::regtype)
-                            THEN 'pg_catalog.rtrim(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L) COLLATE pg_catalog."C"'
-                            ELSE '(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L) COLLATE pg_catalog."C"' END, source.tenant_column)
+                                  AND listener.base_type(a.atttypid) = 'bpchar'::regtype)
+                            THEN 'CASE WHEN %1$I IS NOT NULL THEN pg_catalog.rtrim(pg_catalog.concat(%1$I)) END'
+                            ELSE 'CASE WHEN %1$I IS NOT NULL THEN pg_catalog.concat(%1$I) END' END, source.tenant_column), 'pg_catalog.text')
+                     || ' COLLATE pg_catalog."C"'
                 ELSE format(CASE WHEN listener.tracks_by_view() THEN 'r.%2$I' ELSE 'listener.tenant_of_%1$s(ROW(r.*)::listener.row_%1$s)' END,
                             source.id, source.tenant_column)
                      || CASE WHEN EXISTS (
@@ -176,8 +196,8 @@ BEGIN
         RETURN format('SELECT ''''::pg_catalog.text FROM %s r LIMIT 1', rows);
     END IF;
     SELECT string_agg(CASE WHEN by_name
-               THEN format('(pg_catalog.to_jsonb(r) OPERATOR(pg_catalog.->>) %L)::%s AS k%s', k.name,
-                           listener.key_type(source.id, k.ord), k.ord)
+               THEN format('%s AS k%s', listener.column_by_name(k.name, format('%I::%s', k.name, listener.key_type(source.id, k.ord)),
+                                                               listener.key_type(source.id, k.ord)), k.ord)
                WHEN listener.tracks_by_view()
                THEN format('r.%I::%s AS k%s', k.name, listener.key_type(source.id, k.ord), k.ord)
                ELSE format('listener.key_of_%1$s_%2$s(ROW(r.*)::listener.row_%1$s) AS k%2$s', source.id, k.ord) END,

@@ -176,8 +176,11 @@ BEGIN
 #variable_conflict use_column
 BEGIN%s
     INTO $2, $3, $4, $5;
+    IF session_user OPERATOR(pg_catalog.=) %L THEN
+        SET CONSTRAINTS ALL IMMEDIATE;
+    END IF;
 END
-$difference$, listener.difference_statement(view)) END);
+$difference$, listener.difference_statement(view), (SELECT i.service_role FROM listener.installation i)) END);
 END
 $function$;
 

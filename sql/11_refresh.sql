@@ -96,6 +96,10 @@ DECLARE
     callers_tenant text := current_setting('app.current_tenant_id', true);
     callers_context text := current_setting('app.execution_context', true);
     custom jsonb := listener.custom_settings(managed);
+    temporary oid[] := listener.temporary_objects();
+    -- In the service's own sessions such triggers run at once: see generate_difference().
+    deferred jsonb := CASE WHEN session_user <> (SELECT i.service_role FROM listener.installation i)
+                           THEN listener.deferred_writes() END;
 BEGIN
     PERFORM listener.check_caller('listener.refresh()');
     IF managed.paused_at IS NOT NULL THEN
@@ -119,14 +123,25 @@ BEGIN
         custom := listener.use_settings(custom);
     END IF;
 
-    EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
+    BEGIN
+        EXECUTE difference INTO inserted, updated, deleted, twice USING tenant_key;
+    EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+        -- The rollback takes settings and temporary objects with it.
+        PERFORM listener.leave_nothing(NULL);
+        RAISE;
+    END;
     -- Before anything is called by a name that is not qualified: what the definition calls may have set a path.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
             pg_catalog.set_config('plan_cache_mode', 'auto', true),
             pg_catalog.set_config('app.execution_context', callers_context, true);
-    PERFORM listener.give_back_tenant(callers_tenant);
+    PERFORM listener.leave_nothing(temporary), listener.give_back_tenant(callers_tenant);
     IF custom <> '{}' THEN
         PERFORM listener.use_settings(custom);
+    END IF;
+    IF deferred IS NOT NULL AND deferred <> listener.deferred_writes() THEN
+        RAISE EXCEPTION 'refreshing % fires a trigger that waits for the end of the transaction, where it would run with the rights of %',
+                managed.name, session_user
+            USING ERRCODE = 'LSN04', HINT = 'Let the service refresh it, or make the trigger NOT DEFERRABLE.';
     END IF;
     IF twice IS NOT NULL THEN
         RAISE EXCEPTION '% returns two rows with one key: %', managed.name, twice

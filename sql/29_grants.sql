@@ -97,6 +97,7 @@ BEGIN
         'listener.keeps_tenant(oid, text, text)',
         'listener.known_version(integer, text)',
         'listener.lease_is_wrong()',
+        'listener.leave_nothing(oid[])',
         'listener.lock_holder(bigint)',
         'listener.lock_key(integer, text)',
         'listener.lost_guarantees()',
