@@ -294,15 +294,17 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.leave_nothing(before oid[]) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET client_min_messages = 'error' AS $function$
 DECLARE
-    name text;
+    statement text;
     made record;
 BEGIN
-    FOR name IN SELECT p.name FROM pg_prepared_statement() p WHERE p.from_sql AND p.prepare_time = statement_timestamp() LOOP
-        -- With the word PREPARE, which may be its name.
-        EXECUTE format('DEALLOCATE PREPARE %I', name);
-    END LOOP;
-    FOR name IN SELECT c.name FROM pg_cursor() c WHERE c.is_holdable AND c.creation_time = statement_timestamp() LOOP
-        EXECUTE format('CLOSE %I', name);
+    -- One query for both: each refresh asks. With the word PREPARE, which may be the name of one.
+    FOR statement IN
+        SELECT format('DEALLOCATE PREPARE %I', p.name) FROM pg_prepared_statement() p
+        WHERE p.from_sql AND p.prepare_time = statement_timestamp()
+        UNION ALL
+        SELECT format('CLOSE %I', c.name) FROM pg_cursor() c WHERE c.is_holdable AND c.creation_time = statement_timestamp()
+    LOOP
+        EXECUTE statement;
     END LOOP;
     IF session_user = (SELECT i.service_role FROM listener.installation i) THEN
         PERFORM pg_advisory_unlock_all();
