@@ -158,7 +158,7 @@ async def test_an_error_names_its_view_and_takes_everything_back(
         await app.execute("UPDATE shop.orders SET quantity = 0")
     with pytest.raises(psycopg.errors.DivisionByZero, match="odd: division by zero") as failed:
         await rows(service, CALL, ANNA)
-    assert "is taken back" in str(failed.value.diag.message_detail)
+    assert "is undone" in str(failed.value.diag.message_detail)
     assert "listener.refresh(view, tenant_id)" in str(failed.value.diag.message_hint)
     assert await rows(superuser, "SELECT * FROM sales ORDER BY 1, 2") == before
     # In a transaction that goes on after it.
