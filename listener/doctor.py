@@ -221,6 +221,8 @@ def unusable(
         host, port = str(parts.get("host") or "localhost"), str(parts.get("port") or 5432)
         mend = f"pg_isready --host {shlex.quote(host)} --port {port}"
     where = describe(url) if parts else "LISTENER_DATABASE_URL"
+    if said.startswith(f"{where} "):
+        said = f"it {said.removeprefix(f'{where} ')}"
     schema = isinstance(error, SetupError) and "schema" in said
     return Finding("schema" if schema else "connection", "error", None, where, said, mend)
 

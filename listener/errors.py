@@ -119,7 +119,7 @@ def from_database(error: psycopg.Error, *, role: str | None = None, needed: str 
         hint = f"Drop these first: {one_line('; '.join(error.diag.message_detail.splitlines()))}."
     if error.sqlstate == "42501":
         # With a context it was raised inside a function that the role may call: the definition reads or writes what
-        # the service's role may not.
+        # the role that computes it may not.
         if error.diag.context:
             hint = hint or "GRANT the view's compute role, or the service, what the view reads and its target."
         else:

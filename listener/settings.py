@@ -172,5 +172,7 @@ def load(**given: str) -> Settings:
             f"LISTENER_{str(e['loc'][0]).upper()} "
             + ("is not set" if e["type"] == "missing" else f"is wrong: {e['msg'].removeprefix('Value error, ')}")
             for e in error.errors()
+            # Follows from another setting that is wrong, and that is named.
+            if e["type"] != "default_factory_not_called"
         )
         raise SetupError(wrong + ".", hint="See: listener run --help") from None

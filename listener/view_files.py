@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path} cannot be read: {error}.") from error
+        raise SetupError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if "\0" in text:
         raise SetupError(f"{path} cannot be read: it holds a NUL byte.")
     return text

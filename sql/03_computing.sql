@@ -42,25 +42,28 @@ DECLARE
     known pg_roles;
     wrong text;
     hint text;
+    apart text;
 BEGIN
     IF role IS NULL THEN
         RETURN;
     END IF;
     SELECT i.* INTO installed FROM listener.installation i;
+    apart := format('make a role for the team: CREATE ROLE team_compute NOLOGIN; GRANT team_compute TO %I;', installed.owner_role);
     SELECT r.* INTO known FROM pg_roles r WHERE r.rolname = role;
     SELECT w.wrong, w.hint INTO wrong, hint
     FROM (VALUES
         (1, known.oid IS NULL, 'there is no such role',
          format('CREATE ROLE %1$I NOLOGIN; GRANT %1$I TO %2$I;', role, installed.owner_role)),
-        (2, known.rolsuper, 'it is a superuser', format('ALTER ROLE %I NOSUPERUSER;', role)),
+        -- Somebody may need what this role has.
+        (2, known.rolsuper, 'it is a superuser', 'Name another role, or ' || apart),
         (3, known.rolbypassrls, 'row-level security does not bind it', format('ALTER ROLE %I NOBYPASSRLS;', role)),
-        (4, known.rolcanlogin, 'it may log in', format('ALTER ROLE %I NOLOGIN;', role)),
+        (4, known.rolcanlogin, 'it may log in',
+         format('ALTER ROLE %I NOLOGIN; or, if somebody logs in as it, %s', role, apart)),
         (5, known.rolcreaterole, 'it may make roles', format('ALTER ROLE %I NOCREATEROLE;', role))) AS w (ord, is_so, wrong, hint)
     WHERE w.is_so ORDER BY w.ord LIMIT 1;
     IF role IN (installed.owner_role, installed.service_role, installed.compute_role) THEN
         wrong := 'it is a role of the installation';
-        hint := format('Leave it out, or make a role for the team: CREATE ROLE team_compute NOLOGIN; GRANT team_compute TO %I;',
-                       installed.owner_role);
+        hint := 'Leave it out, or ' || apart;
     ELSIF wrong IS NULL THEN
         SELECT format('it is a member of %I', m.other), format('REVOKE %I FROM %I;', m.other, role) INTO wrong, hint
         FROM unnest(ARRAY[installed.owner_role, installed.service_role, installed.compute_role]) AS m (other)

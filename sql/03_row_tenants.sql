@@ -70,6 +70,11 @@ BEGIN
         JOIN pg_attribute a ON a.attrelid = source.relid AND a.attname = f.attname AND NOT a.attisdropped
     LOOP
         IF NOT listener.tracks_by_view() THEN
+            -- As an earlier release made it, it returned the domain that another is over.
+            IF (SELECT p.prorettype <> wanted.type::regtype FROM pg_proc p
+                WHERE p.oid = to_regprocedure(format('listener.%I(%s)', wanted.name, source.relid::regclass))) THEN
+                EXECUTE format('DROP FUNCTION listener.%I(%s)', wanted.name, source.relid::regclass);
+            END IF;
             EXECUTE format(
                 'CREATE OR REPLACE FUNCTION listener.%1$I(%2$s) RETURNS %3$s LANGUAGE sql STABLE PARALLEL SAFE
                  BEGIN ATOMIC SELECT ($1).%4$I::%3$s; END',

@@ -82,7 +82,7 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT set_config('listener.rehearsal', pg_current_xact_id()::text, true)
 $function$;
 
--- check_new_owner(relation, owner): raises LSN03 where the target of a materialized view cannot be given to this role.
+-- check_new_owner(relation, owner): raises LSN03 where this role cannot own what takes the place of a relation.
 CREATE OR REPLACE FUNCTION listener.check_new_owner(relation regclass, owner name) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -93,12 +93,15 @@ BEGIN
         RETURN;
     ELSIF given IS NULL THEN
         RAISE EXCEPTION 'there is no role %', quote_ident(owner) USING ERRCODE = 'LSN02';
+    ELSIF (SELECT r.rolsuper FROM pg_roles r WHERE r.oid = given) THEN
+        RAISE EXCEPTION '% cannot belong to %: that role is a superuser', relation, owner
+            USING ERRCODE = 'LSN03', HINT = format('Name another role, for example %I.', current_user);
     ELSIF NOT pg_has_role(given, 'USAGE')
           OR NOT pg_has_role(given, CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END) THEN
-        RAISE EXCEPTION 'the table cannot belong to %: role % is no member of it', owner, current_user
+        RAISE EXCEPTION '% cannot belong to %: role % is no member of it', relation, owner, current_user
             USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', owner, current_user);
     ELSIF NOT has_schema_privilege(given, schema, 'CREATE') THEN
-        RAISE EXCEPTION 'the table cannot belong to %: that role may not create in the schema %', owner, schema
+        RAISE EXCEPTION '% cannot belong to %: that role may not create in the schema %', relation, owner, schema
             USING ERRCODE = 'LSN03', HINT = format('GRANT CREATE ON SCHEMA %I TO %I; you can revoke it afterwards.', schema, owner);
     END IF;
 END
@@ -227,7 +230,8 @@ BEGIN
 END
 $function$;
 
--- revoke_defaults(relation): takes what default privileges gave on a new relation; the service keeps what it needs.
+-- revoke_defaults(relation): takes back what default privileges granted on a new relation. The service keeps its grants, and so
+-- does the compute role of the view whose target this is.
 CREATE OR REPLACE FUNCTION listener.revoke_defaults(relation regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -237,6 +241,9 @@ BEGIN
         SELECT DISTINCT coalesce(quote_ident(g ->> 'grantee'), 'PUBLIC')
         FROM jsonb_array_elements(listener.grants_of(relation)) g
         WHERE g ->> 'grantee' IS DISTINCT FROM (SELECT i.service_role FROM listener.installation i)
+          AND NOT EXISTS (SELECT FROM listener.managed_view v
+                          WHERE v.compute_role = g ->> 'grantee'
+                            AND to_regclass(format('%I.%I', v.target_schema, v.target_name)) = relation)
     LOOP
         EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', relation, grantee);
     END LOOP;

@@ -5,13 +5,15 @@
 -- role, REFRESH would leave the view empty, and nothing else can put rows into it. There the materialized view is made
 -- on a view of its own, which reads the target while REFRESH runs, and gets the query afterwards.
 
--- owner_back(view, adoption): the owner of the materialized view: the owner that the target has now; or, where adopt
--- gave the target to another role, the owner that the materialized view had before.
+-- owner_back(view, adoption): the owner of the materialized view: the owner of the target by now. Where that is the role that
+-- adopt named, or the owner of this schema, as doctor advises, it is the role that owned the materialized view before.
 CREATE OR REPLACE FUNCTION listener.owner_back(view listener.managed_view, adoption listener.adoption) RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT CASE WHEN pg_get_userbyid(c.relowner) = adoption.request ->> 'owner' THEN adoption.owner_role
+    SELECT CASE WHEN pg_get_userbyid(c.relowner) IN (adoption.request ->> 'owner', i.owner_role)
+                     AND to_regrole(quote_ident(adoption.owner_role)) IS NOT NULL THEN adoption.owner_role
                 ELSE pg_get_userbyid(c.relowner) END
-    FROM pg_class c WHERE c.oid = to_regclass(format('%I.%I', view.target_schema, view.target_name))
+    FROM listener.installation i CROSS JOIN pg_class c
+    WHERE c.oid = to_regclass(format('%I.%I', view.target_schema, view.target_name))
 $function$;
 
 -- query_back(view, adoption): the query of the materialized view, as it is now: a table that it reads may have another
@@ -60,10 +62,10 @@ CREATE OR REPLACE FUNCTION listener.ending_query_view(view listener.managed_view
     RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT s.statement
-    FROM (SELECT format('%I.%I', view.target_schema, name) AS made, i.service_role FROM listener.installation i) n
+    FROM (SELECT format('%I.%I', view.target_schema, name) AS made, listener.grantee_of(view) AS grantee) n
     CROSS JOIN LATERAL (VALUES
         (1, format(E'CREATE OR REPLACE VIEW %s WITH (security_invoker = true) AS\n%s', n.made, listener.query_back(view, adoption))),
-        (2, format('GRANT SELECT ON %s TO %I', n.made, n.service_role)),
+        (2, format('GRANT SELECT ON %s TO %I', n.made, n.grantee)),
         (3, format('ALTER VIEW %s OWNER TO %I', n.made, listener.owner_back(view, adoption)))) AS s (step, statement)
     ORDER BY s.step
 $function$;
@@ -78,13 +80,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
                format('%I.%I', view.target_schema, listener.name_beside(view)) AS beside, i.service_role
         FROM listener.installation i
     ), grants AS (
-        -- Who may read it now; and the service, and the privileges that a table did not take over, as it was.
+        -- Who may read it now; and the roles that write the target, and the privileges that a table did not take over, as it was.
         SELECT coalesce(jsonb_agg(u.g), '[]') AS all
         FROM (SELECT g FROM names n CROSS JOIN LATERAL jsonb_array_elements(listener.grants_of(n.target)) g
-              WHERE g ->> 'grantee' IS DISTINCT FROM n.service_role
+              WHERE g ->> 'grantee' IS NULL OR g ->> 'grantee' NOT IN (n.service_role, listener.grantee_of(view))
               UNION ALL
               SELECT g FROM names n CROSS JOIN LATERAL jsonb_array_elements(adoption.grants) g
-              WHERE g ->> 'grantee' = n.service_role OR g ->> 'privilege' <> 'SELECT') AS u (g)
+              WHERE g ->> 'grantee' IN (n.service_role, listener.grantee_of(view)) OR g ->> 'privilege' <> 'SELECT') AS u (g)
     )
     SELECT format(E'CREATE MATERIALIZED VIEW %s AS\n%s\nWITH NO DATA', n.beside,
                   CASE WHEN query_view IS NULL THEN listener.query_back(view, adoption)
@@ -140,7 +142,8 @@ BEGIN
         RAISE EXCEPTION '% is part of the publication %, and a materialized view cannot be', target, published USING ERRCODE = 'LSN03',
             HINT = format('ALTER PUBLICATION %I DROP TABLE %s;', published, target);
     END IF;
-    PERFORM listener.check_unread(managed), listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target),
+            listener.check_new_owner(target, listener.owner_back(managed, adoption));
     PERFORM listener.drop_beside(managed);
     adoption.query_view := listener.query_view_name(managed, adoption);
     IF adoption.query_view IS NOT NULL THEN
@@ -282,7 +285,8 @@ BEGIN
         RAISE EXCEPTION 'the materialized view beside % is not filled', target USING ERRCODE = 'LSN03',
             HINT = 'SELECT listener.fill_unadoption(view) first.';
     END IF;
-    PERFORM listener.check_unread(managed), listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target),
+            listener.check_new_owner(target, listener.owner_back(managed, adoption));
     PERFORM listener.carry_again(target, beside, managed.id, ARRAY(
         SELECT s FROM listener.unadopting(managed, adoption, adoption.query_view) WITH ORDINALITY AS u (s, ord)
         WHERE u.ord > 1 ORDER BY u.ord));
@@ -319,7 +323,8 @@ DECLARE
     target regclass := format('%I.%I', managed.target_schema, managed.target_name)::regclass;
     query_view name := listener.query_view_name(managed, adoption);
 BEGIN
-    PERFORM listener.check_unread(managed), listener.check_swappable(target);
+    PERFORM listener.check_unread(managed), listener.check_swappable(target),
+            listener.check_new_owner(target, listener.owner_back(managed, adoption));
     RETURN QUERY
     SELECT 'name', target::text
     UNION ALL

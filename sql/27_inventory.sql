@@ -200,12 +200,14 @@ BEGIN
         mends := mends || (listener.made_ours(relation) || ';');
     END IF;
     mends := mends || ARRAY(SELECT substring(t FROM ': (GRANT .*)$') || ';' FROM listener.tied_to(relation) t WHERE t ~ ': GRANT ');
-    IF NOT has_schema_privilege(installed.service_role, home, 'USAGE') THEN
+    IF NOT has_schema_privilege(installed.service_role, home, 'USAGE')
+       AND NOT EXISTS (SELECT FROM unnest(mends) m
+                       WHERE starts_with(m, format('GRANT USAGE ON SCHEMA %s TO %I;', home, installed.service_role))) THEN
         mends := mends || format('GRANT USAGE ON SCHEMA %s TO %I;', home, installed.service_role);
     END IF;
     creating := ARRAY(
         SELECT format('GRANT %s ON SCHEMA %s TO %s;%s', n.rights, home, string_agg(quote_ident(n.role), ', ' ORDER BY n.role),
-                      CASE WHEN n.rights ~ 'CREATE' THEN ' CREATE can be revoked once it is adopted' ELSE '' END)
+                      CASE WHEN n.rights ~ 'CREATE' THEN ' -- CREATE until it is adopted' ELSE '' END)
         FROM (SELECT r.role, string_agg(p.name, ', ' ORDER BY p.name DESC) AS rights
               FROM (SELECT DISTINCT x FROM unnest(ARRAY[installed.owner_role, owner]) x) AS r (role)
               CROSS JOIN unnest('{USAGE,CREATE}'::text[]) AS p (name)
@@ -237,7 +239,9 @@ BEGIN
     IF separable THEN
         mends := mends || creating;
         strategy := 'tenant';
-        why := format('a tenant''s rows depend on that tenant''s rows alone, by %I', tenant_column);
+        why := format('a tenant''s rows depend on that tenant''s rows alone, by %I', tenant_column)
+               || coalesce(format('; until then REFRESH would empty it, or fail: row-level security hides rows of %s from its '
+                                  'owner %I', hidden_from_owner, owner), '');
         key_columns := CASE WHEN key_columns = '{}' OR tenant_column = ANY (key_columns) THEN key_columns ELSE tenant_column || key_columns END;
         IF hidden IS NOT NULL THEN
             mends := mends || format('tenants_query: %s has row-level security, so a query is needed that lists the tenants, and that %I may run',
@@ -275,14 +279,20 @@ $function$;
 
 -- compare_materialized_view(relation): how many rows only its query has now, and how many only it has: how stale it is. Computed
 -- as its owner, as REFRESH computes it. Takes as long as a refresh, within the caller's statement_timeout.
--- Raises LSN03 where the calling role may not act as the owner: row-level security may show it other rows, and the
+-- Raises LSN03 where row-level security hides rows from the owner: without a tenant, what REFRESH would write is no measure.
+-- Also where the calling role may not act as the owner: row-level security may show it other rows, and the
 -- query runs the owner's code.
 CREATE OR REPLACE FUNCTION listener.compare_materialized_view(relation regclass, OUT missing bigint, OUT extra bigint)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
 DECLARE
     found jsonb;
     owner name := (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = relation AND c.relkind = 'm');
+    hidden regclass := listener.hidden_from_owner(relation);
 BEGIN
+    IF hidden IS NOT NULL THEN
+        RAISE EXCEPTION 'row-level security hides rows of % from the owner %, whose rights the comparison has', hidden, owner
+            USING ERRCODE = 'LSN03';
+    END IF;
     found := listener.evaluate_as(owner, format($sql$
         WITH fresh AS MATERIALIZED (SELECT q::text FROM (%s) q), held AS MATERIALIZED (SELECT q::text FROM %s q)
         SELECT jsonb_build_object(

@@ -56,9 +56,9 @@ class Team:
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended
 
-    def stock(self) -> dict[str, dict[str, Any]]:
+    def stock(self, *options: str) -> dict[str, dict[str, Any]]:
         """What inventory says, by name."""
-        return {view["relation"]: view for view in json.loads(self.ok("inventory", "--json").stdout)["views"]}
+        return {view["relation"]: view for view in json.loads(self.ok("inventory", "--json", *options).stdout)["views"]}
 
     def rows(self, query: str, user: str = "managed_app") -> list[tuple[Any, ...]]:
         """What somebody sees who names no tenant."""
@@ -102,7 +102,12 @@ def team(managed: Managed, request: pytest.FixtureRequest) -> Team:
 
 
 def test_from_adopt_to_unadopt_no_row_is_lost(team: Team) -> None:
-    assert team.stock()["public.totals"]["proposed"] == "tenant"
+    found = team.stock("--compare")["public.totals"]
+    assert found["proposed"] == "tenant"
+    hidden = "row-level security hides rows of public.orders from"
+    assert f"REFRESH would empty it, or fail: {hidden} its owner managed_app" in found["why"]
+    # What the owner would compute says nothing about the rows.
+    assert hidden in found["staleness"]
     adopted = team.ok("adopt", "public.totals", *LIST)
     assert "by tenant" in adopted.stdout
     assert "its owner managed_app does not see all rows of public.orders" in adopted.stderr
@@ -136,3 +141,19 @@ def test_a_column_that_counts_the_clock_is_adopted_verified_and_turned_back(team
     assert any("the column age counts the clock" in finding["problem"] for finding in told)
     team.ok("unadopt", "ages")
     assert [row[0] >= 0 for row in team.rows("SELECT age FROM ages")] == [True, True]
+
+
+def test_the_owner_gets_the_view_back_after_what_doctor_advises(managed: Managed) -> None:
+    team = opened(managed, "nullif")
+    team.ok("adopt", "public.totals", *LIST)
+    findings = json.loads(team.run("doctor", "--json").stdout)["findings"]
+    [mend] = [f["mend"] for f in findings if "managed_app, a role of the application, owns it" in f["problem"]]
+    managed.do("managed_admin", mend)
+    managed.do("managed_admin", "REVOKE CREATE ON SCHEMA public FROM managed_app")
+    for options in ((), ("--dry-run",)):
+        refused = team.run("unadopt", "totals", *options)
+        assert refused.returncode == 1
+        assert "GRANT CREATE ON SCHEMA public TO managed_app" in refused.stderr
+    managed.do("managed_admin", "GRANT CREATE ON SCHEMA public TO managed_app")
+    team.ok("unadopt", "totals")
+    assert team.rows("SELECT relowner::regrole::text FROM pg_class WHERE relname = 'totals'") == [("managed_app",)]

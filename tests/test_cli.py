@@ -313,7 +313,10 @@ def the_line(ended: CompletedProcess[str]) -> str:
 
 
 def test_wrong_settings_are_named() -> None:
-    assert "LISTENER_DATABASE_URL is not set" in the_line(python("-m", "listener", "run"))
+    assert the_line(python("-m", "listener", "run")) == (
+        "listener: LISTENER_DATABASE_URL is not set. See: listener run --help"
+    )
+    assert "Pydantic" not in listener("run", "--help").stdout
     assert "LISTENER_DATABASE_URL is not set" in one_line("run", url="")
     assert "LISTENER_DATABASE_URL is not set" in one_line("migrate", url=" ")
     assert "CREATE ROLE" in listener("roles", url="").stdout

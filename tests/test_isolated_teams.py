@@ -182,12 +182,62 @@ async def test_doctor_warns_where_the_views_of_two_teams_are_computed_as_one_rol
     assert await cursor.fetchall() == [("listener_compute", "team_b.totals, totals")]
 
 
+async def test_a_materialized_view_is_adopted_altered_and_turned_back_with_a_role_of_its_own(
+    teams: AsyncConnection[Any], database: Database
+) -> None:
+    await teams.execute(
+        """
+        CREATE ROLE team_b_reader;
+        SET ROLE team_b;
+        CREATE MATERIALIZED VIEW team_b.secrets AS SELECT tenant_id, count(*) AS n FROM team_b.sources GROUP BY 1;
+        CREATE UNIQUE INDEX ON team_b.secrets (tenant_id);
+        GRANT SELECT ON team_b.secrets TO team_b_reader, PUBLIC;
+        RESET ROLE
+        """
+    )
+
+    def ok(*arguments: str) -> None:
+        ended = listener(*arguments, url=database.url("postgres"))
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    async def rights() -> set[str]:
+        cursor = await teams.execute(
+            """
+            SELECT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE pg_get_userbyid(a.grantee) END || ' ' || a.privilege_type
+            FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
+            WHERE c.oid = 'team_b.secrets'::regclass AND a.grantee <> c.relowner
+            """
+        )
+        return {row[0] for row in await cursor.fetchall()}
+
+    try:
+        readers = {"team_b_reader SELECT", "PUBLIC SELECT"}
+        writer = {f"team_b_compute {right}" for right in ("SELECT", "INSERT", "UPDATE", "DELETE")}
+        ok("adopt", "team_b.secrets", "--compute-role", "team_b_compute")
+        assert await rights() == readers | writer
+        await teams.execute("INSERT INTO team_b.sources VALUES ('t2', 'new')")
+        ok("sweep")
+        ok("views", "alter", "secrets", "--timezone", "Europe/Berlin", "--yes")
+        assert await rights() == readers | writer
+        await teams.execute("INSERT INTO team_b.sources VALUES ('t2', 'newer')")
+        ok("sweep")
+        ok("verify", "secrets")
+        ok("unadopt", "team_b.secrets")
+        assert await rights() == readers
+        cursor = await teams.execute("SELECT tenant_id, n FROM team_b.secrets ORDER BY 1")
+        assert await cursor.fetchall() == [("t1", 2), ("t2", 2)]
+    finally:
+        await teams.execute("DROP OWNED BY team_b_reader; DROP ROLE team_b_reader")
+
+
 REFUSED = {
     "none of that name": ("SELECT 1", "nobody_computes", "there is no such role", "CREATE ROLE"),
     "one that may log in": ("CREATE ROLE may_log_in LOGIN", "may_log_in", "it may log in", "NOLOGIN"),
     "one that row-level security does not bind": (
         "CREATE ROLE unbound BYPASSRLS", "unbound", "row-level security does not bind it", "NOBYPASSRLS",
     ),
+    # Nobody is told to take away what somebody may need.
+    "a superuser": ("CREATE ROLE above_all SUPERUSER", "above_all", "it is a superuser", "Name another role"),
     "a member of the service": (
         "CREATE ROLE of_service; GRANT listener_service TO of_service",
         "of_service", "member of listener_service", "REVOKE",

@@ -9,6 +9,7 @@ from typing import Annotated
 import anyio
 import psycopg
 import typer
+from pydantic_core import PydanticUndefined
 
 from listener import console, logs, service
 from listener.cli.session import app
@@ -77,7 +78,7 @@ def uninstall(
 def _settings_help() -> str:
     lines = [
         f"LISTENER_{name.upper()}: {field.description or name.replace('_', ' ')}"
-        + ("" if field.is_required() or field.default is None else f" (default {_default(field.default)})")
+        + ("" if field.default in (None, PydanticUndefined) else f" (default {_default(field.default)})")
         for name, field in Settings.model_fields.items()
     ]
     return "Settings (environment variables; durations as 250ms, 5s, 2min, 1h):\n\n" + "\n\n".join(lines)
