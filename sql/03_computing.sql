@@ -374,7 +374,10 @@ BEGIN
     ELSIF current_user <> role AND NOT pg_has_role(current_user, role, CASE
             WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END) THEN
         RAISE EXCEPTION 'role % may not run a query as %', current_user, role USING ERRCODE = 'LSN03',
-            HINT = format('Run it as a member of %1$I, or: GRANT %1$I TO %2$I.', role, current_user);
+            -- With the rights of a team the service could write its sources.
+            HINT = format('Run it as a member of %I', role)
+                || CASE WHEN EXISTS (SELECT FROM listener.installation i WHERE i.service_role = current_user) THEN '.'
+                        ELSE format(', or: GRANT %I TO %I.', role, current_user) END;
     ELSIF NOT has_database_privilege(role, current_database(), 'TEMPORARY') THEN
         RAISE EXCEPTION 'role % may not create temporary objects in the database %', role, current_database() USING ERRCODE = 'LSN03',
             HINT = format('GRANT TEMPORARY ON DATABASE %I TO %I;', current_database(), role);

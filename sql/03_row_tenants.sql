@@ -150,8 +150,8 @@ $function$;
 
 -- row_tenant(source, by_name): the tenant of the row `r` of a table that has a tenant column. Where equal values are the
 -- same text it is left as it is: a million uuids are told apart in half the time that their texts take.
--- by_name: for a partition whose columns stand in another order than the root's, whose rows tenant_of_<id> does not
--- take: see column_by_name(). Its value becomes text as the type writes it, without a cast, which could be somebody's own;
+-- by_name: for a partition, or whatever else is captured along with the source, whose rows tenant_of_<id> may not take: see
+-- column_by_name(). Its value becomes text as the type writes it, without a cast, which could be somebody's own;
 -- that keeps the blanks at the end of a char(n), which a cast takes away.
 CREATE OR REPLACE FUNCTION listener.row_tenant(source listener.source, by_name boolean) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$

@@ -7,15 +7,6 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT pg_catalog.pg_advisory_xact_lock(listener.lock_key(0, 'registration'))
 $function$;
 
--- row_shape(relid): the names and types of a table's columns in their order; and their numbers, where those are what
--- capture looks at.
-CREATE OR REPLACE FUNCTION listener.row_shape(relid oid) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT string_agg(concat_ws(' ', a.attname, a.atttypid, CASE WHEN listener.tracks_by_view() THEN a.attnum END), ','
-                      ORDER BY a.attnum)
-    FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
-$function$;
-
 -- tables_below(relid): a table, and the tables whose rows a query of it reads: its partitions, or its inheritance
 -- children.
 CREATE OR REPLACE FUNCTION listener.tables_below(relid oid) RETURNS TABLE (relid oid)
@@ -33,7 +24,8 @@ $function$;
 -- the tables above any of them. A view of one partition thus refreshes the tenants of rows that are written to the
 -- other partitions through the root: too many tenants, never too few. Left out are foreign tables, which cannot have
 -- these triggers (view_troubles() names them), and temporary ones, which belong to one session.
---   by_name   its columns have another order than those of the source
+--   by_name   it is another table than the source. Its columns may have another order; and once it is detached, before any
+--             sweep, somebody may give it columns of other types, fewer or more
 CREATE OR REPLACE FUNCTION listener.capture_tables(relid oid) RETURNS TABLE (relation regclass, by_name boolean)
 LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
     WITH RECURSIVE tree (oid) AS (
@@ -41,7 +33,7 @@ LANGUAGE sql STABLE ROWS 5 SET search_path = pg_catalog, pg_temp AS $function$
         UNION
         SELECT i.inhparent FROM tree t JOIN pg_inherits i ON i.inhrelid = t.oid
     )
-    SELECT c.oid::regclass, listener.row_shape(c.oid) IS DISTINCT FROM listener.row_shape($1)
+    SELECT c.oid::regclass, c.oid <> $1
     FROM tree t JOIN pg_class c ON c.oid = t.oid
     WHERE c.relkind IN ('r', 'p') AND (c.relpersistence <> 't' OR c.oid = $1)
 $function$;

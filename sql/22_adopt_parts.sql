@@ -93,11 +93,12 @@ BEGIN
         RETURN;
     ELSIF given IS NULL THEN
         RAISE EXCEPTION 'there is no role %', quote_ident(owner) USING ERRCODE = 'LSN02';
-    ELSIF (SELECT r.rolsuper FROM pg_roles r WHERE r.oid = given) THEN
-        RAISE EXCEPTION '% cannot belong to %: that role is a superuser', relation, owner
-            USING ERRCODE = 'LSN03', HINT = format('Name another role, for example %I.', current_user);
     ELSIF NOT pg_has_role(given, 'USAGE')
           OR NOT pg_has_role(given, CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END) THEN
+        IF (SELECT r.rolsuper FROM pg_roles r WHERE r.oid = given) THEN
+            RAISE EXCEPTION '% cannot belong to %: that role is a superuser', relation, owner
+                USING ERRCODE = 'LSN03', HINT = format('Name another role, for example %I.', current_user);
+        END IF;
         RAISE EXCEPTION '% cannot belong to %: role % is no member of it', relation, owner, current_user
             USING ERRCODE = 'LSN03', HINT = format('GRANT %I TO %I;', owner, current_user);
     ELSIF NOT has_schema_privilege(given, schema, 'CREATE') THEN

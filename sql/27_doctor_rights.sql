@@ -168,8 +168,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     FROM owned o WHERE NOT o.is_one HAVING count(*) > 0
 $function$;
 
--- function_findings(): functions of this schema that somebody altered, and compute roles that have too many rights, or
--- are shared by teams: see 03_computing.sql.
+-- function_findings(): functions of this schema that somebody altered, compute roles that have too many rights, or are
+-- shared by teams (see 03_computing.sql), and policies that capture runs with the rights of the owner of the schema.
 CREATE OR REPLACE FUNCTION listener.function_findings()
 RETURNS TABLE ("check" text, level text, view text, object text, problem text, mend text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $function$
@@ -213,6 +213,22 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
               JOIN pg_class c ON c.oid = s.relid
                             WHERE c.relowner <> to_regrole(quote_ident(x.owner)) AND pg_has_role(x.owner, c.relowner, 'MEMBER'))
           GROUP BY x.role HAVING count(DISTINCT x.owner) > 1) o
+    UNION ALL
+    -- Its own policy lets the look-up see every row, but the others are computed all the same.
+    SELECT DISTINCT 'roles', 'warning', NULL, c.oid::regclass::text,
+           format('capture looks tenants up in it with the rights of %I, and so runs the code of its policy %I with them.',
+                  i.owner_role, p.polname),
+           format('ALTER ROLE %I BYPASSRLS;', i.owner_role)
+    FROM listener.installation i
+    JOIN pg_roles o ON o.rolname = i.owner_role AND NOT o.rolsuper AND NOT o.rolbypassrls
+    CROSS JOIN listener.source s
+    JOIN listener.source t ON t.id = s.through_id
+    JOIN pg_class c ON c.oid = t.relid AND c.relrowsecurity AND (c.relforcerowsecurity OR NOT pg_has_role(o.oid, c.relowner, 'USAGE'))
+    JOIN pg_policy p ON p.polrelid = c.oid AND p.polcmd IN ('r', '*')
+                    AND EXISTS (SELECT FROM unnest(p.polroles) AS r (role) WHERE r.role = 0 OR pg_has_role(o.oid, r.role, 'USAGE'))
+    WHERE EXISTS (SELECT FROM pg_depend d
+                  WHERE d.classid = 'pg_policy'::regclass AND d.objid = p.oid AND d.refobjid >= 16384
+                    AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass))
     UNION ALL
     SELECT 'roles', a.level, r.views, quote_ident(r.rolname), a.problem, a.mend
     FROM roles r CROSS JOIN LATERAL (VALUES

@@ -1,4 +1,6 @@
-"""Capture has the rights of the owner of the schema: it runs no code that a column's type brings along, and fails no write."""
+"""Capture has the rights of the owner of the schema: it runs no code of a type, and fails no write."""
+
+# ruff: noqa: S608 - the statements are made of the text below
 
 from __future__ import annotations
 
@@ -98,3 +100,61 @@ async def test_a_renamed_column_of_such_a_partition_means_all_tenants_and_fails_
     await typed.execute("INSERT INTO shop.notes_1 VALUES (1, 'good', 'ab')")
     await typed.execute("RESET ROLE")
     assert await rows(typed, "SELECT tenant FROM listener.change_log") == [("ab",), ("",)]
+
+
+async def test_doctor_names_a_policy_whose_code_a_look_up_runs(typed: AsyncConnection[Any], shop: Database) -> None:
+    findings = "SELECT object, mend FROM listener.function_findings() WHERE object = 'shop.parents'"
+    await typed.execute(
+        "SELECT listener.add_source('shop.lines', through => 'shop.parents', columns => '{numbers}', "
+        "references_columns => '{numbers}')"
+    )
+    await typed.execute("ALTER TABLE shop.parents ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    await typed.execute(
+        "CREATE POLICY plain ON shop.parents USING (tenant_id = current_setting('app.current_tenant_id', true))"
+    )
+    assert await rows(typed, findings) == []
+    await typed.execute("CREATE POLICY code ON shop.parents USING (shop.note(tenant_id))")
+    assert await rows(typed, findings) == [("shop.parents", "ALTER ROLE listener_owner BYPASSRLS;")]
+    await typed.execute("ALTER ROLE listener_owner BYPASSRLS")
+    try:
+        assert await rows(typed, findings) == []
+        await typed.execute("INSERT INTO shop.lines (numbers, day) VALUES ('{1,2}', 5)")
+        assert await ran_as_owner(typed) == []
+    finally:
+        await typed.execute("ALTER ROLE listener_owner NOBYPASSRLS")
+
+
+DETACHED: dict[str, LiteralString] = {
+    "a column of another type": "ALTER TABLE shop.notes_1 ALTER tenant_id TYPE shop.mood USING 'good'; "
+    "INSERT INTO shop.notes_1 (tenant_id) VALUES ('good')",
+    "a column fewer": "ALTER TABLE shop.notes_1 DROP mood; INSERT INTO shop.notes_1 (tenant_id) VALUES ('ab')",
+    "a column more": "ALTER TABLE shop.notes_1 ADD more int; INSERT INTO shop.notes_1 (tenant_id) VALUES ('ab')",
+    "no tenant column": "ALTER TABLE shop.notes_1 DROP tenant_id CASCADE; INSERT INTO shop.notes_1 (day) VALUES (1)",
+}
+
+
+@pytest.mark.parametrize("alteration", DETACHED)
+@pytest.mark.parametrize(
+    "order", ["tenant_id char(5), mood shop.mood, day int", "day int, mood shop.mood, tenant_id char(5)"]
+)
+async def test_what_becomes_of_a_detached_partition_before_a_sweep_fails_no_write_and_runs_no_code(
+    typed: AsyncConnection[Any], shop: Database, alteration: str, order: str
+) -> None:
+    await typed.execute("SET ROLE shop_owner")
+    await typed.execute(
+        """
+        CREATE FUNCTION shop.to_text(shop.mood) RETURNS text LANGUAGE plpgsql IMMUTABLE AS
+            $$ BEGIN PERFORM shop.constant('cast to text'); RETURN 'ab'; END $$;
+        CREATE CAST (shop.mood AS text) WITH FUNCTION shop.to_text(shop.mood);
+        DROP TABLE shop.notes_1;
+        """
+    )
+    await typed.execute(f"CREATE TABLE shop.notes_1 ({order})".encode())
+    await typed.execute("ALTER TABLE shop.notes ATTACH PARTITION shop.notes_1 FOR VALUES FROM (0) TO (10)")
+    await typed.execute("RESET ROLE")
+    await typed.execute("SELECT listener.add_source('shop.notes', 'tenant_id')")
+    await typed.execute("SET ROLE shop_owner")
+    await typed.execute("ALTER TABLE shop.notes DETACH PARTITION shop.notes_1")
+    await typed.execute(DETACHED[alteration])
+    await typed.execute("RESET ROLE")
+    assert await ran_as_owner(typed) == []

@@ -1,8 +1,10 @@
-"""What the code of a team leaves in the session that computes: nothing that a later statement of that session would run.
+"""What the code of a team leaves in the session that computes: nothing that a later statement would run.
 
 A prepared statement, a cursor WITH HOLD, a type of a common name, a trigger that waits for the commit: PostgreSQL runs
 each with the rights that the session has by then, not with those of the code that made it.
 """
+
+# ruff: noqa: S608, E501, FBT001 - the statements are made of the text below, some are a line each, and a test has two forms
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ LEAVINGS: dict[str, tuple[LiteralString, LiteralString]] = {
         "CREATE FUNCTION pg_temp.theirs() RETURNS int LANGUAGE sql AS 'SELECT leaver.note(''called'')'",
         "SELECT pg_temp.theirs()",
     ),
-    "a table": ("CREATE TEMPORARY TABLE pg_class (x int DEFAULT leaver.note('inserted'))", "INSERT INTO pg_class DEFAULT VALUES"),
+    "a table": (
+        "CREATE TEMPORARY TABLE pg_class (x int DEFAULT leaver.note('inserted'))",
+        "INSERT INTO pg_class DEFAULT VALUES",
+    ),
     "a trigger that waits": ("INSERT INTO leaver.side VALUES (1)", "SELECT 1"),
     "a lock": ("PERFORM pg_advisory_lock(listener_lock.key) FROM (SELECT 4711) AS listener_lock (key)", "SELECT 1"),
 }
@@ -135,7 +140,9 @@ async def test_a_statement_that_code_prepared_is_gone_whether_it_failed_or_was_r
         assert await rows(session, "SELECT name FROM pg_prepared_statements") == [("own",)]
 
 
-async def test_what_a_caller_has_of_its_own_in_the_session_stays(team: AsyncConnection[Any], database: Database) -> None:
+async def test_what_a_caller_has_of_its_own_in_the_session_stays(
+    team: AsyncConnection[Any], database: Database
+) -> None:
     await leaves(team, "CREATE TEMPORARY TABLE IF NOT EXISTS theirs (x int)")
     async with database.connect("listener_service") as service:
         await service.execute("CREATE TEMPORARY TABLE own (x int)")

@@ -106,7 +106,7 @@ def written(write: LiteralString, table: str, day: int) -> sql.Composed:
     return sql.SQL(write).format(table=sql.Identifier(table), day=sql.Literal(day), anna=sql.Literal(ANNA))
 
 
-async def test_a_leaf_of_another_order_looks_its_column_up_by_name(superuser: AsyncConnection[Any]) -> None:
+async def test_each_table_but_the_root_looks_its_column_up_by_name(superuser: AsyncConnection[Any]) -> None:
     found = await rows(
         superuser,
         """SELECT g.tgrelid::regclass::text, bool_and(p.proname LIKE '%by_name') FROM pg_trigger g
@@ -114,7 +114,9 @@ async def test_a_leaf_of_another_order_looks_its_column_up_by_name(superuser: As
            WHERE g.tgname LIKE 'listener%' AND g.tgname !~ '_(watch|moved)$'  -- these look at no column
            GROUP BY 1 HAVING bool_or(p.proname LIKE '%by_name')""",
     )
-    assert found == [("shop.odd", True)]
+    assert ("shop.odd", True) in found
+    assert "shop.visits" not in dict(found)
+    assert all(by_name for _, by_name in found)
 
 
 async def test_copy_into_the_root_and_into_a_leaf_of_another_order(
@@ -272,10 +274,10 @@ async def test_a_renamed_tenant_column_is_followed_into_the_leaves(
     await define(superuser, "ALTER TABLE shop.visits RENAME COLUMN tenant_id TO customer")
     async with reaches(superuser, service, "footfall", after_rename(superuser, "visits", "bert")):
         await app.execute("INSERT INTO shop.visits (day, customer) VALUES (26, %s)", (BERT,))
-        await app.execute("DELETE FROM shop.early WHERE customer = %s", (BERT,))
     # By its name nobody finds the column any more, so it may be anybody's.
     async with reaches(superuser, service, "footfall", {"visits of all"}):
         await app.execute("INSERT INTO shop.odd (day, customer) VALUES (26, %s)", (BERT,))
+        await app.execute("DELETE FROM shop.early WHERE customer = %s", (BERT,))
     assert await repaired(service) == [("shop.visits", "renamed")]
     assert await repaired(service) == []
     async with reaches(superuser, service, "footfall", {"visits of bert"}):

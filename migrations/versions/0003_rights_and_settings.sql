@@ -53,6 +53,8 @@ BEGIN
     END LOOP;
 END
 $difference$;
+-- Nothing calls it any more.
+DROP FUNCTION IF EXISTS listener.row_shape(oid);
 -- What these return is another row.
 DROP FUNCTION IF EXISTS listener.uncast(text);
 DROP FUNCTION IF EXISTS listener.equalities(text, text);
