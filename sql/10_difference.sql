@@ -174,8 +174,11 @@ BEGIN
         format('difference_%s(text, OUT bigint, OUT bigint, OUT bigint, OUT text)', view.id), 'VOLATILE', listener.settings_of(view),
         CASE WHEN kept THEN listener.refresh_statement(view) ELSE format($difference$
 #variable_conflict use_column
-BEGIN%s
-    INTO $2, $3, $4, $5;
+BEGIN
+    -- NULL: only what waits.
+    IF $1 IS NOT NULL THEN%s
+        INTO $2, $3, $4, $5;
+    END IF;
     IF session_user OPERATOR(pg_catalog.=) %L THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;

@@ -165,3 +165,29 @@ async def test_a_session_that_is_not_the_services_is_not_lent_to_a_trigger_that_
         await team.execute("SELECT outcome FROM listener.refresh('shown', 't1')")
     assert refused.value.sqlstate == "LSN04"
     assert await ran_as(team) == set()
+
+
+async def test_a_trigger_that_waits_and_lets_another_wait_is_refused_in_the_services_session(
+    team: AsyncConnection[Any], database: Database
+) -> None:
+    await leaves(team, "INSERT INTO leaver.side VALUES (1)")
+    await team.execute(
+        """
+        SET ROLE leaver;
+        CREATE OR REPLACE FUNCTION leaver.on_side() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM leaver.note('deferred');
+            IF NEW.x < 20 THEN
+                SET CONSTRAINTS ALL DEFERRED;
+                INSERT INTO leaver.side VALUES (NEW.x + 1);
+            END IF;
+            RETURN NULL;
+        END $$;
+        RESET ROLE
+        """
+    )
+    async with database.connect("listener_service") as service:
+        with pytest.raises(psycopg.Error, match="waits for the end of the transaction"):
+            await service.execute("SELECT outcome FROM listener.refresh('shown', 't1')")
+    assert await ran_as(team) == set()
+    assert await one(team, "SELECT count(*) FROM leaver.ran") == 0
