@@ -271,6 +271,7 @@ DECLARE
     keys text;
     chain text;
     reference record;
+    called text;
     previous_timeout text := current_setting('lock_timeout');
 BEGIN
     SELECT s.* INTO STRICT source FROM listener.source s WHERE s.id = create_lookup.source_id;
@@ -286,6 +287,16 @@ BEGIN
         IF EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = through.relid AND NOT p.polpermissive) THEN
             RAISE EXCEPTION '% has a restrictive policy, which would hide rows from the look-up', through.relid::regclass
                 USING ERRCODE = 'LSN03', HINT = format('ALTER ROLE %I BYPASSRLS.', current_user);
+        END IF;
+        -- Planning a look-up calls these, with the rights of this role, before its own policy makes the others needless.
+        SELECT string_agg(DISTINCT f.oid::regprocedure::text, ', ') INTO called
+        FROM pg_policy p
+        JOIN pg_depend d ON d.classid = 'pg_policy'::regclass AND d.objid = p.oid AND d.refclassid = 'pg_proc'::regclass
+        JOIN pg_proc f ON f.oid = d.refobjid AND f.oid >= 16384 AND f.provolatile = 'i'
+        WHERE p.polrelid = through.relid AND p.polcmd IN ('r', '*');
+        IF called IS NOT NULL THEN
+            RAISE EXCEPTION 'a policy of % calls %, which a look-up would run with the rights of %', through.relid::regclass, called, current_user
+                USING ERRCODE = 'LSN03', HINT = format('Declare it STABLE; or ALTER ROLE %I BYPASSRLS: then no policy is run.', current_user);
         END IF;
         IF NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = through.relid AND p.polname = 'listener_lookup') THEN
             PERFORM set_config('lock_timeout', '2s', true);

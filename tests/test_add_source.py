@@ -212,6 +212,20 @@ async def test_a_restrictive_policy_in_the_way_is_refused(superuser: AsyncConnec
     await refused(superuser, THROUGH, "restrictive policy")
 
 
+async def test_a_look_up_is_refused_where_planning_it_would_call_the_function_of_a_policy(
+    superuser: AsyncConnection[Any],
+) -> None:
+    await superuser.execute(
+        """
+        CREATE FUNCTION shop.always(int) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN true; END';
+        CREATE POLICY zealous ON shop.orders USING (shop.always(1));
+        """
+    )
+    await refused(superuser, THROUGH, r"calls shop.always\(integer\), which a look-up would run with the rights of")
+    await superuser.execute("ALTER FUNCTION shop.always(int) STABLE")
+    await add_source(superuser, THROUGH)
+
+
 POLICIES: LiteralString = (
     "SELECT polrelid::regclass::text FROM pg_policy WHERE polname LIKE 'listener%' ORDER BY polrelid::regclass::text"
 )
