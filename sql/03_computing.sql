@@ -79,6 +79,26 @@ BEGIN
 END
 $function$;
 
+-- check_lookups_apart(isolates, looks_up): raises LSN03 where a view has a compute role of its own, or is to get one, and
+-- capture looks tenants up, or is to. A look-up may run the policies of the table that it reads with the rights of the
+-- owner of this schema, which reach every team. With BYPASSRLS the owner runs no policy.
+CREATE OR REPLACE FUNCTION listener.check_lookups_apart(isolates boolean, looks_up boolean) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    owner_role name := (SELECT i.owner_role FROM listener.installation i);
+    isolated text := (SELECT min(v.name) FROM listener.managed_view v WHERE v.compute_role IS NOT NULL);
+    looked_up text := (SELECT min(format('%I.%I', s.schema_name, s.table_name)) FROM listener.source s WHERE s.through_id IS NOT NULL);
+BEGIN
+    IF (isolates OR isolated IS NOT NULL) AND (looks_up OR looked_up IS NOT NULL)
+       AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles r WHERE r.rolname = owner_role) THEN
+        RAISE EXCEPTION 'teams are not kept apart: capture finds the tenants of % by a look-up, which may run the policies of any team with the rights of %',
+            coalesce(looked_up, 'this table'), owner_role
+            USING ERRCODE = 'LSN03', HINT = format('ALTER ROLE %I BYPASSRLS: then a look-up runs no policy. Or %s.', owner_role,
+                CASE WHEN isolates THEN 'leave out compute_role' ELSE format('SELECT listener.set_compute_role(%L, NULL)', isolated) END);
+    END IF;
+END
+$function$;
+
 -- set_clauses(settings): the SET clauses of a function, from name -> value. The value of search_path is a list of
 -- quoted names; quoted as a whole, it would be one name.
 CREATE OR REPLACE FUNCTION listener.set_clauses(settings jsonb) RETURNS text

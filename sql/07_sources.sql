@@ -121,7 +121,7 @@ BEGIN
     ELSIF through = relation THEN
         RAISE EXCEPTION '% would look its tenant up through itself', relation USING ERRCODE = 'LSN03';
     ELSE
-        PERFORM listener.check_source(relation, NULL);
+        PERFORM listener.check_source(relation, NULL), listener.check_lookups_apart(false, true);
         SELECT l.columns, l.references_columns, l.cascades INTO link_columns, link_references, link_cascades
         FROM listener.find_link(relation, through, add_source.columns, add_source.references_columns) l;
     END IF;

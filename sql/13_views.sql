@@ -104,6 +104,9 @@ BEGIN
     view.max_staleness := max_staleness;
     view.compute_role := compute_role;
     PERFORM listener.check_compute_role(compute_role);
+    IF compute_role IS NOT NULL THEN
+        PERFORM listener.check_lookups_apart(true, false);
+    END IF;
     PERFORM listener.check_window(
         view.quiet_period, view.max_wait, view.edge, view.max_age, view.time_zone, view.max_staleness);
 
@@ -225,6 +228,9 @@ DECLARE
     target text;
 BEGIN
     PERFORM listener.lock_registration(), listener.check_compute_role(role);
+    IF role IS NOT NULL THEN
+        PERFORM listener.check_lookups_apart(true, false);
+    END IF;
     managed := listener.find_view(view);
     before := listener.grantee_of(managed);
     managed.compute_role := role;

@@ -215,7 +215,9 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
           GROUP BY x.role HAVING count(DISTINCT x.owner) > 1) o
     UNION ALL
     -- Its own policy lets the look-up see every row, but the others are computed all the same.
-    SELECT DISTINCT 'roles', 'warning', NULL, c.oid::regclass::text,
+    SELECT DISTINCT 'roles',
+           CASE WHEN EXISTS (SELECT FROM listener.managed_view v WHERE v.compute_role IS NOT NULL) THEN 'error' ELSE 'warning' END,
+           NULL, c.oid::regclass::text,
            format('capture looks tenants up in it with the rights of %I, and so runs the code of its policy %I with them.',
                   i.owner_role, p.polname),
            format('ALTER ROLE %I BYPASSRLS;', i.owner_role)

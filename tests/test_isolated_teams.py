@@ -230,6 +230,34 @@ async def test_a_materialized_view_is_adopted_altered_and_turned_back_with_a_rol
         await teams.execute("DROP OWNED BY team_b_reader; DROP ROLE team_b_reader")
 
 
+LOOK_UP: LiteralString = """
+SET ROLE team_b;
+CREATE TABLE team_b.parents (id int PRIMARY KEY, tenant_id text);
+CREATE TABLE team_b.lines (parent_id int REFERENCES team_b.parents);
+RESET ROLE;
+"""
+ADD_LOOK_UP: LiteralString = "SELECT listener.add_source('team_b.lines', through => 'team_b.parents')"
+
+
+async def test_teams_that_are_kept_apart_have_no_look_up_unless_it_runs_no_policy(
+    teams: AsyncConnection[Any],
+) -> None:
+    await teams.execute(LOOK_UP)
+    with pytest.raises(psycopg.Error, match="teams are not kept apart") as refused:
+        await teams.execute(ADD_LOOK_UP)
+    assert refused.value.sqlstate == "LSN03"
+    await teams.execute("SELECT listener.drop_view('team_a.totals'), listener.drop_view('team_b.totals')")
+    await teams.execute(ADD_LOOK_UP)
+    with pytest.raises(psycopg.Error, match="teams are not kept apart") as refused:
+        await teams.execute(VIEWS.encode())
+    assert "BYPASSRLS" in str(refused.value.diag.message_hint)
+    await teams.execute("ALTER ROLE listener_owner BYPASSRLS")
+    try:
+        await teams.execute(VIEWS.encode())
+    finally:
+        await teams.execute("ALTER ROLE listener_owner NOBYPASSRLS")
+
+
 REFUSED = {
     "none of that name": ("SELECT 1", "nobody_computes", "there is no such role", "CREATE ROLE"),
     "one that may log in": ("CREATE ROLE may_log_in LOGIN", "may_log_in", "it may log in", "NOLOGIN"),
