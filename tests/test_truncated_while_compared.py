@@ -46,7 +46,7 @@ async def test_what_truncate_took_away_meanwhile_is_no_difference(
         tasks.start_soon(compare)
 
         async def waits() -> bool:
-            return (await rows(watcher, waiting))[0][0]
+            return bool((await rows(watcher, waiting))[0][0])
 
         await eventually(waits)
         await superuser.execute("COMMIT")
