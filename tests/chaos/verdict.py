@@ -13,6 +13,7 @@ from chaos.world import World, until
 from listener import operations, queries, view_queries
 
 PATIENCE = 120.0
+LASTING = 10.0  # seconds; a sweep of a replica that lives holds one for milliseconds
 
 
 async def calm(world: World) -> None:
@@ -42,8 +43,8 @@ async def verdict(world: World, report: Report) -> None:
                 report.troubles.append(f"{difference.verdict}: {difference}")
         if undrained := (await queries.undrained(superuser))[0]:
             report.troubles.append(f"{undrained} changes are not consumed")
-        if locks := await _one(superuser, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"):
-            report.troubles.append(f"{locks} advisory locks are held")
+        if locks := await _lasting_locks(superuser):
+            report.troubles.append(f"the same {locks} advisory locks were held for {LASTING:g} s")
         if letters := await _one(superuser, "SELECT count(*) FROM listener.dead_letter WHERE status = 'open'"):
             report.troubles.append(f"{letters} dead letters are open")
         report.letters = await _one(superuser, "SELECT count(*) FROM listener.dead_letter")
@@ -54,6 +55,20 @@ async def verdict(world: World, report: Report) -> None:
         report.log_lines += len(lines)
         report.refreshes += len(replica.said("refreshed"))
         report.troubles += [f"{replica.name} says: {line!r}" for line in lines if not line.startswith(b"{")][:3]
+
+
+async def _lasting_locks(connection: AsyncConnection[Any]) -> int:
+    """How many advisory locks nobody gives back."""
+    held: set[Any] | None = None
+    deadline = anyio.current_time() + LASTING
+    while held is None or (held and anyio.current_time() < deadline):
+        found = await connection.execute(
+            "SELECT pid, classid, objid, virtualtransaction FROM pg_locks WHERE locktype = 'advisory'"
+        )
+        now_held = set(await found.fetchall())
+        held = now_held if held is None else held & now_held
+        await anyio.sleep(0.05)
+    return len(held)
 
 
 async def _one(connection: AsyncConnection[Any], query: str) -> Any:
