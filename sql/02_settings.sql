@@ -39,7 +39,7 @@ $function$;
 CREATE OR REPLACE FUNCTION listener.use_settings(settings jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    previous jsonb := '{}';
+    previous jsonb := '{}'::jsonb;
 BEGIN
     IF settings <> '{}' THEN
         previous := (SELECT jsonb_object_agg(n, current_setting(n, true)) FROM jsonb_object_keys(settings) n);
@@ -195,7 +195,7 @@ CREATE OR REPLACE FUNCTION listener.check_session(name text, relations regclass[
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     found record;
-    custom jsonb := '{}';
+    custom jsonb := '{}'::jsonb;
     value text;
     refused text := (SELECT string_agg(listener.session_refusal(r), ', ') FROM unnest(relations) r);
 BEGIN

@@ -396,7 +396,7 @@ BEGIN
                         LANGUAGE plpgsql VOLATILE SECURITY DEFINER %s AS %L',
                        listener.set_clauses(settings || listener.planning_settings()), listener.planning_body());
         EXECUTE format('ALTER FUNCTION pg_temp.listener_plan(text[], jsonb) OWNER TO %I', role);
-        EXECUTE 'SELECT pg_temp.listener_plan($1, $2)' INTO answers USING preparation, questions;
+        EXECUTE format('SELECT pg_temp.%I($1, $2)', 'listener_plan') INTO answers USING preparation, questions;
         is_done := true;
         RAISE EXCEPTION USING ERRCODE = 'LSN00', MESSAGE = 'the function goes';
     EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN

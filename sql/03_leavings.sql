@@ -5,7 +5,7 @@ CREATE OR REPLACE FUNCTION listener.temporary_objects() RETURNS oid[]
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     IF pg_my_temp_schema() = 0 THEN
-        RETURN '{}';
+        RETURN '{}'::oid[];
     END IF;
     RETURN ARRAY(SELECT d.objid FROM pg_depend d
                  WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = pg_my_temp_schema());

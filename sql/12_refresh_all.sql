@@ -10,7 +10,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 DECLARE
     key record;
     started timestamptz;
-    shown integer[] := '{}';
+    shown integer[] := '{}'::integer[];
     failed_message text;
     failed_detail text;
     failed_hint text;

