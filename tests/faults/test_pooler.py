@@ -32,14 +32,17 @@ async def books(sample: Database) -> Database:
         await superuser.execute(
             """
             SET ROLE listener_owner;
+            -- A query that names such a setting itself is refused: its rows depend on the session.
+            CREATE FUNCTION public.of_session(name text) RETURNS text LANGUAGE sql STABLE
+                AS 'SELECT pg_catalog.current_setting($1)';
             SELECT listener.create_view('sessions', $q$
-                SELECT tenant_id, id AS row_id, current_setting('transaction_isolation') AS isolation,
-                       current_setting('statement_timeout') AS longest,
-                       current_setting('synchronous_commit') AS durable,
-                       current_setting('idle_in_transaction_session_timeout') AS idle,
-                       current_setting('client_connection_check_interval') AS looks
+                SELECT tenant_id, id AS row_id, public.of_session('transaction_isolation') AS isolation,
+                       public.of_session('statement_timeout') AS longest,
+                       public.of_session('synchronous_commit') AS durable,
+                       public.of_session('idle_in_transaction_session_timeout') AS idle,
+                       public.of_session('client_connection_check_interval') AS looks
                 FROM public.revenue_ledger $q$,
-                '{tenant_id,row_id}', tenants_query => 'SELECT id FROM public.tenants');
+                '{tenant_id,row_id}', tenants_query => 'SELECT id FROM public.tenants', depends_on => '{}');
             RESET ROLE;
             """
         )
