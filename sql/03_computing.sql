@@ -67,6 +67,7 @@ $function$;
 --               instead}]
 -- Returns an array: for each question its plan, or {"error", "sqlstate"}; or one such object where the preparation
 -- failed.
+-- Each branch sets the search path as its last step: what this body evaluates after that would be resolved in `path`.
 CREATE OR REPLACE FUNCTION listener.planning_body() RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $function$
     SELECT $body$
